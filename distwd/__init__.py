@@ -1,0 +1,28 @@
+"""Weight decay for PyTorch that knows how its parameters are sharded."""
+
+from ._version import __version__
+from .chain import Chain
+from .decays.direct import DirectWeightDecay, decay_weights_
+from .decays.relative import RelativeWeightDecay
+from .decays.weight_decay import CautiousWeightDecay, WeightDecay
+from .errors import PlanError
+from .lr import LR
+from .numbers import global_metric
+from .plan.plan import Plan
+from .wrap import Adam, Wrap
+
+__all__ = [
+    "LR",
+    "Adam",
+    "CautiousWeightDecay",
+    "Chain",
+    "DirectWeightDecay",
+    "Plan",
+    "PlanError",
+    "RelativeWeightDecay",
+    "WeightDecay",
+    "Wrap",
+    "__version__",
+    "decay_weights_",
+    "global_metric",
+]

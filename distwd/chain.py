@@ -1,0 +1,266 @@
+"""Chain: an optimizer written as a sentence of transforms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .decays.rule import Decay
+from .groups import normalised_groups
+from .hosts import Host, SearchHost
+from .local import local_tensor
+from .meter import Meter
+from .metrics.reduce import agree
+from .phases import describe_phases, num_phases, schedule
+from .plan.entries import Entry, entries_of_groups
+from .plan.pieces import check_tensor
+from .plan.plan import Plan
+from .step import Step
+from .transform import Place, Transform, places_of
+from .world import World, check_group
+from .wrap import Wrap
+
+
+class Chain(torch.optim.Optimizer):
+    """An optimizer as a sentence of transforms:  u ← g;  u ← tₖ(…t₁(u));  p ← p − u.
+
+    params: what torch.optim takes: tensors, (name, tensor) pairs (preferred), or group dicts; DTensors on any meshes, plain tensors, or a mix.
+    transforms: rules (`WeightDecay`, ...), optimizers (`Adam`, `Wrap`), `LR`, in the order in which they act. A rule before the optimizer is
+        coupled (L2 in the gradient), between optimizer and `LR` decoupled and scaled by the learning rate, after `LR` not scaled by it.
+    group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this process. No group is created.
+    check_replicas: whether the plan compares the bits of copies (see `Plan.build`).
+
+    Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms bring the same key, the
+    second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: schedulers, hooks, closures, state_dict, checkpoints.
+    Absolute decay never communicates; relative decay costs one all-reduce per phase (`phases` tells how many).
+    Raises ValueError for what cannot work, naming it; PlanError at the first step if the ranks do not agree on who holds what.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = Chain(model.named_parameters(), Adam(), RelativeWeightDecay(0.1), LR(1e-3))
+    >>> model(torch.ones(2, 3)).sum().backward()
+    >>> optimizer.step()
+    >>> sorted(optimizer.stats()["RelativeWeightDecay"])
+    ['coefficient', 'metric']
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *transforms: Transform, group: dist.ProcessGroup | None = None, check_replicas: bool = True
+    ) -> None:
+        _refuse(transforms)
+        if group is not None:
+            check_group(group)
+        self._group = group
+        self._check_replicas = check_replicas
+        self._places = places_of(transforms)
+        self._acted = False
+        self._forget()
+        defaults = {key: place.transform.defaults[name] for place in self._places for name, key in place.keys.items()}
+        super().__init__(normalised_groups(params, group), defaults)
+        self._initialize()
+
+    def _forget(self) -> None:
+        """Drop what can be made again; none of it belongs into a copy or a checkpoint."""
+        self._plan: Plan | None = None
+        self._entries: tuple[Entry, ...] = ()
+        self._hosts: dict[int, Host] = {}
+        self._meter = Meter(lambda: self.plan)
+
+    # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does. Raises ValueError, with nothing added, for settings that a transform cannot use."""
+        settings = {**self.defaults, **param_group}
+        for place in self._places:
+            place.transform.check(place.settings(settings))
+        super().add_param_group(param_group)
+        if self._hosts:
+            self._initialize()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load as torch does; what is loaded counts as having been stepped."""
+        super().load_state_dict(dict(state_dict))
+        self._acted = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._group is not None:
+            raise TypeError("a Chain with group= cannot be pickled, since a process group cannot; pickle its state_dict() instead")
+        kept = {"_group": None, "_check_replicas": self._check_replicas, "_places": self._places, "_acted": self._acted}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_plan" not in self.__dict__:
+            self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        group, self._group = self._group, None
+        try:
+            twin = type(self).__new__(type(self))
+            memo[id(self)] = twin
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        finally:
+            self._group = group
+        twin._group = group
+        return twin
+
+    def __repr__(self) -> str:
+        words = [f"  {place.label}: {place.transform!r}" for place in self._places]
+        return "\n".join(["Chain(", *words, ")", super().__repr__()])
+
+    # --- what distwd adds --------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
+        entries = self._read_entries()
+        if self._plan is None or not self._plan.fits(entries):
+            self._plan = Plan.build(self.param_groups, group=self._group, check_replicas=self._check_replicas, rules=self._rules())
+        return self._plan
+
+    @property
+    def phases(self) -> int:
+        """Collectives per step (a closure target's: per evaluation of the closure). 0 for absolute rules, and on one rank."""
+        world = World.of(self._group)
+        return sum(num_phases(schedule(places, self.param_groups), world) for places in (self._in_step, self._in_closure))
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """The last `metric` and `coefficient` (λ·metric, before any learning rate) of every relative rule, by its label in `repr`.
+
+        0-d tensors, not synchronised: for scope="all" one (by group index if groups have settings of their own), for "group" by group index, for "tensor" by
+        the names of the parameters that this rank holds. {} before the first step.
+        """
+        return self._meter.stats()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
+        self._check_step(closure)
+        if self._is_rehearsal():
+            return self._rehearse()
+        evaluate = None if closure is None else self._decaying(closure)
+        loss, moved = self._evaluate(evaluate)
+        step = self._new_step()
+        if moved is not None:
+            step.adopt(moved)
+        self._act(step, self._in_step)
+        step.write()
+        self._acted = True
+        return loss
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _in_step(self) -> tuple[Place, ...]:
+        return tuple(place for place in self._places if getattr(place.transform, "target", None) != "closure")
+
+    @property
+    def _in_closure(self) -> tuple[Place, ...]:
+        return tuple(place for place in self._places if getattr(place.transform, "target", None) == "closure")
+
+    def _new_step(self) -> Step:
+        return Step(self._entries, self.param_groups, self._meter, self._live_hosts())
+
+    def _act(self, step: Step, places: Sequence[Place]) -> None:
+        """Let every transform have its say, measuring before the first that needs it."""
+        phases = {phase.position: phase for phase in schedule(places, self.param_groups)}
+        for position, place in enumerate(places):
+            if position in phases:
+                self._meter.measure(phases[position], step, places)
+            place.transform.apply(step, place)
+
+    def _check_step(self, closure: Callable[[], Any] | None) -> None:
+        if closure is None and self._in_closure:
+            raise ValueError(f"{self._in_closure[0].label} has target='closure': call step(closure) with a function that evaluates the model")
+        entries = self._read_entries()
+        if any(schedule(places, self.param_groups) for places in (self._in_step, self._in_closure)):
+            self.plan  # noqa: B018  (checks all tensors together with the other ranks, before anything is changed)
+        elif not self._acted:
+            for entry in entries:
+                check_tensor(entry.name, entry.tensor)
+
+    def _read_entries(self) -> tuple[Entry, ...]:
+        """The parameters as the groups hold them now: others may replace them between steps."""
+        self._entries = entries_of_groups(self.param_groups)
+        return self._entries
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, dict[Tensor, Tensor] | None]:
+        search = next((host for host in self._live_hosts().values() if isinstance(host, SearchHost)), None)
+        if search is not None:
+            if closure is None:
+                raise ValueError(f"{search.cls.__name__} evaluates the model itself: call step(closure)")
+            return search.search(closure)
+        return (None if closure is None else closure()), None
+
+    def _decaying(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, with the decays of target="closure" added to the gradients after every evaluation."""
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            if self._in_closure:
+                with torch.no_grad():
+                    self._act(self._new_step(), self._in_closure)
+            return loss
+
+        return evaluate
+
+    def _live_hosts(self) -> dict[int, Host]:
+        if not self._hosts:
+            wraps = [place for place in self._places if isinstance(place.transform, Wrap)]
+            for number, place in enumerate(wraps):
+                self._hosts[place.index] = place.transform.host(place, self, f"_{number}" if number else "")
+        return self._hosts
+
+    def _initialize(self) -> None:
+        members = [(group, param) for group in self.param_groups for param in group["params"]]
+        for host in self._live_hosts().values():
+            host.initialize(members)
+
+    # --- the hidden step of checkpoints ------------------------------------------------------------------------------
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this step only asks for the state to exist: nothing has been stepped yet, every lr is 0 and so is every gradient.
+
+        torch.distributed.checkpoint and others step an optimizer so; a decay that is not scaled by lr would then change parameters.
+        """
+        keys = [place.keys["lr"] for place in self._places if "lr" in place.keys and not isinstance(place.transform, Wrap)]
+        if self._acted or any(group[key] != 0 for group in self.param_groups for key in keys):
+            return False
+        grads = [local_tensor(e.tensor.grad) for e in self._entries if e.tensor.grad is not None]
+        moved = torch.tensor(any(bool(grad.count_nonzero() > 0) for grad in grads))
+        if self.phases and keys:
+            moved = agree(moved, World.of(self._group))
+        return bool(grads) and not bool(moved)
+
+    def _rehearse(self) -> None:
+        step = self._new_step()
+        for host in self._live_hosts().values():
+            if not any(host.has_state(entry.tensor) for entry in self._entries):
+                host.update(step.batches)
+
+    def _rules(self) -> str:
+        return " | ".join(describe_phases(schedule(places, self.param_groups)) for places in (self._in_step, self._in_closure))
+
+
+def _refuse(transforms: Sequence[Any]) -> None:
+    """Raise ValueError for a sentence that cannot be read."""
+    if not transforms:
+        raise ValueError("Chain needs at least one transform, e.g. Chain(params, Adam(), WeightDecay(0.1), LR(1e-3))")
+    for transform in transforms:
+        if isinstance(transform, type) and issubclass(transform, Transform):
+            raise ValueError(f"{transform.__name__} is a class; write {transform.__name__}(...)")
+        if not isinstance(transform, Transform):
+            raise ValueError(f"{transform!r} is not a transform; wrap a torch optimizer class as Wrap({getattr(transform, '__name__', 'TheClass')}, ...)")
+    searching = [i for i, transform in enumerate(transforms) if isinstance(transform, Wrap) and transform.searches]
+    for index in searching[:1]:
+        before = [t for t in transforms[:index] if not (isinstance(t, Decay) and t.target == "closure")]
+        if before or len([t for t in transforms if isinstance(t, Wrap)]) > 1:
+            raise ValueError(
+                f"{transforms[index]!r} evaluates the gradient itself, so nothing but rules with target='closure' may stand before it, and no second optimizer beside it"
+            )

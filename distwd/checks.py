@@ -1,0 +1,34 @@
+"""Refusals: each names the thing, the reason and the next move."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a finite number ≥ 0 or a tensor with one such element (not meta)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} must be a number or a 0-d tensor, not a tensor of shape {tuple(value.shape)}; pass one number")
+        if value.is_meta:
+            return
+        value = value.item()  # at construction only; never in a step
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number or a 0-d tensor, not {value!r}")
+    if not value >= 0 or math.isinf(value):
+        raise ValueError(f"{name}={value!r} is not usable: it must be finite and not negative; pass {name} >= 0")
+
+
+def check_ord(ord: Any) -> None:
+    """Raise ValueError unless `ord` is a finite number ≥ 1."""
+    if isinstance(ord, bool) or not isinstance(ord, (int, float)) or not ord >= 1 or math.isinf(ord):
+        raise ValueError(f"ord={ord!r} is not usable: the direction sign(p)·|p|^(ord-1) needs a finite number ord >= 1; 2 is ordinary weight decay")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the words."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, choices))}")

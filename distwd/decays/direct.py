@@ -1,0 +1,77 @@
+"""Decay at once: DirectWeightDecay in a chain, decay_weights_ without an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_nonnegative, check_ord
+from ..kernels.pull import Pull, pull_
+from ..local import local_tensor
+from ..plan.entries import Entry, entries_of
+from ..plan.pieces import check_tensor
+from .weight_decay import WeightDecay
+
+
+class DirectWeightDecay(WeightDecay):
+    """Decay the parameters at once, whatever else the chain does:  p ← p − λ·sign(p)·|p|^(ord−1).
+
+    Not scaled by the learning rate, wherever it stands; transforms behind it see the decayed parameters. λ, ord and errors as `WeightDecay`, of which this is target="params_direct".
+    Parameters without a gradient are left alone, as by every transform. No communication. Source: torchzero's `DirectWeightDecay`.
+
+    >>> import torch
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0])); w.grad = torch.zeros(2)
+    >>> Chain([w], DirectWeightDecay(0.1), LR(0.5)).step()
+    >>> w.detach()
+    tensor([ 0.9000, -1.8000])
+    """
+
+    def __init__(self, weight_decay: float | Tensor, ord: float = 2) -> None:
+        super().__init__(weight_decay, ord, target="params_direct")
+
+
+@torch.no_grad()
+def decay_weights_(
+    params: Iterable[Tensor | tuple[str, Tensor]], weight_decay: float | Tensor | Sequence[float | Tensor], ord: float = 2
+) -> None:
+    """Decay parameters in place, now:  p ← p − λ·sign(p)·|p|^(ord−1).
+
+    params: tensors, DTensors or (name, tensor) pairs, any mix of meshes and float dtypes; only local shards are touched, no communication.
+    weight_decay: λ ≥ 0, one number (float or 0-d tensor), or one per parameter; per call, not scaled by a learning rate. ord: ≥ 1.
+    Raises ValueError for λ < 0, ord < 1, a tensor that cannot be decayed or is listed twice, before anything is changed.
+    Source: torchzero's `decay_weights_`.
+
+    >>> import torch
+    >>> w = torch.tensor([1.0, -2.0])
+    >>> decay_weights_([w], 0.1, ord=1)
+    >>> w
+    tensor([ 0.9000, -1.9000])
+    """
+    entries = entries_of(params)
+    decays = list(weight_decay) if isinstance(weight_decay, Sequence) else [weight_decay] * len(entries)
+    _refuse(entries, decays, ord)
+    batches: dict[object, list[Tensor]] = {}
+    strengths: dict[object, float | Tensor] = {}
+    for entry, decay in zip(entries, decays, strict=True):
+        local = local_tensor(entry.tensor)
+        key = (local.device, local.dtype, id(decay) if isinstance(decay, Tensor) else decay)
+        batches.setdefault(key, []).append(local)
+        strengths[key] = decay
+    for key, locals_ in batches.items():
+        pull_(locals_, [Pull(strengths[key], float(ord))])
+
+
+def _refuse(entries: Sequence[Entry], decays: Sequence[float | Tensor], ord: float) -> None:
+    check_ord(ord)
+    if len(decays) != len(entries):
+        raise ValueError(f"weight_decay has {len(decays)} entries for {len(entries)} parameters; give one number, or one for each")
+    for decay in decays:
+        check_nonnegative("weight_decay", decay)
+    seen: set[int] = set()
+    for entry in entries:
+        check_tensor(entry.name, entry.tensor)
+        if id(entry.tensor) in seen:
+            raise ValueError(f"{entry.name} is listed twice and would decay twice; pass every parameter once")
+        seen.add(id(entry.tensor))

@@ -1,0 +1,85 @@
+"""What all decay rules share: what they need measured, and how a pull finds its target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checks import check_choice, check_nonnegative, check_ord
+from ..kernels.pull import Pull, fold, pull_
+from ..metrics.metric import Metric, parse_metric
+from ..step import Batch, Step
+from ..transform import Place, Transform
+
+TARGETS = ("update", "grad", "params_direct", "closure")
+_GROWTH = ("params_difference", "update_difference")
+NORM_INPUTS = ("update", "grad", "params")
+SCOPES = ("all", "group", "tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A number that a rule asks for: `metric` of the tensors `of`, one per `scope`."""
+
+    of: str
+    metric: Metric
+    scope: str
+
+
+class Decay(Transform):
+    """A rule that adds pulls:  rate · mask · d(p),  d(p) = sign(p)·|p|^(ord−1).
+
+    Subclasses say what they need measured (`need`); everything else is here.
+    """
+
+    cautious = False
+    target = "update"
+
+    @property
+    def changes(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({{"params_direct": "params", "closure": "grad"}.get(self.target, self.target)})
+
+    def need(self, settings: Mapping[str, Any]) -> Need | None:
+        """The number that the coefficient depends on; None for an absolute rule."""
+        return None
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        check_nonnegative("weight_decay", settings["weight_decay"])
+        check_ord(settings["ord"])
+
+    def apply(self, step: Step, place: Place) -> None:
+        self._make_way(step)
+        for batch in step.batches:
+            settings = place.settings(batch.group)
+            rate = step.rates.rate(place, batch, settings)
+            # A pull that is put while the update is not scaled yet will be scaled by exactly what scales the update.
+            before_lr = rate if batch.is_unscaled else None
+            self._put(batch, Pull(rate, float(settings["ord"]), self.cautious, place.sign(batch.group), before_lr))
+
+    def _make_way(self, step: Step) -> None:
+        """Settle what this rule would otherwise change behind the back of an earlier one."""
+        if self.cautious and (self.target != "update" or any(batch.pulls for batch in step.batches)):
+            step.fold()
+        if self.target == "params_direct":
+            step.release_params()
+        elif self.target != "update":
+            step.release_grads()
+
+    def _put(self, batch: Batch, pull: Pull) -> None:
+        if self.target == "update":
+            batch.pulls.append(pull)
+        elif self.target == "params_direct":
+            pull_(batch.params, [pull], mask=batch.mask)
+        else:
+            fold(batch.grads, batch.params, [pull], 1.0, batch.grads, batch.mask)
+
+
+def check_target(target: str) -> None:
+    """Raise ValueError for a target that is unknown, or that would make decay grow weights."""
+    if target in _GROWTH:
+        raise ValueError(
+            f"target={target!r} would subtract the decay from the update, so weights would grow; "
+            "use target='update', or 'params_direct' to decay the parameters at once"
+        )
+    check_choice("target", target, TARGETS)

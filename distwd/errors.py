@@ -1,0 +1,13 @@
+"""The one error of the plan."""
+
+from __future__ import annotations
+
+
+class PlanError(ValueError):
+    """The ranks do not agree on who holds what; raised on every rank alike.
+
+    The message names the parameters, the ranks and what to change. Nothing has been modified when it is raised.
+
+    >>> issubclass(PlanError, ValueError)
+    True
+    """

@@ -1,0 +1,1 @@
+"""Foreach arithmetic on local tensors; knows nothing of ranks."""

@@ -1,0 +1,141 @@
+"""The one line where decay is written:  p ← p − Σ rate·mask·d(p) − scale·u,  on local tensors of one dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import blocks
+from .direction import direction, masked_
+
+# A number for all tensors of a list (float or 0-d tensor), or one for each (1-d tensor).
+Rate = float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """A decay that waits to be written: rate · [sign·u·p > 0] · d(p), with d(p) = sign(p)·|p|^(ord−1).
+
+    cautious: whether the bracket applies; its u is given beside it, as a Mask.
+    before_lr: the rate without the learning rate that scales the update as well; None if they are not scaled alike.
+    sign: −1 where u is something that will be ascended (the gradient before a maximizing optimizer), so that decay stays decay.
+    """
+
+    rate: Rate
+    ord: float = 2.0
+    cautious: bool = False
+    sign: int = 1
+    before_lr: Rate | None = None
+
+    def scaled(self, factor: Rate) -> Pull:
+        """The same pull, `factor` times as strong."""
+        return replace(self, rate=self.rate * factor)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether p ← p·(1 − rate) is all there is to it."""
+        return self.ord == 2 and not self.cautious
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What cautious pulls look at: the tensors `us`, read as sign·u."""
+
+    us: Sequence[Tensor]
+    sign: int = 1
+
+
+def pull_(
+    params: Sequence[Tensor], pulls: Sequence[Pull], updates: Sequence[Tensor] | None = None, scale: Rate = 1.0, mask: Mask | None = None
+) -> None:
+    """p ← p − Σ pull(p) − scale·u, in place; every pull is of p as it was before.
+
+    params, updates: local tensors of equal shapes; updates None: there is nothing but the pulls.
+    For linear pulls this is one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary; anything else needs
+    temporaries of a block. bf16 and fp16 are computed in float32 and rounded once.
+    """
+    has_mask = mask is not None and any(pull.cautious for pull in pulls)
+    lists = [params, *([updates] if updates is not None else []), *([mask.us] if has_mask else [])]
+    for places, (ps, *rest) in blocks(*lists):
+        ps_wide, *rest_wide = _widened(ps, *rest)
+        block_mask = Mask(rest_wide[-1], mask.sign) if has_mask else None
+        _pull_block_(ps_wide, places, pulls, rest_wide[0] if updates is not None else None, scale, block_mask)
+        if ps_wide is not ps:
+            torch._foreach_copy_(ps, ps_wide)
+
+
+def fold(
+    updates: Sequence[Tensor], params: Sequence[Tensor], pulls: Sequence[Pull], scale: Rate, out: Sequence[Tensor], mask: Mask | None = None
+) -> None:
+    """out ← scale·u + Σ sign·pull(p): what is pending becomes part of the update. `out` may be `updates` itself."""
+    has_mask = mask is not None and any(pull.cautious for pull in pulls)
+    for places, (us, ps, outs, *rest) in blocks(updates, params, out, *([mask.us] if has_mask else [])):
+        us_wide, ps_wide, *masks = _widened(us, ps, *rest)
+        block_mask = Mask(masks[0], mask.sign) if has_mask else None
+        torch._foreach_copy_(outs, _folded(us_wide, ps_wide, places, pulls, scale, block_mask))
+
+
+def _widened(*lists: list[Tensor]) -> list[list[Tensor]]:
+    """The lists in float32 if they are narrower, else themselves."""
+    if lists[0][0].dtype not in (torch.bfloat16, torch.float16):
+        return list(lists)
+    return [[tensor.float() for tensor in tensors] for tensors in lists]
+
+
+def _folded(
+    us: list[Tensor], ps: list[Tensor], places: list[int], pulls: Sequence[Pull], scale: Rate, mask: Mask | None
+) -> list[Tensor]:
+    strengths = [_strength(pull, ps, places, mask) if not _as_torch_adds(pull) else ps for pull in pulls]
+    result = us if _is_one(scale) else list(torch._foreach_mul(us, _factor(scale, places, us)))
+    for pull, strength in zip(pulls, strengths, strict=True):
+        alpha = pull.sign * (pull.rate if _as_torch_adds(pull) else 1)
+        result = list(torch._foreach_add(result, strength, alpha=alpha))
+    return result
+
+
+def _as_torch_adds(pull: Pull) -> bool:
+    """Whether torch's own optimizers would add this to the gradient, with one rounding: grad.add(param, alpha=weight_decay)."""
+    return pull.is_linear and not isinstance(pull.rate, Tensor)
+
+
+def _pull_block_(
+    ps: list[Tensor], places: list[int], pulls: Sequence[Pull], us: list[Tensor] | None, scale: Rate, mask: Mask | None
+) -> None:
+    bent = [_strength(pull, ps, places, mask) for pull in pulls if not pull.is_linear]
+    linear = [pull.rate for pull in pulls if pull.is_linear]
+    if linear:
+        torch._foreach_mul_(ps, _factor(1 - sum(linear[1:], start=linear[0]), places, ps))
+    for strength in bent:
+        torch._foreach_sub_(ps, strength)
+    if us is None:
+        return
+    if isinstance(scale, Tensor):
+        torch._foreach_sub_(ps, torch._foreach_mul(us, _factor(scale, places, us)))
+    else:
+        torch._foreach_add_(ps, us, alpha=-scale)
+
+
+def _strength(pull: Pull, ps: list[Tensor], places: list[int], mask: Mask | None) -> list[Tensor]:
+    """rate · mask · d(p) as new tensors of the size of the block."""
+    strength = direction(ps, pull.ord)
+    torch._foreach_mul_(strength, _factor(pull.rate, places, ps))
+    if pull.cautious:
+        assert mask is not None, "a cautious pull needs a mask"
+        masked_(strength, mask.us, ps, pull.sign * mask.sign)
+    return strength
+
+
+def _factor(rate: Rate, places: list[int], like: list[Tensor]) -> Any:
+    """A rate in the form that foreach takes: a number, a 0-d tensor of the dtype of `like`, or one such for each tensor."""
+    if not isinstance(rate, Tensor):
+        return rate
+    rate = rate.to(like[0].device, like[0].dtype)
+    return rate if rate.dim() == 0 else [rate[place] for place in places]
+
+
+def _is_one(scale: Rate) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1

@@ -1,0 +1,62 @@
+"""The state of wrapped optimizers: kept in the chain, by parameter, with shards as DTensors; lent as local tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .local import local_tensor
+
+State = dict[str, Any]
+
+
+def lend(states: dict[Tensor, State], param: Tensor, suffix: str, as_local: bool) -> State:
+    """The state of one optimizer for `param`, keys without `suffix`; as_local: DTensors as the local tensors they hold."""
+    state = states.get(param, {})
+    if not suffix and not (as_local and isinstance(param, DTensor)):
+        return state
+    own = ((key, value) for key, value in state.items() if key.endswith(suffix))
+    return {key.removesuffix(suffix): local_tensor(v) if as_local and isinstance(v, DTensor) else v for key, v in own}
+
+
+def take_back(states: dict[Tensor, State], param: Tensor, lent: State, suffix: str) -> None:
+    """Keep what an optimizer has added or replaced. What it changed in place is shared storage and needs nothing."""
+    state = states.get(param)
+    if state is lent or not lent:
+        return
+    if state is None:
+        state = states[param] = {}
+    for key, value in lent.items():
+        kept = state.get(key + suffix)
+        if kept is not value and (not isinstance(kept, Tensor) or local_tensor(kept) is not value):
+            state[key + suffix] = _as_shard(value, param)
+
+
+def _as_shard(value: Any, param: Tensor) -> Any:
+    """A tensor of the local shard's shape is a shard of the whole state: a DTensor like the parameter, so that checkpoints see it whole."""
+    if not isinstance(param, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.dim() == 0 or value.shape != local_tensor(param).shape:
+        return value
+    return DTensor.from_local(value, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
+
+
+def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in: Tensor) -> State:
+    """The state that one of torch's optimizers begins with for a parameter; {} for others, which begin at their first step."""
+    if not type(inner).__module__.startswith("torch.optim") or not hasattr(inner, "_init_group"):
+        return {}
+    if isinstance(inner, torch.optim.SGD):
+        # SGD's buffer begins as the first gradient, which is what zeros become at the first step, but for dampening.
+        eager = group["momentum"] != 0 and group["dampening"] == 0
+        return {"momentum_buffer": torch.zeros_like(stand_in)} if eager else {}
+    num_lists = len(inspect.signature(inner._init_group).parameters) - 1
+    inner.state = defaultdict(dict)
+    stand_in.grad = stand_in.detach()  # _init_group only asks whether there is one
+    inner._init_group(group, *([] for _ in range(num_lists)))
+    stand_in.grad = None
+    return inner.state.pop(stand_in, {})

@@ -1,0 +1,102 @@
+"""The numbers of a chain: measured by phases, turned into coefficients, kept for `stats()`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decays.rule import Need
+from .kernels.pull import Rate
+from .metrics.measure import measure
+from .metrics.moments import wide_dtype
+from .phases import Phase
+from .plan.plan import Plan
+from .step import Batch, Step
+from .transform import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a rule was told for one param group: metric and coefficient = λ·metric, [cells] each, of `need`."""
+
+    need: Need
+    metric: Tensor
+    coefficient: Tensor
+
+
+class Meter:
+    """Measures what rules need, once per phase, and turns it into rates.
+
+    coefficient = λ · metric in float64, rounded once to float32. The rounding is what makes it the same number on any sharding:
+    float64 sums differ between shardings, if at all, far below the last bit of float32.
+    """
+
+    def __init__(self, plan: Callable[[], Plan]) -> None:
+        self._plan = plan
+        self._readings: dict[str, dict[int, Reading]] = {}
+
+    def measure(self, phase: Phase, step: Step, places: Sequence[Place]) -> None:
+        """Take all numbers of a phase, with one reduction."""
+        plan = self._plan()
+        needs = list(dict.fromkeys(need for _, need in phase.asks))
+        sources = {of: step.source(of) for of in dict.fromkeys(need.of for need in needs)}
+        requests = [plan.request(need.metric, sources[need.of][0], need.scope, sources[need.of][1]) for need in needs]
+        numbers = dict(zip(needs, measure(requests, plan.world), strict=True))
+        asked = {index for index, _ in phase.asks}
+        for place in places:
+            if place.index in asked:
+                self._readings[place.label] = _read(place, step.groups, numbers)
+
+    def rate(self, place: Place, batch: Batch, settings: Mapping[str, Any]) -> Rate:
+        """λ for an absolute rule; for a relative one the coefficient, as a tensor: one number, or one by parameter."""
+        readings = self._readings.get(place.label, {})
+        if batch.group_index not in readings:
+            return settings["weight_decay"]
+        reading = readings[batch.group_index]
+        coefficient = reading.coefficient.to(wide_dtype(reading.coefficient.device))
+        if reading.need.scope == "tensor":
+            cells = self._plan().cells
+            return coefficient[torch.tensor([cells[position] for position in batch.index])]
+        return coefficient[batch.group_index if reading.need.scope == "group" else 0]
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """By rule: the last metric and coefficient; see `Chain.stats`."""
+        return {
+            label: {key: self._table(readings, key) for key in ("metric", "coefficient")}
+            for label, readings in self._readings.items()
+        }
+
+    def _table(self, readings: Mapping[int, Reading], key: str) -> Any:
+        plan = self._plan()
+        told: dict[Any, Tensor] = {}
+        for index, reading in readings.items():
+            values = getattr(reading, key).to(plan.result_dtype if key == "metric" else torch.float32)
+            if reading.need.scope == "tensor":
+                told.update({e.name: values[cell] for e, cell in zip(plan.entries, plan.cells, strict=True) if e.group == index})
+            else:
+                told[index] = values[index if reading.need.scope == "group" else 0]
+        one = len({id(getattr(reading, key)) for reading in readings.values()}) == 1
+        return told[0] if one and readings[0].need.scope == "all" else told
+
+
+def _read(place: Place, groups: Sequence[Mapping[str, Any]], numbers: Mapping[Need, Tensor]) -> dict[int, Reading]:
+    """By param group; groups with equal settings share one reading."""
+    shared: dict[Any, Reading] = {}
+    readings = {}
+    for index, group in enumerate(groups):
+        settings = place.settings(group)
+        need, decay = place.transform.need(settings), settings["weight_decay"]  # type: ignore[attr-defined]
+        key = (need, id(decay) if isinstance(decay, Tensor) else decay)
+        if key not in shared:
+            metric = numbers[need]
+            shared[key] = Reading(need, metric, (metric * _on(decay, metric)).to(torch.float32))
+        readings[index] = shared[key]
+    return readings
+
+
+def _on(decay: float | Tensor, like: Tensor) -> float | Tensor:
+    return decay.to(like.device, like.dtype) if isinstance(decay, Tensor) else decay

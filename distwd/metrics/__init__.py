@@ -1,0 +1,1 @@
+"""Numbers about the whole model: local float64 partials, one all-reduce, formulas."""

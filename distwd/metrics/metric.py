@@ -1,0 +1,110 @@
+"""What a metric is made of: which local sums it needs, and the formula that finishes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Moments = Mapping["Moment", Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One number that every rank can compute over its own elements, and that combines over ranks.
+
+    kind: "sum" Σx · "power" Σ|x|^p · "count" number of non-zeros · "max" max|x| · "min" min|x|.
+    """
+
+    kind: str
+    p: float = 1.0
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether ranks combine by adding; else by the extremum."""
+        return self.kind not in ("max", "min")
+
+    @property
+    def identity(self) -> float:
+        """What a rank without elements contributes."""
+        return math.inf if self.kind == "min" else 0.0
+
+    @property
+    def of_zeros(self) -> float | None:
+        """What elements that count as zero contribute, where that is not nothing."""
+        if self.kind == "min":
+            return 0.0
+        return math.inf if self.kind == "power" and self.p < 0 else None
+
+
+SUM, ABS, SQUARE = Moment("sum"), Moment("power", 1.0), Moment("power", 2.0)
+COUNT, MAX, MIN = Moment("count"), Moment("max"), Moment("min")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number about all elements x of many tensors; `finish(moments, n)` is its formula, elementwise over cells."""
+
+    name: str
+    moments: tuple[Moment, ...]
+    finish: Callable[[Moments, Tensor], Tensor]
+
+    def __call__(self, moments: Moments, n: Tensor) -> Tensor:
+        """moments: by kind, [cells]; n: elements in each cell, [cells]. Over no elements every metric is 0."""
+        return torch.where(n == 0, 0.0, self.finish(moments, n))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Metric) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _variance(m: Moments, n: Tensor) -> Tensor:
+    # (Σx² − (Σx)²/n) / (n−1) loses |mean/std|² of float64's 2^-53: fp32 stays exact up to a ratio of about 10^4.
+    spread = (m[SQUARE] - m[SUM] ** 2 / n).clamp(min=0.0)
+    return torch.where(n > 1, spread / (n - 1).clamp(min=1), 0.0 * spread)
+
+
+_NAMED = {
+    "mad": Metric("mad", (ABS,), lambda m, n: m[ABS] / n),
+    "std": Metric("std", (SUM, SQUARE), lambda m, n: _variance(m, n).sqrt()),
+    "var": Metric("var", (SUM, SQUARE), _variance),
+    "sum": Metric("sum", (SUM,), lambda m, n: m[SUM]),
+    "rms": Metric("rms", (SQUARE,), lambda m, n: (m[SQUARE] / n).sqrt()),
+}
+
+
+def parse_metric(metric: str | float) -> Metric:
+    """The Metric that a user's word or number names.
+
+    >>> parse_metric("l2") == parse_metric(2)
+    True
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(metric, str):
+        if metric in _NAMED:
+            return _NAMED[metric]
+        if metric in ("l0", "l1", "l2", "l3", "l4", "linf"):
+            return _norm(float(metric[1:]))
+    elif isinstance(metric, (int, float)) and not isinstance(metric, bool) and not math.isnan(metric):
+        return _norm(float(metric))
+    raise ValueError(
+        f"metric={metric!r} is not known; use one of {', '.join(map(repr, _NAMED))}, 'l0', 'l1', 'l2', 'l3', 'l4', 'linf', or a number p for the p-norm"
+    )
+
+
+def _norm(p: float) -> Metric:
+    """‖x‖_p = (Σ|x|^p)^(1/p); p = 0 counts the non-zeros, ±inf is the largest and the smallest |x|."""
+    if p == 0:
+        return Metric("l0", (COUNT,), lambda m, n: m[COUNT])
+    if math.isinf(p):
+        extremum = MAX if p > 0 else MIN
+        return Metric(f"l{p:g}", (extremum,), lambda m, n: m[extremum])
+    moment = Moment("power", p)
+    name = f"l{int(p) if p.is_integer() else p!r}"
+    return Metric(name, (moment,), lambda m, n: m[moment].sqrt() if p == 2 else m[moment] ** (1 / p))

@@ -1,0 +1,1 @@
+"""Who holds what: pieces, the exchange, owners, printing."""

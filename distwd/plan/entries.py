@@ -1,0 +1,63 @@
+"""What a user may pass as `params`, read into one flat list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One parameter: its name ("param 3" if it has none), the tensor, the index of its param group, and its decay in words."""
+
+    name: str
+    tensor: Tensor
+    group: int = 0
+    named: bool = False
+    decay: str = ""
+
+    def same_layout(self, other: Entry) -> bool:
+        """Whether both mean the same piece of the same parameter, in whatever storage."""
+        return self.name == other.name and self.group == other.group and _same_layout(self.tensor, other.tensor)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    if a is b and not isinstance(a, DTensor):
+        return True
+    if isinstance(a, DTensor) and isinstance(b, DTensor):
+        return a._spec is b._spec or a._spec == b._spec
+    return type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype
+
+
+def entries_of(params: Iterable[Any]) -> tuple[Entry, ...]:
+    """Tensors, (name, tensor) pairs or group dicts, in order. Raises ValueError for a lone tensor, TypeError for anything else."""
+    if isinstance(params, Tensor):
+        raise ValueError("params must be an iterable of tensors, not one tensor; pass [tensor]")
+    items = list(params)
+    if any(isinstance(item, Mapping) for item in items):
+        return entries_of_groups(items)
+    return entries_of_groups([{"params": items}])
+
+
+def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[Entry, ...]:
+    """The same from param groups, as they are given to torch.optim or as it keeps them (`param_names` beside `params`)."""
+    entries: list[Entry] = []
+    for index, group in enumerate(groups):
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        names = group.get("param_names") or [None] * len(members)
+        for name, member in zip(names, members, strict=True):
+            if isinstance(member, tuple):
+                name, member = member
+            if not isinstance(member, Tensor):
+                raise TypeError(f"params must hold tensors or (name, tensor) pairs, not {type(member).__name__}")
+            entries.append(Entry(name or f"param {len(entries)}", member, index, name is not None, _decay(group)))
+    return tuple(entries)
+
+
+def _decay(group: Mapping[str, Any]) -> str:
+    values = [value for key, value in group.items() if key.startswith(("weight_decay", "distwd_weight_decay"))]
+    return " ".join("tensor" if isinstance(value, Tensor) else f"{value:g}" for value in values)

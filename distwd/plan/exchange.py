@@ -1,0 +1,37 @@
+"""The plan's door to the network: descriptions of pieces go out once, when a plan is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..world import World
+
+
+def gather_rows(rows: Tensor, world: World) -> list[Tensor]:
+    """Every rank's int64 matrix of rows [its number of rows, columns], by rank: two all-gathers."""
+    if world.size == 1:
+        return [rows]
+    counts = torch.cat(_gather(torch.tensor([rows.shape[0]]), world)).tolist()
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    return [part[:count].cpu() for part, count in zip(_gather(padded, world), counts, strict=True)]
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Every rank's (small, picklable) value, by rank; used only to explain what went wrong."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.group)
+    return values
+
+
+def _gather(tensor: Tensor, world: World) -> list[Tensor]:
+    tensor = world.sendable(tensor)
+    parts = [torch.empty_like(tensor) for _ in range(world.size)]
+    dist.all_gather(parts, tensor, group=world.group)
+    return parts

@@ -1,0 +1,74 @@
+"""Prose for what a plan found wrong: which parameters, which ranks, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .owners import Ownership
+from .pieces import Piece
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Clue:
+    """What one rank says of a name in question."""
+
+    name_id: int
+    piece: Piece
+    named: bool
+
+
+def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
+    """One text for all ranks; clues: by rank."""
+    sections = [
+        _section(found.mismatched, clues, "ranks mean different tensors by one name", _meaning, _MISMATCH_FIX),
+        _section(found.uncovered, clues, "the pieces do not cover the whole tensor exactly once", _cut, _COVER_FIX),
+        _section(found.drifted, clues, "copies of one piece have different bits", _cut, _DRIFT_FIX),
+    ]
+    named = all(clue.named for rank in clues for clue in rank)
+    return "\n".join([section for section in sections if section] + ([] if named else [_NAMES_FIX]))
+
+
+_MISMATCH_FIX = "give different parameters different names, and build every rank's model alike."
+_COVER_FIX = "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that holds a piece of it."
+_DRIFT_FIX = (
+    "if they are shards in plain tensors, wrap the model so that they are DTensors (fully_shard, parallelize_module); "
+    "if they are different parameters (experts, pipeline stages), give them different names; if they are copies, they have drifted or were "
+    "initialised differently: broadcast them; check_replicas=False turns this comparison off."
+)
+_NAMES_FIX = "The parameters have no names and were matched by position; pass model.named_parameters(): then ranks may hold different parameters and meshes."
+
+
+def _section(
+    wrong: Sequence[int], clues: Sequence[Sequence[Clue]], problem: str, tell: Callable[[Piece], str], fix: str
+) -> str:
+    if not wrong:
+        return ""
+    lines = [f"  {_account(name_id, clues, tell)}" for name_id in wrong[:_SHOWN]]
+    more = [f"  ... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+    return "\n".join([f"{problem}:", *lines, *more, f"  What to do: {fix}"])
+
+
+def _account(name_id: int, clues: Sequence[Sequence[Clue]], tell: Callable[[Piece], str]) -> str:
+    """`w: rank 0, 1: ... | rank 2: ...`"""
+    ranks: dict[str, list[int]] = {}
+    name = "?"
+    for rank, some in enumerate(clues):
+        for clue in some:
+            if clue.name_id == name_id:
+                name = clue.piece.name
+                ranks.setdefault(tell(clue.piece), []).append(rank)
+    told = " | ".join(f"rank {', '.join(map(str, who))}: {what}" for what, who in ranks.items())
+    return f"{name}: {told}"
+
+
+def _meaning(piece: Piece) -> str:
+    mesh = f" on ranks {list(piece.mesh)}" if piece.mesh else ""
+    return f"{list(piece.shape)} {str(piece.dtype).removeprefix('torch.')} {piece.placements}{mesh}"
+
+
+def _cut(piece: Piece) -> str:
+    cuts = ", ".join("+".join(f"{start}:{stop}" for start, stop in cut) or "nothing" for cut in piece.cuts)
+    return f"[{cuts}] of {list(piece.shape)} ({piece.placements})"

@@ -1,0 +1,86 @@
+"""Who speaks for which piece: pure integer arithmetic over the gathered rows, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .manifest import CHECKSUM, GROUP, MEASURE, META, NAME, NUMEL, WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """What the rows of all ranks say together.
+
+    names: [names] int64, sorted hashes of every name that any rank holds; the order of per-tensor metrics.
+    numel: [names] int64, elements of each whole tensor; group_numel: [param groups] int64, the same by group.
+    name_ids, owned: for each row of `rank` (in its own order), the place of its name in `names`, and whether it speaks for it.
+    mismatched, uncovered, drifted: places in `names` where shapes or dtypes differ, pieces do not cover the whole
+    exactly once, or copies have different bits. All empty: the plan holds.
+    """
+
+    names: Tensor
+    numel: Tensor
+    group_numel: Tensor
+    name_ids: Tensor
+    owned: Tensor
+    mismatched: list[int]
+    uncovered: list[int]
+    drifted: list[int]
+
+
+def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> Ownership:
+    """Find the owner of every piece (the lowest rank that holds it) and what is wrong. Time and memory grow with the number of rows."""
+    table = torch.cat(list(rows))
+    names, name_ids = torch.unique(table[:, NAME], return_inverse=True)
+    order = _stable_order(name_ids, table[:, MEASURE])
+    ids, sorted_table = name_ids[order], table[order]
+    first = _first_of_run(ids, sorted_table[:, MEASURE])
+    # Ranks come in ascending order and the sort is stable: the first of equal pieces is the lowest rank's.
+    speaks = first & (sorted_table[:, NUMEL] > 0)
+    numel = _sum_by(ids[speaks], sorted_table[speaks, NUMEL], len(names))
+    covered = _sum_by(ids[speaks], sorted_table[speaks, MEASURE], len(names))
+    whole = torch.zeros_like(names).scatter_(0, ids, sorted_table[:, WHOLE])
+    run_checksum = sorted_table[first, CHECKSUM][first.cumsum(0) - 1] if len(ids) else ids
+    drift = (sorted_table[:, CHECKSUM] != run_checksum) & (sorted_table[:, NUMEL] > 0)
+    owned = torch.zeros(len(table), dtype=torch.bool)
+    owned[order] = speaks
+    begin = sum(len(part) for part in rows[:rank])
+    own = slice(begin, begin + len(rows[rank]))
+    mismatched = _disagreeing(ids, sorted_table[:, META], len(names))
+    return Ownership(
+        names,
+        numel,
+        _sum_by(sorted_table[speaks, GROUP], sorted_table[speaks, NUMEL], num_groups),
+        name_ids[own],
+        owned[own],
+        mismatched=mismatched.nonzero().flatten().tolist(),
+        uncovered=((covered != whole) & ~mismatched).nonzero().flatten().tolist(),
+        drifted=ids[drift].unique().tolist(),
+    )
+
+
+def _stable_order(major: Tensor, minor: Tensor) -> Tensor:
+    order = torch.argsort(minor, stable=True)
+    return order[torch.argsort(major[order], stable=True)]
+
+
+def _first_of_run(ids: Tensor, measure: Tensor) -> Tensor:
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = (ids[1:] != ids[:-1]) | (measure[1:] != measure[:-1])
+    return first
+
+
+def _sum_by(ids: Tensor, values: Tensor, num_names: int) -> Tensor:
+    # Wraps around at 2^64, as measures do.
+    return torch.zeros(num_names, dtype=torch.int64).index_add_(0, ids, values)
+
+
+def _disagreeing(ids: Tensor, values: Tensor, num_names: int) -> Tensor:
+    zeros = torch.zeros(num_names, dtype=torch.int64)
+    low = zeros.scatter_reduce(0, ids, values, "amin", include_self=False)
+    high = zeros.scatter_reduce(0, ids, values, "amax", include_self=False)
+    return low != high

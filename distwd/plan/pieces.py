@@ -1,0 +1,137 @@
+"""Which piece of a whole tensor does this rank hold? Pure arithmetic on shapes; no communication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from ..local import local_tensor
+
+Intervals = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """This rank's part of one whole tensor.
+
+    cuts: for every dimension of the whole, the intervals [start, stop) of indices held here.
+    mesh: the ranks of the DTensor's mesh, () for a plain tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    cuts: tuple[Intervals, ...]
+    local_shape: tuple[int, ...]
+    placements: str
+    mesh: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return _product(self.local_shape)
+
+
+def describe(name: str, tensor: Tensor) -> Piece:
+    """The piece of `name` that this rank holds in `tensor` (plain tensors are taken as whole).
+
+    Raises ValueError for what no rule can work on: sparse, complex, integer, meta, or `Partial` tensors.
+    """
+    check_tensor(name, tensor)
+    shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
+    if not isinstance(tensor, DTensor):
+        return Piece(name, shape, tensor.dtype, _whole(shape), local, "plain", ())
+    cuts = _cuts(tensor)
+    if _product(local) and tuple(_length(cut) for cut in cuts) != local:
+        raise ValueError(
+            f"{name}: the local tensor has shape {local}, but {tensor.placements} on a mesh of shape "
+            f"{tuple(tensor.device_mesh.shape)} gives {tuple(_length(cut) for cut in cuts)}; "
+            "distribute it with torch's own functions (distribute_tensor, fully_shard), or pass its true shape to DTensor.from_local"
+        )
+    placements = ", ".join(map(short_placement, tensor.placements))
+    ranks = tuple(tensor.device_mesh.mesh.flatten().tolist())
+    return Piece(name, shape, tensor.dtype, cuts, local, placements, ranks)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise ValueError, naming the tensor and the way out, if decay or metrics cannot be computed on it."""
+    local = local_tensor(tensor)
+    if tensor.is_meta or local.is_meta:
+        raise ValueError(f"{name} is a meta tensor, without numbers; call model.to_empty(...) and initialise it first")
+    if local.layout is not torch.strided:
+        raise ValueError(f"{name} is sparse ({local.layout}); use a dense tensor (for an embedding: sparse=False)")
+    if tensor.is_complex():
+        raise ValueError(f"{name} is complex; pass torch.view_as_real of it instead")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; only floating-point tensors can be decayed or measured; leave it out")
+    if isinstance(tensor, DTensor) and any(isinstance(p, Partial) for p in tensor.placements):
+        raise ValueError(
+            f"{name} has a Partial placement {tensor.placements}: its numbers are pending sums; "
+            "call redistribute(placements=...) with Shard or Replicate first"
+        )
+
+
+def short_placement(placement: Placement) -> str:
+    """`S(0)`, `R` or `SS(0,2)`, as torch abbreviates placements."""
+    if isinstance(placement, _StridedShard):
+        return f"SS({placement.dim},{placement.split_factor})"
+    return f"S({placement.dim})" if isinstance(placement, Shard) else "R"
+
+
+def _cuts(tensor: DTensor) -> tuple[Intervals, ...]:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:  # this rank is not in the mesh and holds nothing
+        return tuple(() for _ in tensor.shape)
+    cuts = list(_whole(tuple(tensor.shape)))
+    # torch cuts from the first mesh dimension to the last, each cutting what the one before left.
+    for placement, num_chunks, index in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
+        if isinstance(placement, _StridedShard):
+            parts = (_chunk(cuts[placement.dim], int(placement.split_factor), k) for k in range(int(placement.split_factor)))
+            cuts[placement.dim] = _join(_chunk(part, num_chunks, index) for part in parts)
+        elif isinstance(placement, Shard):
+            cuts[placement.dim] = _chunk(cuts[placement.dim], num_chunks, index)
+    return tuple(cuts)
+
+
+def _whole(shape: tuple[int, ...]) -> tuple[Intervals, ...]:
+    return tuple(((0, size),) for size in shape)
+
+
+def _chunk(intervals: Intervals, num_chunks: int, index: int) -> Intervals:
+    """The `index`-th of `num_chunks` parts, with the sizes of `torch.chunk`; the last ones may be empty."""
+    size = -(-_length(intervals) // num_chunks)
+    return tuple(_take(intervals, size * index, size * (index + 1)))
+
+
+def _take(intervals: Intervals, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for low, high in intervals:
+        first, last = max(low, low + start), min(high, low + stop)
+        if first < last:
+            yield first, last
+        start, stop = start - (high - low), stop - (high - low)
+
+
+def _join(parts: Iterable[Intervals]) -> Intervals:
+    """Concatenate, merging neighbours, so that the same piece is always written the same way."""
+    joined: list[tuple[int, int]] = []
+    for low, high in (interval for part in parts for interval in part):
+        if joined and joined[-1][1] == low:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return tuple(joined)
+
+
+def _length(intervals: Intervals) -> int:
+    return sum(high - low for low, high in intervals)
+
+
+def _product(shape: Iterable[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,134 @@
+"""The plan: who holds what, who speaks for it, and numbers about the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..local import local_like
+from ..metrics.measure import Part, Request, measure
+from ..metrics.metric import Metric, parse_metric
+from ..metrics.moments import wide_dtype
+from ..world import World
+from .build import Built, build
+from .entries import Entry, entries_of
+from .pieces import Piece
+from .table import format_plan
+
+SCOPES = ("all", "group", "tensor")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Who holds which piece of every parameter, and which rank speaks for it.
+
+    Built once, by one exchange of descriptions (56 bytes per parameter and rank); frozen; `print(plan)` shows it as a table.
+    For each piece that several ranks hold, the lowest rank owns it, so that every element of the model counts exactly once.
+
+    >>> import torch
+    >>> plan = Plan.build([("w", torch.ones(2, 3))])
+    >>> plan.metric([torch.full((2, 3), -2.0)], "mad")
+    tensor(2.)
+    """
+
+    world: World
+    entries: tuple[Entry, ...]
+    pieces: tuple[Piece, ...]
+    owned: tuple[bool, ...]
+    cells: tuple[int, ...]
+    num_groups: int
+    _built: Built = field(repr=False)
+    _numel: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(
+        cls, params: Iterable[Any], *, group: dist.ProcessGroup | None = None, check_replicas: bool = True, rules: str = ""
+    ) -> Plan:
+        """Find out, together with the other ranks, who holds what.
+
+        params: tensors, (name, tensor) pairs, or group dicts, as torch.optim takes them; shapes of any kind, float dtypes.
+            Names make errors readable and are needed where ranks hold different parameters.
+        group: the ranks that together hold the model; default all ranks.
+        check_replicas: compare the bits of all copies of a piece (one read of the parameters).
+        rules: a text that must be the same on every rank.
+
+        A collective call: every rank of `group` must make it. Two all-gathers.
+        Raises PlanError, on every rank alike, if a tensor cannot be used, if ranks mean different shapes or dtypes by one name, if the
+        pieces of a name do not cover it exactly once, or if copies differ.
+        """
+        world = World.of(group)
+        entries = entries_of(params)
+        built = build(entries, world, check_replicas, rules)
+        return cls(world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built)
+
+    def metric(self, tensors: Sequence[Tensor | None], metric: str | float = "mad") -> Tensor:
+        """A metric over `tensors`, which correspond to the plan's parameters one by one (their gradients, say).
+
+        tensors: DTensors or local tensors, of the parameters' local shapes; None counts as zeros. metric: as in `global_metric`.
+        Returns a 0-d float32 tensor (float64 if every parameter is float64), with the same bits on every rank. One all-reduce.
+        Raises ValueError if their number or local shapes are not the plan's, or the metric is not known.
+        """
+        kind = parse_metric(metric)
+        if len(tensors) != len(self.entries):
+            raise ValueError(f"plan.metric got {len(tensors)} tensors for a plan of {len(self.entries)} parameters; pass one (or None) for each")
+        with torch.no_grad():
+            locals_ = [None if t is None else local_like(t, e.tensor) for t, e in zip(tensors, self.entries, strict=True)]
+            for local, piece in zip(locals_, self.pieces, strict=True):
+                if local is not None and tuple(local.shape) != piece.local_shape:
+                    raise ValueError(f"{piece.name}: got a local tensor of shape {tuple(local.shape)}, the plan has {piece.local_shape}")
+            (value,) = measure([self.request(kind, locals_)], self.world)
+        return value[0].to(self.result_dtype)
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of metrics: float32, or float64 for a model in float64."""
+        all_wide = bool(self.pieces) and all(piece.dtype == torch.float64 for piece in self.pieces)
+        return torch.float64 if all_wide else torch.float32
+
+    def request(self, metric: Metric, locals_: Sequence[Tensor | None], scope: str = "all", negated: bool = False) -> Request:
+        """What to measure of local tensors in the plan's order; pieces that another rank speaks for are left out."""
+        chosen: dict[tuple[int, torch.device], list[Tensor]] = {}
+        device = self._device(locals_)
+        missing: set[int] = set()
+        cells = self._cells(scope)
+        for local, owned, cell in zip(locals_, self.owned, cells, strict=True):
+            if owned and local is not None:
+                chosen.setdefault((cell, local.device), []).append(local)
+            elif owned:
+                missing.add(cell)
+        parts = [Part(cell, tensors, negated, cell in missing) for (cell, _), tensors in chosen.items()]
+        absent = missing.difference(cell for cell, _ in chosen)
+        parts += [Part(cell, [], zeros=True) for cell in sorted(absent)]
+        return Request(metric, parts, self._numel_of(scope, device))
+
+    def _device(self, locals_: Sequence[Tensor | None]) -> torch.device:
+        return next((local.device for local in locals_ if local is not None), self.world.device)
+
+    def _cells(self, scope: str) -> Sequence[int]:
+        if scope == "all":
+            return (0,) * len(self.entries)
+        return [entry.group for entry in self.entries] if scope == "group" else self.cells
+
+    def _numel_of(self, scope: str, device: torch.device) -> Tensor:
+        """[cells] elements over all ranks, kept on `device`."""
+        if (scope, device) not in self._numel:
+            by_scope = {"all": self._built.numel.sum().reshape(1), "group": self._built.group_numel, "tensor": self._built.numel}
+            self._numel[scope, device] = by_scope[scope].to(device, wide_dtype(device))
+        return self._numel[scope, device]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole model, each counted once."""
+        return int(self._built.numel.sum())
+
+    def fits(self, entries: Sequence[Entry]) -> bool:
+        """Whether `entries` still have the names, groups, shapes and placements that this plan was built for."""
+        return len(entries) == len(self.entries) and all(map(Entry.same_layout, entries, self.entries))
+
+    def __str__(self) -> str:
+        return format_plan(self.world, self.entries, self.pieces, self.owned, self.numel)

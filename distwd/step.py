@@ -1,0 +1,170 @@
+"""A step being assembled: what the transforms of a chain have said so far, and the end where it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .kernels.pull import Mask, Pull, Rate, fold, pull_
+from .local import local_like, local_tensor
+from .plan.entries import Entry
+
+
+@dataclass(slots=True)
+class Batch:
+    """The parameters of one param group, device and dtype that have a gradient this step, as local tensors.
+
+    index: their positions among all parameters. What is pending is scale · (−update if flipped else update) + Σ pulls.
+    At first `update` is the gradients themselves (`owns_update` False: not ours to write to).
+    """
+
+    group: dict[str, Any]
+    group_index: int
+    index: list[int]
+    whole: list[Tensor]
+    params: list[Tensor]
+    grads: list[Tensor]
+    update: list[Tensor]
+    owns_update: bool = False
+    flipped: bool = False
+    scale: Rate = 1.0
+    pulls: list[Pull] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `update` is the pending update as it stands, but perhaps for its sign."""
+        return not self.pulls and self.is_unscaled
+
+    @property
+    def is_unscaled(self) -> bool:
+        """Whether the scale is 1 (a tensor is never known to be)."""
+        return not isinstance(self.scale, Tensor) and self.scale == 1
+
+    @property
+    def mask(self) -> Mask:
+        """What cautious pulls look at."""
+        return Mask(self.update, -1 if self.flipped else 1)
+
+    @property
+    def signed_scale(self) -> Rate:
+        """The factor of `update`."""
+        return -self.scale if self.flipped else self.scale
+
+    def fold(self) -> None:
+        """Make `update` the pending update exactly."""
+        out = self.update if self.owns_update else [torch.empty_like(u) for u in self.update]
+        fold(self.update, self.params, self.pulls, self.signed_scale, out, self.mask)
+        self.update, self.owns_update, self.flipped, self.scale, self.pulls = out, True, False, 1.0, []
+
+
+class Host(Protocol):
+    """An optimizer that has been reached but not yet run; what comes after decides how it is run."""
+
+    reads_params: bool
+
+    def update(self, batches: Sequence[Batch]) -> None:
+        """Put the optimizer's update, times each batch's scale, into `batch.update`; the parameters stay."""
+
+    def can_step(self, batches: Sequence[Batch]) -> bool:
+        """Whether the parameters themselves may be stepped with these scales and pulls."""
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """Write pulls and update to the parameters."""
+
+
+class Rates(Protocol):
+    """Where a rule learns its rate for a batch."""
+
+    def rate(self, place: Any, batch: Batch, settings: Mapping[str, Any]) -> Rate:
+        """λ, or λ times what was measured."""
+
+
+class Step:
+    """One step of a chain, over local tensors; no transform writes before it must.
+
+    entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place. host: an optimizer that waits for what comes after it.
+    """
+
+    def __init__(self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], rates: Rates, hosts: Mapping[int, Host]) -> None:
+        self.entries = entries
+        self.groups = groups
+        self.rates = rates
+        self.hosts = hosts
+        self.batches = list(_batches(entries, groups))
+        self.host: Host | None = None
+
+    def adopt(self, moved: Mapping[Tensor, Tensor]) -> None:
+        """Take as the update what an optimizer has found already: how far it moved each local parameter."""
+        for batch in self.batches:
+            batch.update, batch.owns_update, batch.flipped = [moved[param] for param in batch.whole], True, True
+
+    def source(self, of: str) -> tuple[list[Tensor | None], bool]:
+        """The local tensors that a metric of `of` is taken of, by parameter (None: no gradient), and whether to negate them."""
+        if of == "params":
+            return [local_tensor(entry.tensor) for entry in self.entries], False
+        if of == "update":
+            self.fold()
+        found: list[Tensor | None] = [None] * len(self.entries)
+        for batch in self.batches:
+            for position, tensor in zip(batch.index, batch.grads if of == "grad" else batch.update, strict=True):
+                found[position] = tensor
+        return found, of == "update" and any(batch.flipped for batch in self.batches)
+
+    def fold(self, exact: bool = False) -> None:
+        """Make `batch.update` the update at this place: run a waiting optimizer, add what is pending.
+
+        A flipped sign may stay (optimizers leave −update behind) unless `exact`.
+        """
+        self._run_host()
+        for batch in self.batches:
+            if not batch.is_plain or (exact and batch.flipped):
+                batch.fold()
+
+    def _run_host(self) -> None:
+        if self.host is not None:
+            host, self.host = self.host, None
+            host.update(self.batches)
+
+    def release_params(self) -> None:
+        """Before someone writes to the parameters: whatever still has to read them as they are, reads them now."""
+        waiting = self.host is not None and self.host.reads_params
+        if waiting or any(batch.pulls for batch in self.batches):
+            self.fold()
+
+    def release_grads(self) -> None:
+        """Before someone writes to the gradients: an update that has gone on from them must not see it."""
+        if self.host is not None or any(not batch.is_plain for batch in self.batches):
+            self.fold()
+
+    def write(self) -> None:
+        """The end of the step: p ← p − Σ pulls − scale·update."""
+        if self.host is not None and self.host.can_step(self.batches):
+            self.host.step(self.batches)
+            return
+        self._run_host()
+        for batch in self.batches:
+            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask)
+
+
+def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]]) -> Iterator[Batch]:
+    found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
+    for position, entry in enumerate(entries):
+        param = entry.tensor
+        if param.grad is None:
+            continue
+        local, grad = local_tensor(param), local_like(param.grad, param)
+        key = (entry.group, local.device, local.dtype)
+        if key not in found:
+            found[key] = Batch(groups[entry.group], entry.group, [], [], [], [], [])
+        batch = found[key]
+        batch.index.append(position)
+        batch.whole.append(param)
+        batch.params.append(local)
+        batch.grads.append(grad)
+    for batch in found.values():
+        batch.update = batch.grads
+        yield batch

@@ -1,0 +1,75 @@
+"""What a chain is made of: transforms, and the place each has in one chain."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from .step import Step
+
+
+class Transform(ABC):
+    """One word of the sentence. Holds its defaults only; what a chain changes lives in the chain.
+
+    defaults: hyperparameters by name; each is a key of the chain's param groups. changes: what it may change of
+    "update", "grad" and "params" before the step is written.
+    """
+
+    defaults: dict[str, Any]
+    changes: ClassVar[frozenset[str]] = frozenset({"update"})
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError if these settings (of a param group) are not usable."""
+
+    @abstractmethod
+    def apply(self, step: Step, place: Place) -> None:
+        """Say what this transform does to the step being assembled."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.defaults.items())})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A transform in a chain: its position, its label ("WeightDecay", "WeightDecay_1"), and the group key of each hyperparameter.
+
+    maximize_keys: the keys `maximize` of the optimizers that come later.
+    """
+
+    transform: Transform
+    index: int
+    label: str
+    keys: dict[str, str]
+    maximize_keys: tuple[str, ...] = ()
+
+    def sign(self, group: Mapping[str, Any]) -> int:
+        """−1 if an optimizer after this place maximizes: then the update here will be ascended, and decay must be subtracted from it."""
+        return math.prod(-1 if group[key] else 1 for key in self.maximize_keys)
+
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The transform's hyperparameters as this param group has them now."""
+        return {name: group[key] for name, key in self.keys.items()}
+
+
+def places_of(transforms: Sequence[Transform]) -> tuple[Place, ...]:
+    """Give every transform its place; where a key or a label is taken, the second gets `_1`, and so on."""
+    keys_taken: set[str] = set()
+    labels_taken: set[str] = set()
+    places = []
+    for index, transform in enumerate(transforms):
+        keys = {name: _free(name, keys_taken) for name in transform.defaults}
+        keys_taken.update(keys.values())
+        label = _free(type(transform).__name__, labels_taken)
+        labels_taken.add(label)
+        places.append(Place(transform, index, label, keys))
+    maximize = [place.keys.get("maximize") for place in places]
+    return tuple(replace(p, maximize_keys=tuple(key for key in maximize[p.index + 1 :] if key)) for p in places)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    if name not in taken:
+        return name
+    return next(candidate for number in range(1, len(taken) + 2) if (candidate := f"{name}_{number}") not in taken)
