@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from .decays.rule import Decay
 from .groups import normalised_groups
 from .hosts import Host, SearchHost
 from .local import local_tensor
+from .lr import LR
 from .meter import Meter
-from .metrics.reduce import agree
+from .metrics.reduce import any_rank
 from .phases import describe_phases, num_phases, schedule
-from .plan.entries import Entry, entries_of_groups
+from .plan.entries import Roster
 from .plan.pieces import check_tensor
-from .plan.plan import Plan
+from .plan.plan import Plan, build_plan
+from .sentence import refuse_sentence
 from .step import Step
 from .transform import Place, Transform, places_of
 from .world import World, check_group
@@ -29,18 +29,24 @@ from .wrap import Wrap
 class Chain(torch.optim.Optimizer):
     """An optimizer as a sentence of transforms:  u ← g;  u ← tₖ(…t₁(u));  p ← p − u.
 
-    params: what torch.optim takes: tensors, (name, tensor) pairs (preferred), or group dicts; DTensors on any meshes, plain tensors, or a mix.
-    transforms: rules (`WeightDecay`, ...), optimizers (`Adam`, `Wrap`), `LR`, in the order in which they act. A rule before the optimizer is
-        coupled (L2 in the gradient), between optimizer and `LR` decoupled and scaled by the learning rate, after `LR` not scaled by it.
-    group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this process. No group is created.
+    params: what torch.optim takes: tensors, (name, tensor) pairs (preferred: names make errors readable and pipeline
+        stages work), or group dicts; DTensors on any meshes, plain tensors, or a mix.
+    transforms: rules (`WeightDecay`, ...), optimizers (`Adam`, `Wrap`) and `LR`, in the order in which they act. A rule
+        before the optimizer is coupled (L2 in the gradient), between optimizer and `LR` decoupled and scaled by the
+        learning rate, after `LR` not scaled by it.
+    group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this
+        process. No group is created.
     check_replicas: whether the plan compares the bits of copies (see `Plan.build`).
 
-    Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms bring the same key, the
-    second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: schedulers, hooks, closures, state_dict, checkpoints.
-    Absolute decay never communicates; relative decay costs one all-reduce per phase (`phases` tells how many).
-    Raises ValueError for what cannot work, naming it; PlanError at the first step if the ranks do not agree on who holds what.
+    Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms
+    bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: groups,
+    schedulers, hooks, closures, state_dict, checkpoints. Absolute decay never communicates; relative decay costs one
+    all-reduce per phase (`phases` tells how many).
+    Raises ValueError for what cannot work, naming it; PlanError at the first step if the ranks do not agree on who
+    holds what. Source: the form is torchzero's and optax's.
 
     >>> import torch
+    >>> from distwd import LR, Adam, Chain, RelativeWeightDecay
     >>> model = torch.nn.Linear(3, 1)
     >>> optimizer = Chain(model.named_parameters(), Adam(), RelativeWeightDecay(0.1), LR(1e-3))
     >>> model(torch.ones(2, 3)).sum().backward()
@@ -50,9 +56,13 @@ class Chain(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], *transforms: Transform, group: dist.ProcessGroup | None = None, check_replicas: bool = True
+        self,
+        params: Iterable[Any],
+        *transforms: Transform,
+        group: dist.ProcessGroup | None = None,
+        check_replicas: bool = True,
     ) -> None:
-        _refuse(transforms)
+        refuse_sentence(transforms)
         if group is not None:
             check_group(group)
         self._group = group
@@ -67,8 +77,9 @@ class Chain(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop what can be made again; none of it belongs into a copy or a checkpoint."""
         self._plan: Plan | None = None
-        self._entries: tuple[Entry, ...] = ()
+        self._roster = Roster()
         self._hosts: dict[int, Host] = {}
+        self._search: SearchHost | None = None
         self._meter = Meter(lambda: self.plan)
 
     # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
@@ -79,7 +90,7 @@ class Chain(torch.optim.Optimizer):
         for place in self._places:
             place.transform.check(place.settings(settings))
         super().add_param_group(param_group)
-        if self._hosts:
+        if self._hosts:  # not while the base class adds the first groups
             self._initialize()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -89,7 +100,9 @@ class Chain(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._group is not None:
-            raise TypeError("a Chain with group= cannot be pickled, since a process group cannot; pickle its state_dict() instead")
+            raise TypeError(
+                "a Chain with group= cannot be pickled, since a process group cannot; pickle its state_dict() instead"
+            )
         kept = {"_group": None, "_check_replicas": self._check_replicas, "_places": self._places, "_acted": self._acted}
         return {**super().__getstate__(), **kept}
 
@@ -118,37 +131,41 @@ class Chain(torch.optim.Optimizer):
     @property
     def plan(self) -> Plan:
         """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
-        entries = self._read_entries()
+        entries = self._roster.read(self.param_groups)
         if self._plan is None or not self._plan.fits(entries):
-            self._plan = Plan.build(self.param_groups, group=self._group, check_replicas=self._check_replicas, rules=self._rules())
+            self._plan = build_plan(entries, self._group, self._check_replicas, self._rules())
         return self._plan
 
     @property
     def phases(self) -> int:
-        """Collectives per step (a closure target's: per evaluation of the closure). 0 for absolute rules, and on one rank."""
+        """Collectives per step (of a closure target: per evaluation of the closure); 0 for absolute rules and on one rank."""
         world = World.of(self._group)
-        return sum(num_phases(schedule(places, self.param_groups), world) for places in (self._in_step, self._in_closure))
+        return sum(num_phases(schedule(places, self.param_groups), world) for places in self._sentences)
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """The last `metric` and `coefficient` (λ·metric, before any learning rate) of every relative rule, by its label in `repr`.
+        """The last `metric` and `coefficient` (λ·metric, without learning rate) of every relative rule, by its label in `repr`.
 
-        0-d tensors, not synchronised: for scope="all" one (by group index if groups have settings of their own), for "group" by group index, for "tensor" by
-        the names of the parameters that this rank holds. {} before the first step.
+        0-d tensors, not synchronised. For scope="all" one of each (by group index where groups have settings of their own),
+        for "group" by group index, for "tensor" by the names of the parameters that this rank holds. {} before the first step.
         """
         return self._meter.stats()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
         self._check_step(closure)
         if self._is_rehearsal():
             return self._rehearse()
         evaluate = None if closure is None else self._decaying(closure)
-        loss, moved = self._evaluate(evaluate)
+        if self._search is None:
+            loss, moved = (None if evaluate is None else evaluate()), None
+        else:
+            assert evaluate is not None
+            loss, moved = self._search.search(evaluate)
         step = self._new_step()
         if moved is not None:
             step.adopt(moved)
-        self._act(step, self._in_step)
+        self._act(step, self._sentences[0])
         step.write()
         self._acted = True
         return loss
@@ -156,15 +173,13 @@ class Chain(torch.optim.Optimizer):
     # --- a step ------------------------------------------------------------------------------------------------------
 
     @property
-    def _in_step(self) -> tuple[Place, ...]:
-        return tuple(place for place in self._places if getattr(place.transform, "target", None) != "closure")
-
-    @property
-    def _in_closure(self) -> tuple[Place, ...]:
-        return tuple(place for place in self._places if getattr(place.transform, "target", None) == "closure")
+    def _sentences(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+        """What acts in the step, and what acts in every evaluation of the closure."""
+        inside = tuple(place for place in self._places if getattr(place.transform, "target", None) == "closure")
+        return tuple(place for place in self._places if place not in inside), inside
 
     def _new_step(self) -> Step:
-        return Step(self._entries, self.param_groups, self._meter, self._live_hosts())
+        return Step(self._roster.read(self.param_groups), self.param_groups, self._meter, self._hosts)
 
     def _act(self, step: Step, places: Sequence[Place]) -> None:
         """Let every transform have its say, measuring before the first that needs it."""
@@ -175,27 +190,21 @@ class Chain(torch.optim.Optimizer):
             place.transform.apply(step, place)
 
     def _check_step(self, closure: Callable[[], Any] | None) -> None:
-        if closure is None and self._in_closure:
-            raise ValueError(f"{self._in_closure[0].label} has target='closure': call step(closure) with a function that evaluates the model")
-        entries = self._read_entries()
-        if any(schedule(places, self.param_groups) for places in (self._in_step, self._in_closure)):
-            self.plan  # noqa: B018  (checks all tensors together with the other ranks, before anything is changed)
+        """Refuse what cannot work before anything is changed, together with the other ranks where a plan is needed."""
+        if not self._hosts and self._search is None:
+            self._make_hosts()
+        if closure is None and self._sentences[1]:
+            label = self._sentences[1][0].label
+            raise ValueError(
+                f"{label} has target='closure': call step(closure) with a function that evaluates the model"
+            )
+        if closure is None and self._search is not None and self._acted:
+            raise ValueError(f"{self._search.cls.__name__} evaluates the model itself: call step(closure)")
+        if any(schedule(places, self.param_groups) for places in self._sentences):
+            _ = self.plan
         elif not self._acted:
-            for entry in entries:
+            for entry in self._roster.read(self.param_groups):
                 check_tensor(entry.name, entry.tensor)
-
-    def _read_entries(self) -> tuple[Entry, ...]:
-        """The parameters as the groups hold them now: others may replace them between steps."""
-        self._entries = entries_of_groups(self.param_groups)
-        return self._entries
-
-    def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, dict[Tensor, Tensor] | None]:
-        search = next((host for host in self._live_hosts().values() if isinstance(host, SearchHost)), None)
-        if search is not None:
-            if closure is None:
-                raise ValueError(f"{search.cls.__name__} evaluates the model itself: call step(closure)")
-            return search.search(closure)
-        return (None if closure is None else closure()), None
 
     def _decaying(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with the decays of target="closure" added to the gradients after every evaluation."""
@@ -203,23 +212,27 @@ class Chain(torch.optim.Optimizer):
         def evaluate() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            if self._in_closure:
+            if self._sentences[1]:
                 with torch.no_grad():
-                    self._act(self._new_step(), self._in_closure)
+                    self._act(self._new_step(), self._sentences[1])
             return loss
 
         return evaluate
 
-    def _live_hosts(self) -> dict[int, Host]:
-        if not self._hosts:
-            wraps = [place for place in self._places if isinstance(place.transform, Wrap)]
-            for number, place in enumerate(wraps):
-                self._hosts[place.index] = place.transform.host(place, self, f"_{number}" if number else "")
-        return self._hosts
+    def _make_hosts(self) -> None:
+        wraps = [(place, place.transform) for place in self._places if isinstance(place.transform, Wrap)]
+        for number, (place, wrap) in enumerate(wraps):
+            host = wrap.host(place, self, f"_{number}" if number else "")
+            if isinstance(host, SearchHost):
+                self._search = host
+            else:
+                self._hosts[place.index] = host
 
     def _initialize(self) -> None:
+        """Make every wrapped optimizer's state now, so that every rank has every key from the start."""
+        self._make_hosts()
         members = [(group, param) for group in self.param_groups for param in group["params"]]
-        for host in self._live_hosts().values():
+        for host in self._hosts.values():
             host.initialize(members)
 
     # --- the hidden step of checkpoints ------------------------------------------------------------------------------
@@ -227,40 +240,23 @@ class Chain(torch.optim.Optimizer):
     def _is_rehearsal(self) -> bool:
         """Whether this step only asks for the state to exist: nothing has been stepped yet, every lr is 0 and so is every gradient.
 
-        torch.distributed.checkpoint and others step an optimizer so; a decay that is not scaled by lr would then change parameters.
+        torch.distributed.checkpoint and others step an optimizer so; a decay that is not scaled by lr would change parameters.
         """
-        keys = [place.keys["lr"] for place in self._places if "lr" in place.keys and not isinstance(place.transform, Wrap)]
+        keys = [place.keys["lr"] for place in self._places if isinstance(place.transform, LR)]
         if self._acted or any(group[key] != 0 for group in self.param_groups for key in keys):
             return False
-        grads = [local_tensor(e.tensor.grad) for e in self._entries if e.tensor.grad is not None]
+        entries = self._roster.read(self.param_groups)
+        grads = [local_tensor(e.tensor.grad) for e in entries if e.tensor.grad is not None]
         moved = torch.tensor(any(bool(grad.count_nonzero() > 0) for grad in grads))
-        if self.phases and keys:
-            moved = agree(moved, World.of(self._group))
+        if keys and self.phases:
+            moved = any_rank(moved, World.of(self._group))
         return bool(grads) and not bool(moved)
 
     def _rehearse(self) -> None:
         step = self._new_step()
-        for host in self._live_hosts().values():
-            if not any(host.has_state(entry.tensor) for entry in self._entries):
+        for host in self._hosts.values():
+            if not any(host.has_state(entry.tensor) for entry in step.entries):
                 host.update(step.batches)
 
     def _rules(self) -> str:
-        return " | ".join(describe_phases(schedule(places, self.param_groups)) for places in (self._in_step, self._in_closure))
-
-
-def _refuse(transforms: Sequence[Any]) -> None:
-    """Raise ValueError for a sentence that cannot be read."""
-    if not transforms:
-        raise ValueError("Chain needs at least one transform, e.g. Chain(params, Adam(), WeightDecay(0.1), LR(1e-3))")
-    for transform in transforms:
-        if isinstance(transform, type) and issubclass(transform, Transform):
-            raise ValueError(f"{transform.__name__} is a class; write {transform.__name__}(...)")
-        if not isinstance(transform, Transform):
-            raise ValueError(f"{transform!r} is not a transform; wrap a torch optimizer class as Wrap({getattr(transform, '__name__', 'TheClass')}, ...)")
-    searching = [i for i, transform in enumerate(transforms) if isinstance(transform, Wrap) and transform.searches]
-    for index in searching[:1]:
-        before = [t for t in transforms[:index] if not (isinstance(t, Decay) and t.target == "closure")]
-        if before or len([t for t in transforms if isinstance(t, Wrap)]) > 1:
-            raise ValueError(
-                f"{transforms[index]!r} evaluates the gradient itself, so nothing but rules with target='closure' may stand before it, and no second optimizer beside it"
-            )
+        return " | ".join(describe_phases(schedule(places, self.param_groups)) for places in self._sentences)

@@ -12,7 +12,9 @@ def check_nonnegative(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a finite number ≥ 0 or a tensor with one such element (not meta)."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"{name} must be a number or a 0-d tensor, not a tensor of shape {tuple(value.shape)}; pass one number")
+            raise ValueError(
+                f"{name} must be a number or a 0-d tensor, not a tensor of shape {tuple(value.shape)}; pass one number"
+            )
         if value.is_meta:
             return
         value = value.item()  # at construction only; never in a step
@@ -25,7 +27,9 @@ def check_nonnegative(name: str, value: Any) -> None:
 def check_ord(ord: Any) -> None:
     """Raise ValueError unless `ord` is a finite number ≥ 1."""
     if isinstance(ord, bool) or not isinstance(ord, (int, float)) or not ord >= 1 or math.isinf(ord):
-        raise ValueError(f"ord={ord!r} is not usable: the direction sign(p)·|p|^(ord-1) needs a finite number ord >= 1; 2 is ordinary weight decay")
+        raise ValueError(
+            f"ord={ord!r} is not usable: the direction sign(p)·|p|^(ord-1) needs a finite number ord >= 1; 2 is ordinary weight decay"
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ class PlanError(ValueError):
 
     The message names the parameters, the ranks and what to change. Nothing has been modified when it is raised.
 
+    >>> from distwd import PlanError
     >>> issubclass(PlanError, ValueError)
     True
     """

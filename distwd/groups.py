@@ -18,7 +18,9 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
     Raises ValueError for no parameters in a world of one, TypeError for a lone tensor, both as torch.
     """
     if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, (name, tensor) pairs or group dicts, not one tensor; pass [tensor]")
+        raise TypeError(
+            "params must be an iterable of tensors, (name, tensor) pairs or group dicts, not one tensor; pass [tensor]"
+        )
     items = list(params)
     if not items:
         if World.of(group).size == 1:
@@ -36,7 +38,9 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
 
 def _members(params: Any) -> list[Any]:
     if isinstance(params, set):
-        raise TypeError("params of a group must be an ordered collection, not a set: ranks would disagree on the order; pass a list")
+        raise TypeError(
+            "params of a group must be an ordered collection, not a set: ranks would disagree on the order; pass a list"
+        )
     return [params] if isinstance(params, Tensor) else list(params)
 
 

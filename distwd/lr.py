@@ -20,6 +20,7 @@ class LR(Transform):
     Raises ValueError for lr < 0. Source: torchzero's `LR`.
 
     >>> import torch
+    >>> from distwd import LR, Chain
     >>> w = torch.nn.Parameter(torch.ones(2)); w.grad = torch.ones(2)
     >>> Chain([w], LR(0.5)).step()
     >>> w.detach()

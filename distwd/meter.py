@@ -55,7 +55,8 @@ class Meter:
         """λ for an absolute rule; for a relative one the coefficient, as a tensor: one number, or one by parameter."""
         readings = self._readings.get(place.label, {})
         if batch.group_index not in readings:
-            return settings["weight_decay"]
+            decay: Rate = settings["weight_decay"]
+            return decay
         reading = readings[batch.group_index]
         coefficient = reading.coefficient.to(wide_dtype(reading.coefficient.device))
         if reading.need.scope == "tensor":
@@ -76,7 +77,9 @@ class Meter:
         for index, reading in readings.items():
             values = getattr(reading, key).to(plan.result_dtype if key == "metric" else torch.float32)
             if reading.need.scope == "tensor":
-                told.update({e.name: values[cell] for e, cell in zip(plan.entries, plan.cells, strict=True) if e.group == index})
+                told.update(
+                    {e.name: values[cell] for e, cell in zip(plan.entries, plan.cells, strict=True) if e.group == index}
+                )
             else:
                 told[index] = values[index if reading.need.scope == "group" else 0]
         one = len({id(getattr(reading, key)) for reading in readings.values()}) == 1

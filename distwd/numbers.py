@@ -30,14 +30,12 @@ def global_metric(
     Raises ValueError for an unknown metric, PlanError (see `Plan.build`) for tensors that are not what they seem.
 
     >>> import torch
+    >>> from distwd import global_metric
     >>> global_metric([torch.tensor([3.0, -4.0])], "l2")
     tensor(5.)
     """
     parse_metric(metric)
-    items = list(tensors) if not isinstance(tensors, Tensor) else tensors
-    if names is not None:
-        items = _with_names(items, names)
-    plan = Plan.build(items, group=group)
+    plan = Plan.build(tensors if names is None else _with_names(tensors, names), group=group)
     return plan.metric([entry.tensor for entry in plan.entries], metric)
 
 

@@ -61,7 +61,7 @@ class Batch:
         self.update, self.owns_update, self.flipped, self.scale, self.pulls = out, True, False, 1.0, []
 
 
-class Host(Protocol):
+class Waiting(Protocol):
     """An optimizer that has been reached but not yet run; what comes after decides how it is run."""
 
     reads_params: bool
@@ -86,16 +86,19 @@ class Rates(Protocol):
 class Step:
     """One step of a chain, over local tensors; no transform writes before it must.
 
-    entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place. host: an optimizer that waits for what comes after it.
+    entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place.
+    host: an optimizer that waits for what comes after it.
     """
 
-    def __init__(self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], rates: Rates, hosts: Mapping[int, Host]) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], rates: Rates, hosts: Mapping[int, Any]
+    ) -> None:
         self.entries = entries
         self.groups = groups
         self.rates = rates
         self.hosts = hosts
         self.batches = list(_batches(entries, groups))
-        self.host: Host | None = None
+        self.host: Waiting | None = None
 
     def adopt(self, moved: Mapping[Tensor, Tensor]) -> None:
         """Take as the update what an optimizer has found already: how far it moved each local parameter."""
@@ -156,6 +159,10 @@ def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]]) -> Iter
         param = entry.tensor
         if param.grad is None:
             continue
+        if param.grad.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of {entry.name} is sparse; use dense gradients (for an embedding: sparse=False)"
+            )
         local, grad = local_tensor(param), local_like(param.grad, param)
         key = (entry.group, local.device, local.dtype)
         if key not in found:

@@ -28,9 +28,9 @@ class World:
     def of(cls, group: dist.ProcessGroup | None) -> World:
         """The world of `group`; for None all ranks if torch.distributed is initialised, else this process."""
         if group is None:
-            if not (dist.is_available() and dist.is_initialized()):
-                return cls(None, 0, 1, (), torch.device("cpu"))
-            group = dist.group.WORLD
+            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if group is None:
+            return cls(None, 0, 1, (), torch.device("cpu"))
         check_group(group)
         serves = tuple(device.type for device in group._device_types)
         return cls(group, dist.get_rank(group), dist.get_world_size(group), serves, _device(serves))
@@ -43,7 +43,9 @@ class World:
 def check_group(group: Any) -> None:
     """Raise ValueError for what is not a process group that this process belongs to."""
     if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: this process is not a member of it; build the optimizer only on the ranks of the group")
+        raise ValueError(
+            "group: this process is not a member of it; build the optimizer only on the ranks of the group"
+        )
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"group must be a torch.distributed.ProcessGroup, not {type(group).__name__}; for a DeviceMesh pass mesh.get_group(...)"

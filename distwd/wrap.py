@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hosts import Host, host_for, needs_closure
+from .hosts import Host, SearchHost, host_for, needs_closure
 from .step import Step
 from .transform import Place, Transform
 
@@ -16,15 +16,18 @@ from .transform import Place, Transform
 class Wrap(Transform):
     """A torch optimizer as a transform:  u ← what `optimizer_class` would subtract from the parameters for the gradient u, at lr 1.
 
-    optimizer_class: a subclass of torch.optim.Optimizer. kwargs: its arguments but `lr` (that is `LR`'s) and `weight_decay`
-    (a rule's, at its own place); each becomes a key of the chain's param groups, so groups may differ in them.
-    Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the local shards, whatever the
-    meshes; any other runs on the parameters themselves, as it would alone, one inner group for each mesh. Where nothing later in
-    the chain needs the update, the optimizer steps the parameters directly.
+    optimizer_class: a subclass of torch.optim.Optimizer. kwargs: its arguments but `lr` (that is `LR`'s) and
+        `weight_decay` (a rule's, at its own place); each becomes a key of the chain's param groups.
+    Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the local
+    shards, whatever the meshes; any other runs on the parameters themselves, as it would alone, one inner group for each
+    mesh. Where nothing later in the chain needs the update, an elementwise optimizer steps the parameters directly.
     Optimizers that need a closure (LBFGS) come first in a chain, but for rules with target="closure".
+    State lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's: "exp_avg_1").
     Raises ValueError for `lr`, a non-zero `weight_decay`, or arguments that the class refuses.
+    Source: torch.optim; the form is torchzero's `Wrap`.
 
     >>> import torch
+    >>> from distwd import LR, Chain, Wrap
     >>> w = torch.nn.Parameter(torch.ones(2)); w.grad = torch.ones(2)
     >>> Chain([w], Wrap(torch.optim.SGD, momentum=0.9), LR(0.5)).step()
     >>> w.detach()
@@ -43,15 +46,20 @@ class Wrap(Transform):
     @staticmethod
     def _refuse(optimizer_class: Any, kwargs: dict[str, Any]) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-            raise ValueError(f"Wrap takes a class of torch.optim.Optimizer, not {optimizer_class!r}; for an optimizer that exists already use it as it is")
+            raise ValueError(
+                f"Wrap takes a class of torch.optim.Optimizer, not {optimizer_class!r}; pass the class, and its arguments "
+                "as keywords"
+            )
         name = optimizer_class.__name__
         if "lr" in kwargs:
             raise ValueError(f"{name} inside a chain has lr 1; remove lr= here and put LR({kwargs['lr']!r}) behind it")
         decay = kwargs.get("weight_decay", 0)
         if isinstance(decay, Tensor) or decay != 0:
-            raise ValueError(f"{name} inside a chain has weight_decay 0; put WeightDecay({decay!r}) before it (coupled) or behind it (decoupled)")
+            raise ValueError(
+                f"{name} inside a chain has weight_decay 0; put WeightDecay({decay!r}) before it (coupled) or behind it (decoupled)"
+            )
 
-    def host(self, place: Place, chain: torch.optim.Optimizer, suffix: str) -> Host:
+    def host(self, place: Place, chain: torch.optim.Optimizer, suffix: str) -> Host | SearchHost:
         """The optimizer that does the work for one chain."""
         return host_for(self.optimizer_class, {**self.kwargs, **self.fixed}, place, chain, suffix)
 
@@ -86,6 +94,7 @@ class Adam(Wrap):
     Raises ValueError as torch.optim.Adam does. Source: Kingma & Ba, arXiv 1412.6980.
 
     >>> import torch
+    >>> from distwd import LR, Adam, Chain
     >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([1.0, -2.0])
     >>> Chain([w], Adam(eps=0.0), LR(0.5)).step()
     >>> w.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from .weight_decay import WeightDecay
 class DirectWeightDecay(WeightDecay):
     """Decay the parameters at once, whatever else the chain does:  p ← p − λ·sign(p)·|p|^(ord−1).
 
-    Not scaled by the learning rate, wherever it stands; transforms behind it see the decayed parameters. λ, ord and errors as `WeightDecay`, of which this is target="params_direct".
-    Parameters without a gradient are left alone, as by every transform. No communication. Source: torchzero's `DirectWeightDecay`.
+    Not scaled by the learning rate, wherever it stands; transforms behind it see the decayed parameters.
+    λ, ord, shapes, dtypes and errors as `WeightDecay`, of which this is target="params_direct". Parameters without a
+    gradient are left alone, as by every transform. No communication. Source: torchzero's `DirectWeightDecay`.
 
     >>> import torch
+    >>> from distwd import LR, Chain, DirectWeightDecay
     >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0])); w.grad = torch.zeros(2)
     >>> Chain([w], DirectWeightDecay(0.1), LR(0.5)).step()
     >>> w.detach()
@@ -34,7 +37,9 @@ class DirectWeightDecay(WeightDecay):
 
 @torch.no_grad()
 def decay_weights_(
-    params: Iterable[Tensor | tuple[str, Tensor]], weight_decay: float | Tensor | Sequence[float | Tensor], ord: float = 2
+    params: Iterable[Tensor | tuple[str, Tensor]],
+    weight_decay: float | Tensor | Sequence[float | Tensor],
+    ord: float = 2,
 ) -> None:
     """Decay parameters in place, now:  p ← p − λ·sign(p)·|p|^(ord−1).
 
@@ -44,6 +49,7 @@ def decay_weights_(
     Source: torchzero's `decay_weights_`.
 
     >>> import torch
+    >>> from distwd import decay_weights_
     >>> w = torch.tensor([1.0, -2.0])
     >>> decay_weights_([w], 0.1, ord=1)
     >>> w
@@ -52,8 +58,8 @@ def decay_weights_(
     entries = entries_of(params)
     decays = list(weight_decay) if isinstance(weight_decay, Sequence) else [weight_decay] * len(entries)
     _refuse(entries, decays, ord)
-    batches: dict[object, list[Tensor]] = {}
-    strengths: dict[object, float | Tensor] = {}
+    batches: dict[Any, list[Tensor]] = {}
+    strengths: dict[Any, float | Tensor] = {}
     for entry, decay in zip(entries, decays, strict=True):
         local = local_tensor(entry.tensor)
         key = (local.device, local.dtype, id(decay) if isinstance(decay, Tensor) else decay)
@@ -66,7 +72,9 @@ def decay_weights_(
 def _refuse(entries: Sequence[Entry], decays: Sequence[float | Tensor], ord: float) -> None:
     check_ord(ord)
     if len(decays) != len(entries):
-        raise ValueError(f"weight_decay has {len(decays)} entries for {len(entries)} parameters; give one number, or one for each")
+        raise ValueError(
+            f"weight_decay has {len(decays)} entries for {len(entries)} parameters; give one number, or one for each"
+        )
     for decay in decays:
         check_nonnegative("weight_decay", decay)
     seen: set[int] = set()

@@ -15,18 +15,23 @@ from .rule import NORM_INPUTS, SCOPES, Decay, Need, check_target
 class RelativeWeightDecay(Decay):
     """Decay in proportion to a number about the whole model:  u ← u + λ·M(x)·sign(p)·|p|^(ord−1).
 
-    M is `metric` over all elements x of `norm_input`, each counted once however the model is sharded; the same on every rank, from one all-reduce.
+    M is `metric` over all elements x of `norm_input`, each counted once however the model is sharded; the same on every
+    rank, from one all-reduce. Accumulated in float64; λ·M is rounded once, to float32.
     weight_decay: λ ≥ 0, float or 0-d tensor, per step; scaled by the learning rate if `LR` stands behind the rule.
     ord: ≥ 1, as in `WeightDecay`. target: as in `WeightDecay`.
-    norm_input: "update" (the update at this place of the chain), "grad" (the gradient as the step began, or as a target="grad" transform left it), "params".
-    metric: "mad" (mean |x|), "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf", or a number p; see `global_metric`.
-    cautious: decay only where update·p > 0, as `CautiousWeightDecay`. scope: one number over "all" parameters of the optimizer, one per param "group", or one
-    per "tensor"; the cost is one all-reduce in any case.
-    All but `target`, `cautious` and `scope` are keys of the param groups. Accumulated in float64; λ·M is rounded once, to float32.
-    A missing gradient counts as zeros. Raises ValueError for any value not named here.
+    norm_input: "update" (the update at this place of the chain), "grad" (the gradient as the step began, or as a
+        target="grad" transform left it) or "params". A missing gradient counts as zeros.
+    metric: "mad" (mean |x|), "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf", or a number p; see
+        `global_metric`.
+    cautious: decay only where update·p > 0, as `CautiousWeightDecay`.
+    scope: one number over "all" parameters of the optimizer, one per param "group", or one per "tensor"; the cost is one
+        all-reduce in any case.
+    All but `target`, `cautious` and `scope` are keys of the param groups. Parameters: any float dtype and sharding.
+    Raises ValueError for any value not named here.
     Source: torchzero's `RelativeWeightDecay`.
 
     >>> import torch
+    >>> from distwd import LR, Chain, RelativeWeightDecay
     >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0])); w.grad = torch.tensor([3.0, -5.0])
     >>> chain = Chain([w], RelativeWeightDecay(0.1, norm_input="grad"), LR(0.5))
     >>> chain.step()

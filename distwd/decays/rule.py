@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checks import check_choice, check_nonnegative, check_ord
 from ..kernels.pull import Pull, fold, pull_
-from ..metrics.metric import Metric, parse_metric
+from ..metrics.metric import Metric
 from ..step import Batch, Step
 from ..transform import Place, Transform
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ _POW_PIECE = 1 << 14
 _WHOLE_VECTORS = 64
 
 
-def direction(ps: Sequence[Tensor], ord: float) -> list[Tensor]:
+def direction(ps: list[Tensor], ord: float) -> list[Tensor]:
     """d(p) of each tensor, as new tensors. ord ≥ 1: 1 gives sign(p), 2 gives p."""
     if ord == 2:
         return [p.clone() for p in ps]
@@ -24,7 +22,7 @@ def direction(ps: Sequence[Tensor], ord: float) -> list[Tensor]:
     return magnitudes
 
 
-def masked_(values: list[Tensor], us: Sequence[Tensor], ps: Sequence[Tensor], sign: int) -> None:
+def masked_(values: list[Tensor], us: list[Tensor], ps: list[Tensor], sign: int) -> None:
     """values ← values · [sign·u·p > 0], in place."""
     # The sign of u, not u itself: a product of two small numbers would vanish.
     keep = list(torch._foreach_sign(us))

@@ -45,38 +45,57 @@ class Pull:
 class Mask:
     """What cautious pulls look at: the tensors `us`, read as sign·u."""
 
-    us: Sequence[Tensor]
+    us: list[Tensor]
     sign: int = 1
 
 
 def pull_(
-    params: Sequence[Tensor], pulls: Sequence[Pull], updates: Sequence[Tensor] | None = None, scale: Rate = 1.0, mask: Mask | None = None
+    params: list[Tensor],
+    pulls: Sequence[Pull],
+    updates: list[Tensor] | None = None,
+    scale: Rate = 1.0,
+    mask: Mask | None = None,
 ) -> None:
     """p ← p − Σ pull(p) − scale·u, in place; every pull is of p as it was before.
 
     params, updates: local tensors of equal shapes; updates None: there is nothing but the pulls.
-    For linear pulls this is one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary; anything else needs
-    temporaries of a block. bf16 and fp16 are computed in float32 and rounded once.
+    For linear pulls this is one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary; anything
+    else needs temporaries of a block. bf16 and fp16 are computed in float32 and rounded once.
     """
-    has_mask = mask is not None and any(pull.cautious for pull in pulls)
-    lists = [params, *([updates] if updates is not None else []), *([mask.us] if has_mask else [])]
+    lists = [params] if updates is None else [params, updates]
+    mask = _needed(mask, pulls, lists)
     for places, (ps, *rest) in blocks(*lists):
         ps_wide, *rest_wide = _widened(ps, *rest)
-        block_mask = Mask(rest_wide[-1], mask.sign) if has_mask else None
-        _pull_block_(ps_wide, places, pulls, rest_wide[0] if updates is not None else None, scale, block_mask)
+        block_mask = None if mask is None else Mask(rest_wide[-1], mask.sign)
+        _pull_block_(ps_wide, places, pulls, None if updates is None else rest_wide[0], scale, block_mask)
         if ps_wide is not ps:
             torch._foreach_copy_(ps, ps_wide)
 
 
 def fold(
-    updates: Sequence[Tensor], params: Sequence[Tensor], pulls: Sequence[Pull], scale: Rate, out: Sequence[Tensor], mask: Mask | None = None
+    updates: list[Tensor],
+    params: list[Tensor],
+    pulls: Sequence[Pull],
+    scale: Rate,
+    out: list[Tensor],
+    mask: Mask | None = None,
 ) -> None:
     """out ← scale·u + Σ sign·pull(p): what is pending becomes part of the update. `out` may be `updates` itself."""
-    has_mask = mask is not None and any(pull.cautious for pull in pulls)
-    for places, (us, ps, outs, *rest) in blocks(updates, params, out, *([mask.us] if has_mask else [])):
-        us_wide, ps_wide, *masks = _widened(us, ps, *rest)
-        block_mask = Mask(masks[0], mask.sign) if has_mask else None
+    lists = [params, out, updates]
+    mask = _needed(mask, pulls, lists)
+    for places, (ps, outs, *rest) in blocks(*lists):
+        ps_wide, us_wide, *masks = _widened(ps, *rest)
+        block_mask = None if mask is None else Mask((masks or [us_wide])[0], mask.sign)
         torch._foreach_copy_(outs, _folded(us_wide, ps_wide, places, pulls, scale, block_mask))
+
+
+def _needed(mask: Mask | None, pulls: Sequence[Pull], lists: list[list[Tensor]]) -> Mask | None:
+    """The mask, if a pull looks at it; its tensors then are the last of `lists`."""
+    if mask is None or not any(pull.cautious for pull in pulls):
+        return None
+    if mask.us is not lists[-1]:
+        lists.append(mask.us)
+    return mask
 
 
 def _widened(*lists: list[Tensor]) -> list[list[Tensor]]:
@@ -89,17 +108,14 @@ def _widened(*lists: list[Tensor]) -> list[list[Tensor]]:
 def _folded(
     us: list[Tensor], ps: list[Tensor], places: list[int], pulls: Sequence[Pull], scale: Rate, mask: Mask | None
 ) -> list[Tensor]:
-    strengths = [_strength(pull, ps, places, mask) if not _as_torch_adds(pull) else ps for pull in pulls]
     result = us if _is_one(scale) else list(torch._foreach_mul(us, _factor(scale, places, us)))
-    for pull, strength in zip(pulls, strengths, strict=True):
-        alpha = pull.sign * (pull.rate if _as_torch_adds(pull) else 1)
-        result = list(torch._foreach_add(result, strength, alpha=alpha))
+    for pull in pulls:
+        if pull.is_linear and not isinstance(pull.rate, Tensor):
+            # With one rounding, as torch's own optimizers add their weight_decay to the gradient.
+            result = list(torch._foreach_add(result, ps, alpha=pull.sign * pull.rate))
+        else:
+            result = list(torch._foreach_add(result, _strength(pull, ps, places, mask), alpha=pull.sign))
     return result
-
-
-def _as_torch_adds(pull: Pull) -> bool:
-    """Whether torch's own optimizers would add this to the gradient, with one rounding: grad.add(param, alpha=weight_decay)."""
-    return pull.is_linear and not isinstance(pull.rate, Tensor)
 
 
 def _pull_block_(

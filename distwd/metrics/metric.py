@@ -81,6 +81,7 @@ _NAMED = {
 def parse_metric(metric: str | float) -> Metric:
     """The Metric that a user's word or number names.
 
+    >>> from distwd.metrics.metric import parse_metric
     >>> parse_metric("l2") == parse_metric(2)
     True
 
@@ -94,7 +95,8 @@ def parse_metric(metric: str | float) -> Metric:
     elif isinstance(metric, (int, float)) and not isinstance(metric, bool) and not math.isnan(metric):
         return _norm(float(metric))
     raise ValueError(
-        f"metric={metric!r} is not known; use one of {', '.join(map(repr, _NAMED))}, 'l0', 'l1', 'l2', 'l3', 'l4', 'linf', or a number p for the p-norm"
+        f"metric={metric!r} is not known; use one of {', '.join(map(repr, _NAMED))}, 'l0', 'l1', 'l2', 'l3', 'l4', "
+        "'linf', or a number p for the p-norm"
     )
 
 

@@ -40,8 +40,8 @@ def reduce_partials(partials: Sequence[Partial], world: World) -> Totals:
     return totals
 
 
-def agree(flag: Tensor, world: World) -> Tensor:
-    """Whether the boolean 0-d `flag` is true on any rank."""
+def any_rank(flag: Tensor, world: World) -> Tensor:
+    """Whether the boolean 0-d `flag` is true on any rank; one all-reduce."""
     return _all_reduce(flag.to(torch.int32).reshape(1), dist.ReduceOp.MAX, world)[0] > 0
 
 
@@ -57,7 +57,9 @@ def _extremes(partials: list[Partial], world: World) -> list[Tensor]:
     # All as maxima. Backends do not agree on what the maximum with a NaN is, so NaNs travel as a flag of their own.
     values = [-p.values if p.moment.kind == "min" else p.values for p in partials]
     packed = _pack(values, world)
-    flagged = torch.cat([packed.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), packed.isnan().to(packed.dtype)])
+    flagged = torch.cat(
+        [packed.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), packed.isnan().to(packed.dtype)]
+    )
     reduced, is_nan = _all_reduce(flagged, dist.ReduceOp.MAX, world).chunk(2)
     unpacked = _unpack(torch.where(is_nan > 0, torch.nan, reduced), values)
     return [-v if p.moment.kind == "min" else v for p, v in zip(partials, unpacked, strict=True)]

@@ -40,7 +40,11 @@ def build(entries: Sequence[Entry], world: World, check_replicas: bool, rules: s
     pieces, objection = _describe_all(entries)
     named = _named(entries)
     checksums = _checksums(entries, world, check_replicas) if objection is None else []
-    rows = rows_of(pieces, [e.group for e in entries], checksums, named != _UNNAMED) if objection is None else torch.zeros(0, NUM_COLUMNS, dtype=torch.int64)
+    rows = (
+        rows_of(pieces, [e.group for e in entries], checksums, named != _UNNAMED)
+        if objection is None
+        else torch.zeros(0, NUM_COLUMNS, dtype=torch.int64)
+    )
     num_groups = 1 + max((entry.group for entry in entries), default=0)
     header = torch.tensor([[objection is not None, stable_hash(rules), named, num_groups, 0, 0, 0]], dtype=torch.int64)
     gathered = gather_rows(torch.cat([header, rows]), world)
@@ -49,7 +53,9 @@ def build(entries: Sequence[Entry], world: World, check_replicas: bool, rules: s
     num_groups = int(headers[:, _GROUPS].max())
     found = resolve([part[1:] for part in gathered], world.rank, num_groups)
     _agree_on_the_pieces(found, entries, pieces, world)
-    return Built(pieces, tuple(found.owned.tolist()), tuple(found.name_ids.tolist()), num_groups, found.numel, found.group_numel)
+    return Built(
+        pieces, tuple(found.owned.tolist()), tuple(found.name_ids.tolist()), num_groups, found.numel, found.group_numel
+    )
 
 
 def _describe_all(entries: Sequence[Entry]) -> tuple[tuple[Piece, ...], str | None]:
@@ -60,7 +66,9 @@ def _describe_all(entries: Sequence[Entry]) -> tuple[tuple[Piece, ...], str | No
             for key in (entry.name, id(entry.tensor)):
                 if key in seen:
                     what = "is listed twice" if seen[key] == entry.name else f"is the same tensor as {seen[key]} (tied)"
-                    raise ValueError(f"{entry.name} {what}; pass every parameter once, as model.named_parameters() does")
+                    raise ValueError(
+                        f"{entry.name} {what}; pass every parameter once, as model.named_parameters() does"
+                    )
                 seen[key] = entry.name
         return tuple(describe(entry.name, entry.tensor) for entry in entries), None
     except ValueError as error:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,18 +18,6 @@ class Entry:
     group: int = 0
     named: bool = False
     decay: str = ""
-
-    def same_layout(self, other: Entry) -> bool:
-        """Whether both mean the same piece of the same parameter, in whatever storage."""
-        return self.name == other.name and self.group == other.group and _same_layout(self.tensor, other.tensor)
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    if a is b and not isinstance(a, DTensor):
-        return True
-    if isinstance(a, DTensor) and isinstance(b, DTensor):
-        return a._spec is b._spec or a._spec == b._spec
-    return type(a) is type(b) and a.shape == b.shape and a.dtype == b.dtype
 
 
 def entries_of(params: Iterable[Any]) -> tuple[Entry, ...]:
@@ -48,16 +35,33 @@ def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     for index, group in enumerate(groups):
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        decay = _decay(group)
         names = group.get("param_names") or [None] * len(members)
         for name, member in zip(names, members, strict=True):
             if isinstance(member, tuple):
                 name, member = member
             if not isinstance(member, Tensor):
                 raise TypeError(f"params must hold tensors or (name, tensor) pairs, not {type(member).__name__}")
-            entries.append(Entry(name or f"param {len(entries)}", member, index, name is not None, _decay(group)))
+            entries.append(Entry(name or f"param {len(entries)}", member, index, name is not None, decay))
     return tuple(entries)
 
 
 def _decay(group: Mapping[str, Any]) -> str:
     values = [value for key, value in group.items() if key.startswith(("weight_decay", "distwd_weight_decay"))]
     return " ".join("tensor" if isinstance(value, Tensor) else f"{value:g}" for value in values)
+
+
+class Roster:
+    """The entries of param groups, read anew only when the groups hold other tensors: others may replace them between steps."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, ...]] = []
+        self._entries: tuple[Entry, ...] = ()
+
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Entry, ...]:
+        """The entries of `groups` as they are now."""
+        # The entries keep their tensors alive, so an id cannot come to mean another one.
+        seen = [tuple(map(id, group["params"])) for group in groups]
+        if seen != self._seen:
+            self._seen, self._entries = seen, entries_of_groups(groups)
+        return self._entries

@@ -32,13 +32,19 @@ def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
 
 
 _MISMATCH_FIX = "give different parameters different names, and build every rank's model alike."
-_COVER_FIX = "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that holds a piece of it."
+_COVER_FIX = (
+    "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that "
+    "holds a piece of it."
+)
 _DRIFT_FIX = (
     "if they are shards in plain tensors, wrap the model so that they are DTensors (fully_shard, parallelize_module); "
     "if they are different parameters (experts, pipeline stages), give them different names; if they are copies, they have drifted or were "
     "initialised differently: broadcast them; check_replicas=False turns this comparison off."
 )
-_NAMES_FIX = "The parameters have no names and were matched by position; pass model.named_parameters(): then ranks may hold different parameters and meshes."
+_NAMES_FIX = (
+    "The parameters have no names and were matched by position; pass model.named_parameters(): then ranks may hold "
+    "different parameters and meshes."
+)
 
 
 def _section(

@@ -67,7 +67,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.is_complex():
         raise ValueError(f"{name} is complex; pass torch.view_as_real of it instead")
     if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; only floating-point tensors can be decayed or measured; leave it out")
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; only floating-point tensors can be decayed or measured; leave it out"
+        )
     if isinstance(tensor, DTensor) and any(isinstance(p, Partial) for p in tensor.placements):
         raise ValueError(
             f"{name} has a Partial placement {tensor.placements}: its numbers are pending sums; "
@@ -90,7 +92,9 @@ def _cuts(tensor: DTensor) -> tuple[Intervals, ...]:
     # torch cuts from the first mesh dimension to the last, each cutting what the one before left.
     for placement, num_chunks, index in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
         if isinstance(placement, _StridedShard):
-            parts = (_chunk(cuts[placement.dim], int(placement.split_factor), k) for k in range(int(placement.split_factor)))
+            parts = (
+                _chunk(cuts[placement.dim], int(placement.split_factor), k) for k in range(int(placement.split_factor))
+            )
             cuts[placement.dim] = _join(_chunk(part, num_chunks, index) for part in parts)
         elif isinstance(placement, Shard):
             cuts[placement.dim] = _chunk(cuts[placement.dim], num_chunks, index)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..local import local_like
 from ..metrics.measure import Part, Request, measure
@@ -31,6 +32,7 @@ class Plan:
     For each piece that several ranks hold, the lowest rank owns it, so that every element of the model counts exactly once.
 
     >>> import torch
+    >>> from distwd import Plan
     >>> plan = Plan.build([("w", torch.ones(2, 3))])
     >>> plan.metric([torch.full((2, 3), -2.0)], "mad")
     tensor(2.)
@@ -43,28 +45,25 @@ class Plan:
     cells: tuple[int, ...]
     num_groups: int
     _built: Built = field(repr=False)
+    _layouts: tuple[Any, ...] = field(repr=False)
     _numel: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
-        cls, params: Iterable[Any], *, group: dist.ProcessGroup | None = None, check_replicas: bool = True, rules: str = ""
+        cls, params: Iterable[Any], *, group: dist.ProcessGroup | None = None, check_replicas: bool = True
     ) -> Plan:
         """Find out, together with the other ranks, who holds what.
 
-        params: tensors, (name, tensor) pairs, or group dicts, as torch.optim takes them; shapes of any kind, float dtypes.
+        params: tensors, (name, tensor) pairs, or group dicts, as torch.optim takes them; any shapes, float dtypes.
             Names make errors readable and are needed where ranks hold different parameters.
-        group: the ranks that together hold the model; default all ranks.
+        group: the ranks that together hold the model; default all ranks if torch.distributed is initialised.
         check_replicas: compare the bits of all copies of a piece (one read of the parameters).
-        rules: a text that must be the same on every rank.
 
         A collective call: every rank of `group` must make it. Two all-gathers.
-        Raises PlanError, on every rank alike, if a tensor cannot be used, if ranks mean different shapes or dtypes by one name, if the
-        pieces of a name do not cover it exactly once, or if copies differ.
+        Raises PlanError, on every rank alike, if a tensor cannot be used, if ranks mean different shapes or dtypes by
+        one name, if the pieces of a name do not cover it exactly once, or if copies differ.
         """
-        world = World.of(group)
-        entries = entries_of(params)
-        built = build(entries, world, check_replicas, rules)
-        return cls(world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built)
+        return build_plan(entries_of(params), group, check_replicas)
 
     def metric(self, tensors: Sequence[Tensor | None], metric: str | float = "mad") -> Tensor:
         """A metric over `tensors`, which correspond to the plan's parameters one by one (their gradients, say).
@@ -75,12 +74,18 @@ class Plan:
         """
         kind = parse_metric(metric)
         if len(tensors) != len(self.entries):
-            raise ValueError(f"plan.metric got {len(tensors)} tensors for a plan of {len(self.entries)} parameters; pass one (or None) for each")
+            raise ValueError(
+                f"plan.metric got {len(tensors)} tensors for a plan of {len(self.entries)} parameters; pass one (or None) for each"
+            )
         with torch.no_grad():
-            locals_ = [None if t is None else local_like(t, e.tensor) for t, e in zip(tensors, self.entries, strict=True)]
+            locals_ = [
+                None if t is None else local_like(t, e.tensor) for t, e in zip(tensors, self.entries, strict=True)
+            ]
             for local, piece in zip(locals_, self.pieces, strict=True):
                 if local is not None and tuple(local.shape) != piece.local_shape:
-                    raise ValueError(f"{piece.name}: got a local tensor of shape {tuple(local.shape)}, the plan has {piece.local_shape}")
+                    raise ValueError(
+                        f"{piece.name}: got a local tensor of shape {tuple(local.shape)}, the plan has {piece.local_shape}"
+                    )
             (value,) = measure([self.request(kind, locals_)], self.world)
         return value[0].to(self.result_dtype)
 
@@ -90,7 +95,9 @@ class Plan:
         all_wide = bool(self.pieces) and all(piece.dtype == torch.float64 for piece in self.pieces)
         return torch.float64 if all_wide else torch.float32
 
-    def request(self, metric: Metric, locals_: Sequence[Tensor | None], scope: str = "all", negated: bool = False) -> Request:
+    def request(
+        self, metric: Metric, locals_: Sequence[Tensor | None], scope: str = "all", negated: bool = False
+    ) -> Request:
         """What to measure of local tensors in the plan's order; pieces that another rank speaks for are left out."""
         chosen: dict[tuple[int, torch.device], list[Tensor]] = {}
         device = self._device(locals_)
@@ -117,7 +124,11 @@ class Plan:
     def _numel_of(self, scope: str, device: torch.device) -> Tensor:
         """[cells] elements over all ranks, kept on `device`."""
         if (scope, device) not in self._numel:
-            by_scope = {"all": self._built.numel.sum().reshape(1), "group": self._built.group_numel, "tensor": self._built.numel}
+            by_scope = {
+                "all": self._built.numel.sum().reshape(1),
+                "group": self._built.group_numel,
+                "tensor": self._built.numel,
+            }
             self._numel[scope, device] = by_scope[scope].to(device, wide_dtype(device))
         return self._numel[scope, device]
 
@@ -127,8 +138,28 @@ class Plan:
         return int(self._built.numel.sum())
 
     def fits(self, entries: Sequence[Entry]) -> bool:
-        """Whether `entries` still have the names, groups, shapes and placements that this plan was built for."""
-        return len(entries) == len(self.entries) and all(map(Entry.same_layout, entries, self.entries))
+        """Whether `entries` still have the names, groups, shapes and placements that this plan was built for, in whatever storage."""
+        return len(entries) == len(self.entries) and all(map(_fits, entries, self.entries, self._layouts))
 
     def __str__(self) -> str:
         return format_plan(self.world, self.entries, self.pieces, self.owned, self.numel)
+
+
+def build_plan(
+    entries: tuple[Entry, ...], group: dist.ProcessGroup | None = None, check_replicas: bool = True, rules: str = ""
+) -> Plan:
+    """`Plan.build` for entries; rules: a text that must be the same on every rank."""
+    world = World.of(group)
+    built = build(entries, world, check_replicas, rules)
+    layouts = tuple(_layout(entry.tensor) for entry in entries)
+    return Plan(world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built, layouts)
+
+
+def _layout(tensor: Tensor) -> Any:
+    return tensor._spec if isinstance(tensor, DTensor) else tensor.shape
+
+
+def _fits(entry: Entry, planned: Entry, layout: Any) -> bool:
+    now = _layout(entry.tensor)
+    same = now is layout or (type(now) is type(layout) and now == layout)
+    return same and (entry is planned or (entry.name == planned.name and entry.group == planned.group))

@@ -11,7 +11,9 @@ from .pieces import Piece
 _HEAD = ("name", "whole", "local", "placements", "owned", "group", "decay")
 
 
-def format_plan(world: World, entries: Sequence[Entry], pieces: Sequence[Piece], owned: Sequence[bool], numel: int) -> str:
+def format_plan(
+    world: World, entries: Sequence[Entry], pieces: Sequence[Piece], owned: Sequence[bool], numel: int
+) -> str:
     """A row for each parameter that this rank holds, and a line that sums up."""
     rows = [_HEAD] + [_row(*columns) for columns in zip(entries, pieces, owned, strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .local import local_tensor
+from ..local import local_tensor
 
 State = dict[str, Any]
 
@@ -38,12 +38,21 @@ def take_back(states: dict[Tensor, State], param: Tensor, lent: State, suffix: s
 
 
 def _as_shard(value: Any, param: Tensor) -> Any:
-    """A tensor of the local shard's shape is a shard of the whole state: a DTensor like the parameter, so that checkpoints see it whole."""
+    """A tensor of the local shard's shape is a shard of the whole state, and a DTensor, so that checkpoints see it whole."""
     if not isinstance(param, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
     if value.dim() == 0 or value.shape != local_tensor(param).shape:
         return value
-    return DTensor.from_local(value, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
+    return like_whole(value, param)
+
+
+def like_whole(local: Tensor, param: Tensor) -> Tensor:
+    """`local` as the same kind of tensor that `param` is."""
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
 
 
 def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in: Tensor) -> State:
@@ -59,4 +68,5 @@ def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in
     stand_in.grad = stand_in.detach()  # _init_group only asks whether there is one
     inner._init_group(group, *([] for _ in range(num_lists)))
     stand_in.grad = None
-    return inner.state.pop(stand_in, {})
+    begun: State = inner.state.pop(stand_in, {})
+    return begun

@@ -1,0 +1,119 @@
+"""Optimizers that can run on any shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.pull import pull_
+from ..local import local_tensor
+from ..step import Batch
+from .base import Host
+
+# Elementwise, linear in lr, and blind to the parameters' values: these can run on any shard, and on zeros in the
+# parameters' stead. Exactly these classes: a subclass may do anything.
+ELEMENTWISE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+)
+_KNOWS_DECOUPLED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
+
+
+class ElementwiseHost(Host):
+    """Runs on local tensors: on the parameters' own storage, or on zeros, which it leaves at −lr·update."""
+
+    reads_params = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._zeros: dict[int, Tensor] = {}
+
+    def _stand_in(self, param: Tensor) -> Tensor:
+        return local_tensor(param).detach()
+
+    def can_step(self, batches: Sequence[Batch]) -> bool:
+        """Unless a mask has to see the update first, or torch would refuse the learning rate."""
+        return all(not any(pull.cautious for pull in batch.pulls) and self._takes(batch) for batch in batches)
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """p ← p − pulls, then p ← p − scale·update, by the optimizer itself. It may do a decay that it knows, in its own kernel."""
+        decays = []
+        for batch in batches:
+            handed = self._handed(batch)
+            decays.append(handed or 0.0)
+            if handed is None and batch.pulls:
+                pull_(batch.params, batch.pulls)
+        targets = [
+            batch.whole if _is_as_given(batch) else [local.detach() for local in batch.params] for batch in batches
+        ]
+        self._step_on(targets, batches, [batch.scale for batch in batches], decays)
+
+    def update(self, batches: Sequence[Batch]) -> None:
+        """batch.update ← what zeros become: −scale·update."""
+        targets = [self._zeros_for(batch) for batch in batches]
+        scales = [batch.scale if self._takes(batch) else 1.0 for batch in batches]
+        self._step_on(targets, batches, scales, [0.0] * len(batches))
+        for batch, target, scale in zip(batches, targets, scales, strict=True):
+            batch.scale = batch.scale if scale is not batch.scale else 1.0
+            batch.update, batch.owns_update, batch.flipped = target, True, True
+
+    def _takes(self, batch: Batch) -> bool:
+        """Whether the scale may be given to the optimizer as its lr; torch's foreach kernels refuse most tensors."""
+        settings = self.place.settings(batch.group)
+        return not isinstance(batch.scale, Tensor) or bool(settings.get("fused") or settings.get("capturable"))
+
+    def _handed(self, batch: Batch) -> float | None:
+        """λ, if what is pending is the optimizer's own decoupled decay p ← p·(1 − lr·λ): one absolute linear pull, scaled alike."""
+        if self.cls not in _KNOWS_DECOUPLED or len(batch.pulls) != 1 or isinstance(batch.scale, Tensor):
+            return None
+        (pull,) = batch.pulls
+        return pull.before_lr if pull.is_linear and isinstance(pull.before_lr, (int, float)) else None
+
+    def _step_on(
+        self, targets: list[list[Tensor]], batches: Sequence[Batch], scales: Sequence[Any], decays: Sequence[Any]
+    ) -> None:
+        groups: list[dict[str, Any]] = []
+        steps_on: list[tuple[Tensor, Tensor]] = []
+        for batch, tensors, scale, decay in zip(batches, targets, scales, decays, strict=True):
+            extra = {"lr": scale, "weight_decay": decay}
+            if self.cls in _KNOWS_DECOUPLED:
+                extra["decoupled_weight_decay"] = True
+            groups.append(self._group(batch.group, tensors, **extra))
+            steps_on += zip(tensors, batch.whole, strict=True)
+            if tensors is not batch.whole:
+                for tensor, update in zip(tensors, batch.update, strict=True):
+                    tensor.grad = update
+        self._run(groups, steps_on)
+        for batch, tensors in zip(batches, targets, strict=True):
+            if tensors is not batch.whole:
+                for tensor in tensors:
+                    tensor.grad = None
+
+    def _zeros_for(self, batch: Batch) -> list[Tensor]:
+        """Zeros in the shape of the local parameters; kept, since a buffer made anew costs more than clearing one."""
+        zeros = []
+        for position, local in zip(batch.index, batch.params, strict=True):
+            kept = self._zeros.get(position)
+            if kept is None or kept.shape != local.shape or kept.dtype != local.dtype or kept.device != local.device:
+                kept = self._zeros[position] = torch.empty_like(local, requires_grad=False)
+            zeros.append(kept)
+        torch._foreach_zero_(zeros)
+        return zeros
+
+
+def _is_as_given(batch: Batch) -> bool:
+    """Whether the parameters are plain tensors with the very gradients that the optimizer is to see."""
+    return batch.update is batch.grads and all(
+        local is whole and grad is whole.grad
+        for local, whole, grad in zip(batch.params, batch.whole, batch.grads, strict=True)
+    )
