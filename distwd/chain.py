@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .groups import normalised_groups
-from .hosts import Host, SearchHost
+from .hosts import Host, SearchHost, mark_stateless
 from .local import local_tensor
 from .lr import LR
 from .meter import Meter
@@ -80,6 +81,7 @@ class Chain(torch.optim.Optimizer):
         self._roster = Roster()
         self._hosts: dict[int, Host] = {}
         self._search: SearchHost | None = None
+        self._checked: dict[tuple[int, int], dict[str, Any]] = {}
         self._meter = Meter(lambda: self.plan)
 
     # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
@@ -153,6 +155,7 @@ class Chain(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
+        self._check_settings()
         self._check_step(closure)
         if self._is_rehearsal():
             return self._rehearse()
@@ -188,6 +191,17 @@ class Chain(torch.optim.Optimizer):
             if position in phases:
                 self._meter.measure(phases[position], step, places)
             place.transform.apply(step, place)
+
+    def _check_settings(self) -> None:
+        """Refuse bad settings that were put into a group by hand; looks closely only at those that are new."""
+        for index, group in enumerate(self.param_groups):
+            for place in self._places:
+                settings = place.settings(group)
+                # A tensor was checked when it came with the constructor or its group; reading it here would synchronise.
+                numbers = {name: 0.0 if isinstance(value, Tensor) else value for name, value in settings.items()}
+                if self._checked.get((index, place.index)) != numbers:
+                    place.transform.check(numbers)
+                    self._checked[index, place.index] = numbers
 
     def _check_step(self, closure: Callable[[], Any] | None) -> None:
         """Refuse what cannot work before anything is changed, together with the other ranks where a plan is needed."""
@@ -230,10 +244,13 @@ class Chain(torch.optim.Optimizer):
 
     def _initialize(self) -> None:
         """Make every wrapped optimizer's state now, so that every rank has every key from the start."""
-        self._make_hosts()
+        if not self._hosts:
+            self._make_hosts()
         members = [(group, param) for group in self.param_groups for param in group["params"]]
         for host in self._hosts.values():
             host.initialize(members)
+        if self._search is None and all(host.begins_whole(self.param_groups) for host in self._hosts.values()):
+            mark_stateless(self.state, (param for _, param in members))
 
     # --- the hidden step of checkpoints ------------------------------------------------------------------------------
 

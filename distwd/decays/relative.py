@@ -26,7 +26,7 @@ class RelativeWeightDecay(Decay):
     cautious: decay only where update·p > 0, as `CautiousWeightDecay`.
     scope: one number over "all" parameters of the optimizer, one per param "group", or one per "tensor"; the cost is one
         all-reduce in any case.
-    All but `target`, `cautious` and `scope` are keys of the param groups. Parameters: any float dtype and sharding.
+    All but `target` are keys of the param groups. Parameters: any float dtype and sharding.
     Raises ValueError for any value not named here.
     Source: torchzero's `RelativeWeightDecay`.
 
@@ -51,15 +51,28 @@ class RelativeWeightDecay(Decay):
         scope: str = "all",
     ) -> None:
         check_target(target)
-        check_choice("scope", scope, SCOPES)
-        self.target, self.cautious, self.scope = target, cautious, scope
-        self.defaults = {"weight_decay": weight_decay, "ord": ord, "norm_input": norm_input, "metric": metric}
+        self.target = target
+        self.defaults = {
+            "weight_decay": weight_decay,
+            "ord": ord,
+            "norm_input": norm_input,
+            "metric": metric,
+            "cautious": cautious,
+            "scope": scope,
+        }
         self.check(self.defaults)
 
     def check(self, settings: Mapping[str, Any]) -> None:
         super().check(settings)
         check_choice("norm_input", settings["norm_input"], NORM_INPUTS)
         parse_metric(settings["metric"])
+        check_choice("scope", settings["scope"], SCOPES)
+        if not isinstance(settings["cautious"], bool):
+            raise ValueError(f"cautious={settings['cautious']!r} must be True or False")
+
+    def is_cautious(self, settings: Mapping[str, Any]) -> bool:
+        cautious: bool = settings["cautious"]
+        return cautious
 
     def need(self, settings: Mapping[str, Any]) -> Need:
-        return Need(settings["norm_input"], parse_metric(settings["metric"]), self.scope)
+        return Need(settings["norm_input"], parse_metric(settings["metric"]), settings["scope"])

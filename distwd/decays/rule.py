@@ -33,7 +33,6 @@ class Decay(Transform):
     Subclasses say what they need measured (`need`); everything else is here.
     """
 
-    cautious = False
     target = "update"
 
     @property
@@ -48,18 +47,23 @@ class Decay(Transform):
         check_nonnegative("weight_decay", settings["weight_decay"])
         check_ord(settings["ord"])
 
+    def is_cautious(self, settings: Mapping[str, Any]) -> bool:
+        """Whether to decay only where update·p > 0."""
+        return False
+
     def apply(self, step: Step, place: Place) -> None:
-        self._make_way(step)
-        for batch in step.batches:
-            settings = place.settings(batch.group)
-            rate = step.rates.rate(place, batch, settings)
+        settings = [place.settings(batch.group) for batch in step.batches]
+        cautious = [self.is_cautious(own) for own in settings]
+        self._make_way(step, any(cautious))
+        for batch, own, is_cautious in zip(step.batches, settings, cautious, strict=True):
+            rate = step.rates.rate(place, batch, own)
             # A pull that is put while the update is not scaled yet will be scaled by exactly what scales the update.
             before_lr = rate if batch.is_unscaled else None
-            self._put(batch, Pull(rate, float(settings["ord"]), self.cautious, place.sign(batch.group), before_lr))
+            self._put(batch, Pull(rate, float(own["ord"]), is_cautious, place.sign(batch.group), before_lr))
 
-    def _make_way(self, step: Step) -> None:
+    def _make_way(self, step: Step, cautious: bool) -> None:
         """Settle what this rule would otherwise change behind the back of an earlier one."""
-        if self.cautious and (self.target != "update" or any(batch.pulls for batch in step.batches)):
+        if cautious and (self.target != "update" or any(batch.pulls for batch in step.batches)):
             step.fold()
         if self.target == "params_direct":
             step.release_params()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from .rule import Decay, check_target
@@ -49,4 +52,5 @@ class CautiousWeightDecay(WeightDecay):
     tensor([ 0.4500, -2.5000])
     """
 
-    cautious = True
+    def is_cautious(self, settings: Mapping[str, Any]) -> bool:
+        return True

@@ -58,6 +58,10 @@ class Host(Inner, ABC):
                 state = initial_states(self.inner, self._group(group, [stand_in]), stand_in)
                 take_back(self.chain.state, param, state, self.suffix)
 
+    def begins_whole(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether `initialize` has made all the state that there will ever be."""
+        return False
+
     @abstractmethod
     def _stand_in(self, param: Tensor) -> Tensor:
         """A tensor like what the optimizer will step on for `param`."""

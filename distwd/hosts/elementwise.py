@@ -38,6 +38,11 @@ class ElementwiseHost(Host):
         super().__init__(*args)
         self._zeros: dict[int, Tensor] = {}
 
+    def begins_whole(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """All but SGD with dampening, whose buffer begins as the first gradient."""
+        settings = [self.place.settings(group) for group in groups]
+        return not any(own.get("momentum") and own.get("dampening") for own in settings)
+
     def _stand_in(self, param: Tensor) -> Tensor:
         return local_tensor(param).detach()
 
@@ -70,11 +75,12 @@ class ElementwiseHost(Host):
     def _takes(self, batch: Batch) -> bool:
         """Whether the scale may be given to the optimizer as its lr; torch's foreach kernels refuse most tensors."""
         settings = self.place.settings(batch.group)
-        return not isinstance(batch.scale, Tensor) or bool(settings.get("fused") or settings.get("capturable"))
+        takes_tensors = settings.get("fused") or settings.get("capturable") or not settings.get("foreach")
+        return not isinstance(batch.scale, Tensor) or bool(takes_tensors)
 
     def _handed(self, batch: Batch) -> float | None:
         """λ, if what is pending is the optimizer's own decoupled decay p ← p·(1 − lr·λ): one absolute linear pull, scaled alike."""
-        if self.cls not in _KNOWS_DECOUPLED or len(batch.pulls) != 1 or isinstance(batch.scale, Tensor):
+        if self.cls not in _KNOWS_DECOUPLED or len(batch.pulls) != 1:
             return None
         (pull,) = batch.pulls
         return pull.before_lr if pull.is_linear and isinstance(pull.before_lr, (int, float)) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,3 +71,14 @@ def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in
     stand_in.grad = None
     begun: State = inner.state.pop(stand_in, {})
     return begun
+
+
+def mark_stateless(states: dict[Tensor, State], params: Iterable[Tensor]) -> None:
+    """Give parameters for which no optimizer keeps anything a constant as their state.
+
+    torch.distributed.checkpoint takes an optimizer without state for one that has not begun, and steps it whenever it saves;
+    it also cannot load full state dicts of one.
+    """
+    for param in params:
+        if param.requires_grad and not states.get(param):
+            states[param] = {"stateless": torch.ones(())}

@@ -1,0 +1,154 @@
+"""Time a step with and without distwd, as ratios to torch's fused AdamW with its own weight decay.
+
+    python launch/bench.py                                    everything: 1 and 2 ranks (it starts them itself), two models
+    python launch/bench.py --quick                            the same with small models and few rounds, to see that it works
+    python launch/bench.py --ranks 1 --cases absolute relative --rounds 100
+    python launch/bench.py --device cuda                      on GPUs: as many ranks as there are
+    python launch/bench.py --curves                           also over 10² … 10⁴ parameters, on 1, 2 and 4 ranks, as a picture
+    torchrun --nproc-per-node 2 launch/bench.py               only the ranks that torchrun has started
+
+All cases are interleaved in one run: a round takes one step of each, in an order of its own, from a cold cache. A ratio is taken
+within a round; the table shows its median (and quartiles), and the ratio of the best times. Collectives and memory are counted, not
+computed. Gradients are fixed and shared; parameters and optimizer state are each case's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    from bench_cases import Shapes, equal_tensors, transformer
+    from bench_numbers import measure_partial, measure_plan
+    from bench_ranks import Here, is_under_torchrun, on_this_rank, run_on_ranks
+    from bench_report import draw, machine, num_cores, show
+    from bench_steps import measure_world
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    sys.exit(f"bench.py: {error}; install what the program needs with: pip install -e '.[demo]'")
+
+Record = dict[str, Any]
+CURVE_CASES = ("absolute", "relative params", "relative update", "by hand, params", "torchzero")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of ranks (1 2)")
+    parser.add_argument("--threads", type=int, help="threads of each rank (default: the cores, shared by the ranks)")
+    parser.add_argument("--rounds", type=int, help="steps of every case (default: 25, with --quick 3)")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="WORD", help="only cases whose names hold one of these"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small models, few rounds: shows that it works, not how fast"
+    )
+    parser.add_argument("--curves", action="store_true", help="also step time over the number of parameters")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--picture", type=Path, default=Path("runs/bench.png"), help="where --curves draws to")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
+    if min(options.ranks) < 1:
+        parser.error("--ranks: each must be 1 or more")
+    if options.rounds is None:
+        options.rounds = 3 if options.quick else 25
+    return options
+
+
+def models(quick: bool) -> dict[str, Shapes]:
+    if quick:
+        return {"small, 70 tensors": transformer(32), "100 tensors of 4 k": equal_tensors(100)}
+    return {"40 M elements, 70 tensors": transformer(512), "1000 tensors of 4 k": equal_tensors(1000)}
+
+
+class Bench:
+    """Runs what the options ask for, in worlds of their own or on the ranks that torchrun has started."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.notes: list[str] = []
+        self.started = is_under_torchrun()
+
+    @property
+    def is_main(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
+
+    def worlds(self, numbers: list[int]) -> list[int]:
+        """Those numbers of ranks that can be run here."""
+        if self.started:
+            return [int(os.environ["WORLD_SIZE"])]
+        if self.options.device == "cpu":
+            return numbers
+        gpus = torch.cuda.device_count()
+        dropped = [number for number in numbers if number > gpus]
+        if dropped:
+            self.notes.append(
+                f"left out: {', '.join(map(str, dropped))} ranks, as a rank needs a GPU and there are {gpus}"
+            )
+        return [number for number in numbers if number <= gpus]
+
+    def threads(self, ranks: int) -> int:
+        return int(self.options.threads or max(1, num_cores() // ranks))
+
+    def steps(self, ranks: int, shapes: dict[str, Shapes], words: Sequence[str]) -> list[Record]:
+        """Every model in one world."""
+        arguments = (self.options.device, self.threads(ranks), shapes, self.options.rounds, words)
+        found: list[Record] = (
+            on_this_rank(measure_world, *arguments) if self.started else run_on_ranks(ranks, measure_world, *arguments)
+        )
+        return found
+
+    def curves(self) -> list[Record]:
+        """Step time over the number of parameters, of 1024 elements each."""
+        counts = (10, 100) if self.options.quick else (100, 1000, 10000)
+        shapes = {f"{count} tensors of 1 k": equal_tensors(count, 32) for count in counts}
+        found = [run for ranks in self.worlds([1, 2, 4]) for run in self.steps(ranks, shapes, CURVE_CASES)]
+        if self.is_main:
+            draw(found, self.options.picture)
+            print(f"picture: {self.options.picture}")
+        return found
+
+    def everything(self) -> Record:
+        options = self.options
+        results: Record = {"machine": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
+        worlds = self.worlds(options.ranks)
+        results["steps"] = [run for ranks in worlds for run in self.steps(ranks, models(options.quick), options.cases)]
+        if options.curves:
+            results["curves"] = self.curves()
+        if self.is_main:
+            results.update(self.numbers())
+        return {**results, "notes": self.notes, "load_after": os.getloadavg()}
+
+    def numbers(self) -> Record:
+        """What one process measures alone."""
+        quick, here = self.options.quick, Here.alone(self.options.device, self.threads(1))
+        here.say("the float64 partial, and plans ...")
+        sizes = [(100, 4), (100, 64)] if quick else [(100, 64), (1000, 64), (1000, 1024), (1000, 4096)]
+        partial = measure_partial(here, 1_000_000 if quick else 40_000_000, self.options.rounds)
+        return {"partial": partial, "plan": [measure_plan(here, *size) for size in sizes]}
+
+
+def main() -> None:
+    options = parse_options()
+    bench = Bench(options)
+    results = bench.everything()
+    if not bench.is_main:
+        return
+    show(Console(width=None if sys.stdout.isatty() else 140), results)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"all numbers: {options.json}")
+
+
+if __name__ == "__main__":
+    main()

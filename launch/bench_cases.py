@@ -1,0 +1,150 @@
+"""What `bench.py` times: models as lists of shapes, and each way to step them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import distwd
+
+LR, DECAY = 1e-3, 0.1
+BASELINE = "AdamW fused"
+
+Named = list[tuple[str, torch.nn.Parameter]]
+Shapes = list[tuple[str, tuple[int, ...]]]
+# Takes a step; called again and again.
+Way = Callable[[], object]
+
+
+def transformer(width: int, layers: int = 11) -> Shapes:
+    """The parameters of a decoder, 6 tensors a layer and 4 beside them: 70 tensors, 39,989,760 elements for width 512."""
+    shapes: Shapes = [("embedding", (10 * width, width)), ("position", (width // 2, width))]
+    for i in range(layers):
+        matrices = {
+            "qkv": (3 * width, width),
+            "out": (width, width),
+            "up": (4 * width, width),
+            "down": (width, 4 * width),
+        }
+        shapes += [(f"{i}.{norm}", (width,)) for norm in ("norm_1", "norm_2")]
+        shapes += [(f"{i}.{name}", shape) for name, shape in matrices.items()]
+    return [*shapes, ("norm", (width,)), ("head", (10 * width, width))]
+
+
+def equal_tensors(count: int, side: int = 64) -> Shapes:
+    """`count` square tensors."""
+    return [(f"{i}", (side, side)) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to take a step.
+
+    make: from named parameters to that way. goal: the ratio that is aimed at, to the time of the case `against`.
+    is_foreign: others' code, which is left out on a layout where it does not work.
+    """
+
+    name: str
+    make: Callable[[Named], Way]
+    goal: str = ""
+    against: str = BASELINE
+    is_foreign: bool = False
+
+
+def cases() -> list[Case]:
+    """All ways that work here; the first is what the others are compared with."""
+    relative = distwd.RelativeWeightDecay
+    found = [
+        Case(BASELINE, lambda named: _adamw(named, fused=True)),
+        Case("AdamW foreach", lambda named: _adamw(named, fused=False)),
+        Case("chain, no decay", lambda named: _chain(named)),
+        Case("absolute", lambda named: _chain(named, distwd.WeightDecay(DECAY)), "≤ 1.35"),
+        Case("relative params", lambda named: _chain(named, relative(DECAY, norm_input="params")), "≤ 1.6"),
+        Case("relative grad", lambda named: _chain(named, relative(DECAY, norm_input="grad")), "≤ 1.6"),
+        Case("relative update", lambda named: _chain(named, relative(DECAY, norm_input="update")), "≤ 2.0"),
+        Case("cautious", lambda named: _chain(named, distwd.CautiousWeightDecay(DECAY)), "≤ 2.0"),
+    ]
+    for norm_input in ("params", "update"):
+        rule = relative(DECAY, norm_input=norm_input, scope="tensor")
+        name = f"relative {norm_input}"
+        found.append(Case(f"{name}, per tensor", lambda named, rule=rule: _chain(named, rule), "≤ 1.3", name))  # type: ignore[misc]
+    found += [
+        Case("by hand, params", by_hand_params, "≥ 5", "relative params"),
+        Case("by hand, update", by_hand_update, "≥ 5", "relative update"),
+    ]
+    if importlib.util.find_spec("torchzero") is not None:
+        found.append(Case("torchzero, update", torchzero_update, "≥ 5", "relative update", is_foreign=True))
+    return found
+
+
+def _adamw(named: Named, fused: bool) -> Way:
+    kind = {"fused": True} if fused else {"foreach": True}
+    return torch.optim.AdamW(named, lr=LR, weight_decay=DECAY, **kind).step  # type: ignore[arg-type]
+
+
+def _chain(named: Named, *rules: Any) -> Way:
+    return distwd.Chain(named, distwd.Adam(fused=True), *rules, distwd.LR(LR)).step
+
+
+# --- without distwd: a number of each parameter, so with DTensors a collective for each --------------------------------
+
+
+def by_hand_params(named: Named) -> Way:
+    """Decay by mean |p|, as one writes it with DTensors; then torch's AdamW."""
+    params = [param for _, param in named]
+    optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
+    numel = sum(param.numel() for param in params)
+
+    @torch.no_grad()
+    def step() -> None:
+        mad = torch.stack([_whole(param.abs().sum()) for param in params]).sum() / numel
+        for param in params:
+            param.mul_(1 - LR * DECAY * mad)
+        optimizer.step()
+
+    return step
+
+
+def by_hand_update(named: Named) -> Way:
+    """Decay by mean |update|: step, see how far the parameters went, and decay them from where they were."""
+    params = [param for _, param in named]
+    optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
+    numel = sum(param.numel() for param in params)
+
+    @torch.no_grad()
+    def step() -> None:
+        before = [param.clone() for param in params]
+        optimizer.step()
+        total = torch.stack([_whole((old - new).abs().sum()) for old, new in zip(before, params, strict=True)]).sum()
+        mad = total / numel / LR
+        for old, new in zip(before, params, strict=True):
+            new.sub_(old.mul_(LR * DECAY * mad))
+
+    return step
+
+
+def _whole(number: Tensor) -> Tensor:
+    return number.full_tensor() if isinstance(number, DTensor) else number
+
+
+def torchzero_update(named: Named) -> Way:
+    """The library where the rule comes from."""
+    tz = importlib.import_module("torchzero")
+    rule = tz.m.RelativeWeightDecay(DECAY, norm_input="update")
+    step: Way = tz.Optimizer([param for _, param in named], tz.m.Adam(), rule, tz.m.LR(LR)).step
+    return step
+
+
+def chosen(words: Sequence[str]) -> list[Case]:
+    """The cases whose names hold one of `words`, those they are compared with, and the baseline. All, for no words."""
+    every = cases()
+    wanted = {case.name for case in every if not words or any(word in case.name for word in words)}
+    wanted |= {case.against for case in every if case.name in wanted} | {BASELINE}
+    return [case for case in every if case.name in wanted]

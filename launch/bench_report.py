@@ -1,0 +1,148 @@
+"""What `bench.py` prints and draws."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+MIB = 1 << 20
+
+
+def machine(device: str) -> Record:
+    """Where and with what a run is made: processor, cores, load, versions, command."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.argv]),
+        "processor": _processor(),
+        "cores": num_cores(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "load_before": os.getloadavg(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "distwd", "torchzero")},
+    }
+
+
+def num_cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def show(console: Console, results: Record) -> None:
+    """The whole of it as tables."""
+    where = results["machine"]
+    hardware = where["gpu"] or f"{where['cores']} × {where['processor']}"
+    console.print(
+        f"{hardware}, load {where['load_before'][0]:.1f} before and {results['load_after'][0]:.1f} after",
+        highlight=False,
+    )
+    versions = [f"{name} {where[name] or 'absent'}" for name in ("python", "torch", "distwd", "torchzero")]
+    console.print(f"{', '.join(versions)}; {where['date']}: {where['command']}", highlight=False)
+    for run in results["steps"]:
+        console.print(steps_table(run))
+        for name, reason in run["failed"].items():
+            console.print(f"{name} does not work here: {reason}", highlight=False)
+    partial = results["partial"]
+    console.print(
+        f"float64 partial of mean|x|, {partial['numel']:,} elements: {_times(partial['ratio'])} × x.sum() (goal ≤ 4)",
+        highlight=False,
+    )
+    console.print(plan_table(results["plan"]))
+    for note in results["notes"]:
+        console.print(note, highlight=False)
+
+
+def steps_table(run: Record) -> Table:
+    """One row a case."""
+    ranks = f"{run['ranks']} rank{'s' if run['ranks'] > 1 else ''} of {run['threads']} thread{'s' if run['threads'] > 1 else ''}"
+    table = Table(title=f"{run['model']}, {ranks}, {run['rounds']} rounds", title_justify="left")
+    table.add_column("step")
+    for title in ("best ms", "median ms", "ratio to AdamW fused", "of best", "goal", "collectives", "extra MiB"):
+        table.add_column(title, justify="right")
+    for row in run["cases"]:
+        seconds, ratio = row["seconds"], row["ratio"]
+        table.add_row(
+            row["name"],
+            f"{seconds['best'] * 1000:.1f}",
+            f"{seconds['median'] * 1000:.1f}",
+            _times(ratio),
+            f"{ratio['of_best']:.2f}",
+            _goal(row, run["cases"][0]["name"]),
+            str(row["collectives"]),
+            f"{row['extra_bytes'] / MIB:.1f}",
+        )
+    return table
+
+
+def _times(ratio: Record) -> str:
+    return f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})"
+
+
+def _goal(row: Record, baseline: str) -> str:
+    if not row["goal"] or row["against"] == baseline:
+        return str(row["goal"])
+    return f"{row['goal']} × {row['against']}: {row['ratio_against']['median']:.2f}"
+
+
+def plan_table(plans: list[Record]) -> Table:
+    """Time and memory by the size of the job."""
+    table = Table(title="finding the owners of all pieces, from descriptions made up", title_justify="left")
+    for title in ("parameters", "ranks", "s", "MiB at the peak"):
+        table.add_column(title, justify="right")
+    for plan in plans:
+        table.add_row(str(plan["params"]), str(plan["ranks"]), f"{plan['seconds']:.3f}", f"{plan['bytes'] / MIB:.0f}")
+    return table
+
+
+def draw(runs: list[Record], picture: Path) -> None:
+    """Median step time over the number of parameters, a panel for each number of ranks, a line a case."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")  # no display is needed, and none may be there
+    worlds = sorted({run["ranks"] for run in runs})
+    figure, panels = pyplot.subplots(
+        1, len(worlds), figsize=(5 * len(worlds), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, ranks in zip(panels[0], worlds, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for run in runs:
+            for row in run["cases"] if run["ranks"] == ranks else []:
+                lines.setdefault(row["name"], []).append((run["tensors"], row["seconds"]["median"] * 1000))
+        for name, points in lines.items():
+            panel.loglog([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name)
+        panel.set_title(f"{ranks} rank{'s' if ranks > 1 else ''}")
+        panel.set_xlabel("parameters (1024 elements each)")
+        panel.grid(alpha=0.25)
+    panels[0][0].set_ylabel("median step, ms")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)

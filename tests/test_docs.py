@@ -1,0 +1,139 @@
+"""The documentation is complete, and its code runs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import distwd
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
+PUBLIC = [name for name in distwd.__all__ if name != "__version__"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of code: where it stands, its language, and its title (a file name, for what torchrun runs)."""
+
+    page: Path
+    line: int
+    language: str
+    title: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    fences = re.finditer(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+    return [Block(page, text.count("\n", 0, m.start()) + 1, m[1], m[2] or "", m[3]) for m in fences]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+
+
+def test_every_fence_is_read():
+    """A fence in a form that the pattern misses would be code that nobody runs."""
+    fences = sum(len(re.findall(r"^\s*```", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
+    assert fences == 2 * len(BLOCKS)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_in_the_api_reference_once(name):
+    entries = re.findall(r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert entries.count(name) == 1, f"docs/pages/api.md needs one line '::: distwd.{name}'"
+
+
+def test_the_api_reference_names_nothing_that_is_gone():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert set(re.findall(r"^::: distwd\.(\w+)$", text, re.MULTILINE)) <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_a_docstring_with_an_example(name):
+    # Not inspect.getdoc, which would find a base class's.
+    doc = getattr(distwd, name).__doc__ or ""
+    assert ">>> " in doc, f"distwd.{name} needs a docstring with an example that runs"
+
+
+CALLED = [getattr(distwd, name) for name in PUBLIC if name not in ("Plan", "PlanError")] + [
+    distwd.Plan.build,
+    distwd.Plan.metric,
+]
+
+
+@pytest.mark.parametrize("called", CALLED, ids=lambda called: called.__qualname__)
+def test_every_argument_is_explained(called):
+    """Each argument of what a user calls is named in its docstring, or it says whose arguments they are."""
+    doc = called.__doc__ or ""
+    if re.search(r"[Aa]rguments[^.]* as (`\w+`|torch\.optim)|[Aa]rguments as|errors as", doc):
+        return
+    names = [name for name in inspect.signature(called).parameters if name != "self"]
+    assert [name for name in names if not re.search(rf"\b{name}\b", doc)] == []
+
+
+class Model(torch.nn.Module):
+    """What the examples call `model`: matrices and vectors, some of them normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, 16)
+        self.norm = torch.nn.LayerNorm(16)
+        self.last = torch.nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x)).relu())
+
+
+@pytest.mark.parametrize("block", [b for b in PYTHON if not b.title], ids=str)
+def test_an_example_runs(block):
+    """With torch, distwd's names, a `model` and `inputs` at hand. Its optimizers then take a step that changes the model."""
+    torch.manual_seed(0)
+    space = {name: getattr(distwd, name) for name in PUBLIC}
+    space |= {"torch": torch, "distwd": distwd, "model": Model(), "inputs": torch.randn(4, 8)}
+    exec(compile(block.code, str(block), "exec"), space)
+    for optimizer in [value for value in space.values() if isinstance(value, torch.optim.Optimizer)]:
+        before = [p.detach().clone() for p in space["model"].parameters()]
+        optimizer.zero_grad()
+        space["model"](space["inputs"]).square().mean().backward()
+        optimizer.step(*([space["closure"]] if "closure" in space else []))
+        after = [p.detach() for p in space["model"].parameters()]
+        assert all(p.isfinite().all() for p in after)
+        assert any((p != was).any() for p, was in zip(after, before, strict=True))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("block", [b for b in PYTHON if b.title], ids=str)
+def test_a_program_runs_under_torchrun(block, tmp_path):
+    """As the page says it: saved under its title, on two ranks."""
+    (tmp_path / block.title).write_text(block.code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), block.title]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_path_in_the_text_exists(page):
+    """`launch/test.sh`, `distwd/plan/`, docs/pages/laws.md: what the text points at is there."""
+    paths = re.findall(r"(?<![\w/.-])((?:launch|docs|tests|distwd)/[\w./-]*\w/?)", page.read_text(encoding="utf-8"))
+    assert [path for path in paths if not (ROOT / path).exists()] == []

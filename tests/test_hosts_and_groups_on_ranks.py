@@ -1,0 +1,161 @@
+"""Other hosts than Adam, settings per group, and odd parameters, sharded: the same bits as in one process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from tests import layouts, runs
+from tests.layouts import LAYOUTS, SHAPES, mesh_of, whole_model
+from tests.oracle import Oracle
+from tests.runs import PARAMS_SEED, differing, grads_of
+from tests.sentences import ADAM, LR, Decay, transforms_of
+from tests.wire import Wire
+
+HOSTS = {
+    "SGD": {"momentum": 0.9},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "NAdam": {},
+    "RAdam": {},
+    "Adagrad": {},
+    "Adadelta": {},
+    "Adamax": {},
+    "Rprop": {},
+}
+
+
+def with_host(name: str, layout: str, foreach: bool) -> dict:
+    import distwd
+
+    held = layouts.place(layout, whole_model(PARAMS_SEED))
+    host = distwd.Wrap(getattr(torch.optim, name), foreach=foreach, **HOSTS[name])
+    rules = distwd.WeightDecay(0.01), host, distwd.RelativeWeightDecay(0.1), distwd.LR(0.01), distwd.CautiousWeightDecay(0.01)
+    return runs.train_chain(distwd.Chain(held.items(), *rules), layout, held, 3).params
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp", "mixed"])
+@pytest.mark.parametrize("name", HOSTS)
+def test_any_elementwise_host_has_the_bits_of_one_process(worlds, name, layout, foreach):
+    (reference,) = worlds.run(0, with_host, name, "single", foreach)
+    for params in worlds.run(LAYOUTS[layout].ranks, with_host, name, layout, foreach):
+        assert differing(params, reference) == []
+
+
+def with_adafactor(layout: str) -> dict:
+    """A host that talks to other ranks by itself."""
+    import distwd
+
+    held = layouts.place(layout, whole_model(PARAMS_SEED))
+    rules = distwd.Wrap(torch.optim.Adafactor), distwd.RelativeWeightDecay(0.1), distwd.LR(0.01)
+    return runs.train_chain(distwd.Chain(held.items(), *rules), layout, held, 3).params
+
+
+def test_a_host_with_norms_of_its_own_is_run_whole(worlds):
+    (reference,) = worlds.run(0, with_adafactor, "single")
+    for params in worlds.run(2, with_adafactor, "fsdp2"):
+        for name in params:
+            torch.testing.assert_close(params[name], reference[name], rtol=1e-5, atol=1e-6)
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+NAMES = list(SHAPES)
+CUT = NAMES.index("down.weight")
+GROUPS = [NAMES[:2], NAMES[2:CUT], [], NAMES[CUT:]]
+SETTINGS = [
+    {"weight_decay": 0.2, "ord": 1, "metric": "std", "norm_input": "params"},
+    {"metric": "l2", "norm_input": "grad"},
+    {"metric": "sum"},
+    {"weight_decay": 0.05, "ord": 2.5, "metric": "mad", "lr": 0.1},
+]
+
+
+def with_groups(layout: str, scope: str, settings: list[dict]) -> tuple[dict, list[int], int]:
+    import distwd
+
+    held = layouts.place(layout, whole_model(PARAMS_SEED))
+    groups = [
+        {"params": [(name, held[name]) for name in names if name in held]} | given
+        for names, given in zip(GROUPS, settings, strict=True)
+    ]
+    rule = Decay(0.1, metric="rms", scope=scope)
+    chain = distwd.Chain(groups, *transforms_of([ADAM, rule, LR]))
+    counts = []
+    for step in range(3):
+        runs.feed(layout, held, step)
+        with Wire() as wire:
+            chain.step()
+        counts.append(len(wire.calls))
+    return layouts.gather(held), counts[1:], chain.phases
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, [{}] * 4], ids=["own", "shared"])
+@pytest.mark.parametrize("scope", ["all", "group", "tensor"])
+@pytest.mark.parametrize("layout", ["fsdp3", "hsdp", "fsdp_tp", "mixed", "stages"])
+def test_groups_have_their_own_numbers_in_one_collective(worlds, layout, scope, settings):
+    ((reference, *_),) = worlds.run(0, with_groups, "single", scope, settings)
+    for params, counts, phases in worlds.run(LAYOUTS[layout].ranks, with_groups, layout, scope, settings):
+        assert differing(params, reference) == []
+        assert (counts, phases) == ([1, 1], 1)
+
+
+@pytest.mark.parametrize("scope", ["all", "group", "tensor"])
+def test_groups_in_one_process_are_those_of_the_oracle(worlds, scope):
+    by_name = {name: given for names, given in zip(GROUPS, SETTINGS, strict=True) for name in names}
+    rates = {name: given.get("lr", 0.01) for name, given in by_name.items()}
+    parts = [ADAM, Decay(0.1, metric="rms", scope=scope, by_name=by_name), type(LR)(0.01, rates)]
+    oracle = Oracle(whole_model(PARAMS_SEED), parts, [group for group in GROUPS if group])
+    for step in range(3):
+        oracle.step(grads_of(step))
+    ((params, *_),) = worlds.run(0, with_groups, "single", scope, SETTINGS)
+    for name in params:
+        torch.testing.assert_close(params[name].double(), oracle.params[name], rtol=1e-4, atol=1e-5)
+
+
+# --- odd parameters ---------------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A scalar (which FSDP leaves alone), a frozen matrix, a transposed one, an empty one, two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        random = functools.partial(torch.randn, generator=generator)
+        self.scalar = nn.Parameter(random(()))
+        self.frozen = nn.Parameter(random(5, 3), requires_grad=False)
+        self.turned = nn.Parameter(random(4, 7).t())
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.half = nn.Parameter(random(9).bfloat16())
+        self.plain = nn.Parameter(random(7, 2))
+
+
+def odd_parameters(sharded: bool, norm_input: str) -> dict:
+    import distwd
+
+    module = Odd()
+    if sharded:
+        fully_shard(module, mesh=mesh_of(3, names=("dp",)), ignored_params={module.scalar, module.empty})
+    held = dict(module.named_parameters())
+    rules = distwd.RelativeWeightDecay(0.1, norm_input=norm_input), distwd.LR(0.5), distwd.WeightDecay(0.25)
+    chain = distwd.Chain(held.items(), distwd.Wrap(torch.optim.SGD, momentum=0.9), *rules)
+    for _ in range(2):
+        for param in held.values():
+            # A gradient that depends on the element, made without knowing the layout.
+            param.grad = (param.detach() * 0.5) if param.requires_grad else None
+        chain.step()
+    return {name: layouts.whole_of(param) for name, param in held.items()}
+
+
+@pytest.mark.parametrize("norm_input", ["update", "grad", "params"])
+def test_odd_parameters_have_the_bits_of_one_process(worlds, norm_input):
+    (reference,) = worlds.run(0, odd_parameters, False, norm_input)
+    for params in worlds.run(3, odd_parameters, True, norm_input):
+        assert differing(params, reference) == []
+    assert torch.equal(reference["frozen"], Odd().frozen)
+    assert not torch.equal(reference["turned"], Odd().turned)

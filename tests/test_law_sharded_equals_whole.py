@@ -1,0 +1,182 @@
+"""Laws 1, 2 and 4: sharded equals whole, every element counts once, the same bits on every rank."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests import layouts
+from tests.layouts import LAYOUTS, NUM_ELEMENTS, SHAPES, whole_model
+from tests.oracle import metric_of
+from tests.runs import alone, differing, spread, told
+from tests.sentences import SENTENCES
+
+SPREAD = [name for name in LAYOUTS if name != "single"]
+METRICS = ["mad", "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf", 2.5, float("-inf")]
+
+
+def ulp(value: float) -> float:
+    """The spacing of fp32 numbers at this value."""
+    at = torch.tensor(abs(value), dtype=torch.float32)
+    return (torch.nextafter(at, torch.tensor(torch.inf)) - at).item()
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("layout", SPREAD)
+def test_sharded_parameters_have_the_bits_of_whole_ones(worlds, layout, sentence):
+    reference = alone(worlds, sentence, foreach=True)
+    for run in spread(worlds, layout, sentence, foreach=True):
+        assert differing(run.params, reference.params) == []
+
+
+@pytest.mark.parametrize("sentence", ["decoupled", "mad_of_update", "cautious_var", "grad_then_direct"])
+@pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp", "mixed", "stages"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_single_tensor_steps_have_the_bits_of_whole_ones(worlds, layout, sentence, dtype):
+    reference = alone(worlds, sentence, dtype=dtype, foreach=False)
+    for run in spread(worlds, layout, sentence, dtype=dtype, foreach=False):
+        assert differing(run.params, reference.params) == []
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("layout", ["fsdp3", "hsdp", "experts_fsdp"])
+def test_float64_parameters_have_the_bits_of_whole_ones(worlds, layout, sentence):
+    reference = alone(worlds, sentence, dtype=torch.float64)
+    for run in spread(worlds, layout, sentence, dtype=torch.float64):
+        assert differing(run.params, reference.params) == []
+
+
+# --- hosts that round by where a tensor is cut ----------------------------------------------------------------------
+
+
+def largest_gap(ours: dict, theirs: dict) -> dict[str, float]:
+    return {name: (ours[name].double() - theirs[name].double()).abs().max().item() for name in ours}
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp3", "hsdp", "fsdp_tp"])
+@pytest.mark.parametrize(
+    ("dtype", "host"),
+    [(torch.float32, {"fused": True}), (torch.bfloat16, {"foreach": True}), (torch.bfloat16, {"fused": True})],
+    ids=["fused", "bf16", "bf16fused"],
+)
+@pytest.mark.parametrize("sentence", ["decoupled", "constant", "mad_of_update", "rms_after_lr"])
+def test_low_precision_differs_by_the_bare_host_and_no_more(worlds, layout, sentence, dtype, host):
+    """One step from equal parameters: where the bare host differs by some ulps, decay adds at most one rounding."""
+    reference = alone(worlds, sentence, 1, dtype, **host)
+    bare_host = spread(worlds, layout, "plain_adam", 1, dtype, **host)[0]
+    bare = largest_gap(bare_host.params, alone(worlds, "plain_adam", 1, dtype, **host).params)
+    for run in spread(worlds, layout, sentence, 1, dtype, **host):
+        for name, gap in largest_gap(run.params, reference.params).items():
+            largest = reference.params[name].abs().max().item()
+            one_rounding = largest * torch.finfo(dtype).eps if bare[name] else 0.0
+            assert gap <= bare[name] + one_rounding, name
+
+
+# --- against the oracle ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_the_chain_does_what_its_words_say(worlds, sentence):
+    """Float64 leaves nothing to rounding: a wrong place, sign or scale shows at once."""
+    run, oracle = alone(worlds, sentence, dtype=torch.float64), told(sentence, dtype=torch.float64)
+    for name in SHAPES:
+        torch.testing.assert_close(run.params[name], oracle.params[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("sentence", [name for name in SENTENCES if name != "plain_adam"])
+def test_decay_of_the_oracle_is_not_vacuous(sentence):
+    """The same sentence without decay ends somewhere else by far more than any tolerance here."""
+    gaps = largest_gap(told(sentence).params, told("plain_adam").params)
+    assert max(gaps.values()) > 1e-4
+
+
+EXACT = ["l2_of_grad", "std_of_params_coupled", "linf_of_params", "sgd_l0", "params_and_grad_share"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sentence", EXACT)
+def test_coefficients_are_within_one_ulp_of_the_oracle(worlds, layout, sentence):
+    """On the first step the inputs of these metrics are exactly the oracle's."""
+    expected = [next(iter(by_name.values())) for by_name in told(sentence, 1).coefficients]
+    for run in spread(worlds, layout, sentence, 1):
+        measured = [number.item() for number in run.coefficients[0]]
+        assert len(measured) == len(expected)
+        for ours, theirs in zip(measured, expected, strict=True):
+            assert abs(ours - theirs) <= ulp(theirs)
+
+
+def metrics_on(layout: str, seed: int, scale: float) -> dict[str | float, float]:
+    import distwd
+
+    held = layouts.place(layout, whole_model(seed, scale=scale))
+    tensors, names = list(held.values()), list(held)
+    return {metric: distwd.global_metric(tensors, metric, names=names).item() for metric in METRICS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_metrics_are_within_one_ulp_of_the_oracle(worlds, layout):
+    for seed, scale in ((0, 1.0), (1, 1e-12), (2, 1e6)):
+        whole = list(whole_model(seed, scale=scale).values())
+        for measured in worlds.run(LAYOUTS[layout].ranks, metrics_on, layout, seed, scale):
+            for metric, value in measured.items():
+                expected = metric_of(whole, metric)
+                assert abs(value - expected) <= ulp(expected), metric
+
+
+# --- every element once ---------------------------------------------------------------------------------------------
+
+
+def sums_on(layout: str) -> tuple[float, float, float]:
+    """The sum of all-ones, and the sum and count where each parameter holds one power of two in all its elements."""
+    import distwd
+
+    ones = layouts.place(layout, {name: torch.ones(shape) for name, shape in SHAPES.items()})
+    powers = layouts.place(layout, powers_of_two())
+    measure = functools.partial(distwd.global_metric, metric="sum")
+    return (
+        measure(list(ones.values()), names=list(ones)).item(),
+        measure(list(powers.values()), names=list(powers)).item(),
+        distwd.global_metric(list(powers.values()), "l0", names=list(powers)).item(),
+    )
+
+
+def powers_of_two() -> dict[str, torch.Tensor]:
+    """One element per parameter, a power of two each: the sum's binary digits tell who was counted how often."""
+    whole = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for digit, value in enumerate(whole.values()):
+        value.view(-1)[-1] = 4.0**digit
+    return whole
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_element_counts_once(worlds, layout):
+    for ones, powers, count in worlds.run(LAYOUTS[layout].ranks, sums_on, layout):
+        assert ones == NUM_ELEMENTS
+        assert powers == sum(4.0**digit for digit in range(len(SHAPES)))
+        assert count == len(SHAPES)
+
+
+# --- the same bits on every rank --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", SPREAD)
+def test_numbers_have_the_same_bits_on_every_rank(worlds, layout):
+    for sentence in ("mad_of_update", "params_and_grad_share", "update_twice"):
+        ranks = spread(worlds, layout, sentence, foreach=True)
+        reference = alone(worlds, sentence, foreach=True)
+        for run in ranks:
+            for ours, theirs in zip(
+                run.coefficients + run.metrics, reference.coefficients + reference.metrics, strict=True
+            ):
+                assert [number.item() for number in ours] == [number.item() for number in theirs]
+
+
+@pytest.mark.parametrize("layout", ["hsdp", "ddp2", "replicated3", "fsdp_tp", "experts", "mixed"])
+def test_replicas_do_not_drift(worlds, layout):
+    gathered = [run.params for run in spread(worlds, layout, "cautious_var", 8)]
+    assert all(differing(gathered[0], other) == [] for other in gathered[1:])

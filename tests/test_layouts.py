@@ -1,0 +1,42 @@
+"""The layouts are what they say: they hold the whole model, and meet replicas, uneven and empty shards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import layouts
+from tests.layouts import LAYOUTS, whole_model
+
+
+def round_trip(layout: str) -> tuple[dict, dict, dict]:
+    """Whole parameters, whole gradients, and the local sizes of this rank."""
+    held = layouts.place(layout, whole_model(0))
+    layouts.set_gradients(layout, held, whole_model(1))
+    sizes = {name: layouts.local_of(param).numel() for name, param in held.items()}
+    return layouts.gather(held), layouts.gather({name: p.grad for name, p in held.items()}), sizes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_holds_the_whole_model(worlds, layout):
+    for params, grads, _ in worlds.run(LAYOUTS[layout].ranks, round_trip, layout):
+        for given, held in ((whole_model(0), params), (whole_model(1), grads)):
+            assert given.keys() == held.keys()
+            assert all(torch.equal(given[name], held[name]) for name in given)
+
+
+def held_by_rank(worlds, layout: str, name: str) -> list[int]:
+    return [sizes[name] for *_, sizes in worlds.run(LAYOUTS[layout].ranks, round_trip, layout)]
+
+
+def test_shards_are_uneven_and_empty(worlds):
+    assert held_by_rank(worlds, "fsdp3", "head.bias") == [3, 3, 1]
+    assert held_by_rank(worlds, "fsdp4", "norm.weight") == [2, 2, 2, 0]
+    assert held_by_rank(worlds, "hsdp", "head.bias") == [4, 3, 4, 3]
+    assert held_by_rank(worlds, "fsdp4", "gate.weight") == [1, 0, 0, 0]
+
+
+def test_copies_hide_from_their_tensors(worlds):
+    assert held_by_rank(worlds, "fsdp_tp", "norm.weight") == [3, 3, 3, 3]
+    assert held_by_rank(worlds, "experts", "experts.weight") == [30, 30, 30, 30]
+    assert held_by_rank(worlds, "ddp2", "gate.weight") == [1, 1]

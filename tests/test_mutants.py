@@ -1,0 +1,198 @@
+"""The laws can fail: each is broken on purpose inside the ranks, and the break shows by far more than a tolerance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from tests import layouts, runs, wire
+from tests.layouts import LAYOUTS, NUM_ELEMENTS, SHAPES, mesh_of, whole_model
+from tests.oracle import metric_of
+from tests.runs import PARAMS_SEED, alone, differing
+from tests.sentences import SENTENCES, transforms_of
+from tests.test_law_sharded_equals_whole import METRICS, metrics_on, sums_on, ulp
+
+
+def _patched(target: str, change: Callable) -> mock._patch:
+    """Replace what `target` names by `change(original)`."""
+    module, name = target.rsplit(".", 1)
+    owner = __import__(module, fromlist=[name])
+    return mock.patch.object(owner, name, change(getattr(owner, name)))
+
+
+@contextmanager
+def everyone_owns_everything() -> Iterator[None]:
+    """Every replica counts."""
+
+    def change(build):
+        def wrong(*args, **kwargs):
+            built = build(*args, **kwargs)
+            return dataclasses.replace(built, owned=(True,) * len(built.owned))
+
+        return wrong
+
+    with _patched("distwd.plan.plan.build", change):
+        yield
+
+
+@contextmanager
+def owners_by_visible_replication() -> Iterator[None]:
+    """Who owns is guessed from the tensor's own mesh, as libraries do that never ask other ranks."""
+
+    def change(build):
+        def wrong(entries, *args, **kwargs):
+            built = build(entries, *args, **kwargs)
+            return dataclasses.replace(built, owned=tuple(_first_in_its_mesh(entry.tensor) for entry in entries))
+
+        return wrong
+
+    with _patched("distwd.plan.plan.build", change):
+        yield
+
+
+def _first_in_its_mesh(tensor: torch.Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return dist.get_rank() == 0
+    pairs = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
+    return all(index == 0 for placement, index in pairs if isinstance(placement, Replicate))
+
+
+@contextmanager
+def no_reduction() -> Iterator[None]:
+    """Each rank takes its own part for the whole."""
+    with mock.patch.object(dist, "all_reduce", return_value=None):
+        yield
+
+
+@contextmanager
+def wrong_group() -> Iterator[None]:
+    """The sum stops at one axis of the mesh."""
+    pairs = mesh_of(2, 2, names=("replicate", "shard")).get_group("shard")
+
+    def change(reduce):
+        return lambda tensor, op=dist.ReduceOp.SUM, group=None, **kwargs: reduce(tensor, op, group=pairs, **kwargs)
+
+    with _patched("torch.distributed.all_reduce", change):
+        yield
+
+
+MUTANTS = {
+    "everyone owns everything": (everyone_owns_everything, ["hsdp", "hsdp3x1", "ddp2", "replicated3", "mixed"]),
+    "owners by visible replication": (owners_by_visible_replication, ["fsdp_tp", "experts"]),
+    "no reduction": (no_reduction, ["fsdp2", "fsdp3", "fsdp4", "stages", "tp2"]),
+    "wrong group": (wrong_group, ["fsdp4", "fsdp_tp", "experts_fsdp"]),
+}
+BROKEN = [(mutant, layout) for mutant, (_, broken) in MUTANTS.items() for layout in broken]
+
+
+def mutated(mutant: str, fn: Callable, *args: object) -> object:
+    with MUTANTS[mutant][0]():
+        return fn(*args)
+
+
+@pytest.mark.parametrize(("mutant", "layout"), BROKEN)
+def test_a_mutant_miscounts_the_elements(worlds, mutant, layout):
+    for ones, *_ in worlds.run(LAYOUTS[layout].ranks, mutated, mutant, sums_on, layout):
+        assert ones != NUM_ELEMENTS
+
+
+@pytest.mark.parametrize(("mutant", "layout"), BROKEN)
+def test_a_mutant_is_far_from_the_oracle(worlds, mutant, layout):
+    """On some rank every metric that adds something up is wrong by more than ten times what the law allows."""
+    whole = list(whole_model(0).values())
+    ranks = worlds.run(LAYOUTS[layout].ranks, mutated, mutant, metrics_on, layout, 0, 1.0)
+    sums = [metric for metric in METRICS if metric not in ("linf", float("-inf"))]
+    for metric in sums:
+        expected = metric_of(whole, metric)
+        assert max(abs(measured[metric] - expected) for measured in ranks) > 10 * ulp(expected), metric
+
+
+@pytest.mark.parametrize(("mutant", "layout"), BROKEN)
+def test_a_mutant_trains_to_other_parameters(worlds, mutant, layout):
+    reference = alone(worlds, "mad_of_update")
+    for run in worlds.run(LAYOUTS[layout].ranks, mutated, mutant, runs.train, layout, "mad_of_update"):
+        assert differing(run.params, reference.params) != []
+
+
+@pytest.mark.parametrize("layout", ["fsdp3", "stages"])
+def test_ranks_that_do_not_talk_disagree(worlds, layout):
+    told = worlds.run(LAYOUTS[layout].ranks, mutated, "no reduction", metrics_on, layout, 0, 1.0)
+    assert len({measured["mad"] for measured in told}) > 1
+
+
+# --- laws 3, 5 and 6 ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def before_measuring(act: Callable[[], object]) -> Iterator[None]:
+    """Do something else each time a chain measures."""
+
+    def change(measure):
+        def wrong(*args, **kwargs):
+            act()
+            return measure(*args, **kwargs)
+
+        return wrong
+
+    with _patched("distwd.meter.measure", change):
+        yield
+
+
+def a_collective_more() -> list[int]:
+    with before_measuring(lambda: dist.all_reduce(torch.ones(1))):
+        run = runs.train("fsdp2", "mad_of_update")
+    return [len(calls) for calls in run.wires[1:]]
+
+
+def test_a_collective_more_is_counted(worlds):
+    assert worlds.run(2, a_collective_more) == [[2, 2]] * 2
+
+
+def a_read() -> str:
+    held = layouts.place("fsdp2", whole_model(PARAMS_SEED))
+    import distwd
+
+    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["mad_of_update"].parts))
+    runs.feed("fsdp2", held, 0)
+    chain.step()
+    try:
+        with before_measuring(lambda: torch.ones(()).item()), wire.no_host_sync():
+            chain.step()
+    except wire.HostSync as sync:
+        return str(sync)
+    return "not seen"
+
+
+def test_a_read_is_seen(worlds):
+    for seen in worlds.run(2, a_read):
+        assert "distwd" in seen
+
+
+def drifting() -> dict:
+    """A mutant of law 4: the coefficient of one replica is off in its fourth digit."""
+
+    def change(measure):
+        def wrong(*args, **kwargs):
+            off = 1 + 1e-3 * dist.get_rank()
+            return [numbers * off for numbers in measure(*args, **kwargs)]
+
+        return wrong
+
+    with _patched("distwd.meter.measure", change):
+        return runs.train("ddp2", "mad_of_update", 8).params
+
+
+def test_replicas_that_drift_are_seen(worlds):
+    first, second = worlds.run(2, drifting)
+    assert differing(first, second) != []
+
+
+def test_every_parameter_is_there_to_be_miscounted():
+    assert len(SHAPES) == len(whole_model(0))

@@ -1,0 +1,311 @@
+"""Every rule, by every ord, target and place, against the oracle; every setting per group."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import distwd
+from tests.layouts import SHAPES, whole_model
+from tests.oracle import AdamPart, Decay, LrPart, Oracle, SgdPart, direction
+from tests.runs import grads_of
+from tests.sentences import transforms_of
+
+ORDS = [1, 1.5, 2, 2.5, 3, 4]
+TARGETS = ["update", "grad", "params_direct", "closure"]
+RULES = {
+    "absolute": {},
+    "cautious": {"cautious": True},
+    "relative": {"metric": "mad"},
+    "relative_grad": {"metric": "l2", "norm_input": "grad"},
+    "relative_params": {"metric": "rms", "norm_input": "params"},
+    "relative_cautious": {"metric": "std", "cautious": True},
+    "relative_group": {"metric": "l1", "scope": "group"},
+    "relative_tensor": {"metric": "linf", "scope": "tensor"},
+}
+NAMES = list(SHAPES)
+GROUPS = [NAMES[:4], NAMES[4:5], NAMES[5:]]
+ADAM, LR = AdamPart(), LrPart(0.01)
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(value) for name, value in whole_model(7, dtype, scale=0.3).items()}
+
+
+def train(chain, params: dict, num_steps: int = 3) -> dict:
+    for step in range(num_steps):
+        chain.zero_grad()
+        grads = grads_of(step, torch.float64)
+
+        def closure(grads=grads):
+            for name, param in params.items():
+                param.grad = grads[name].clone()
+            return sum(param.sum() for param in params.values()).detach()
+
+        chain.step(closure)
+    return {name: param.detach() for name, param in params.items()}
+
+
+def expected(parts: list, num_steps: int = 3, groups: list = GROUPS) -> dict:
+    oracle = Oracle(parameters(), parts, groups)
+    for step in range(num_steps):
+        oracle.step(grads_of(step, torch.float64))
+    return oracle.params
+
+
+def grouped(params: dict, settings: list[dict] | None = None) -> list[dict]:
+    """The param groups of GROUPS, with a dict of settings each."""
+    settings = settings or [{}, {}, {}]
+    return [
+        {"params": [(name, params[name]) for name in names]} | given
+        for names, given in zip(GROUPS, settings, strict=True)
+    ]
+
+
+def assert_close(ours: dict, theirs: dict, rtol: float = 1e-6) -> None:
+    """Float64 all along, but for coefficients, which are rounded to fp32 so that they are the same on any sharding."""
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=rtol, msg=lambda text: f"{name}: {text}")
+
+
+def places(decay: Decay) -> dict[str, list]:
+    return {
+        "first": [decay, ADAM, LR],
+        "middle": [ADAM, decay, LR],
+        "last": [ADAM, LR, decay],
+        "between optimizers": [SgdPart(0.9), decay, ADAM, LR],
+        "alone": [decay],
+    }
+
+
+@pytest.mark.parametrize("place", places(Decay(0)))
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_target_and_place(rule, target, place):
+    parts = places(Decay(0.02, target=target, **RULES[rule]))[place]
+    params = parameters()
+    chain = distwd.Chain(grouped(params), *transforms_of(parts))
+    assert_close(train(chain, params), expected(parts), 1e-6 if rule.startswith("relative") else 1e-10)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rule", ["absolute", "cautious", "relative"])
+def test_every_ord(rule, target, ord):
+    parts = [ADAM, LR, Decay(0.02, ord=ord, target=target, **RULES[rule])]
+    params = parameters()
+    chain = distwd.Chain(grouped(params), *transforms_of(parts))
+    assert_close(train(chain, params), expected(parts))
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_decay_shrinks_negative_and_positive_alike(ord, dtype):
+    values = torch.tensor([-2.0, -0.5, -0.0, 0.0, 0.5, 2.0], dtype=dtype)
+    param = values.clone()
+    distwd.decay_weights_([param], 0.1, ord)
+    assert (param.abs() <= values.abs()).all()
+    assert torch.equal(param, -param.flip(0))
+    torch.testing.assert_close(param.double(), values.double() - 0.1 * direction(values, ord))
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_direct_decay_is_seen_by_what_comes_later(ord):
+    parts = [
+        Decay(0.3, target="params_direct", ord=ord),
+        ADAM,
+        Decay(0.1, metric="rms", norm_input="params"),
+        LR,
+        Decay(0.1, cautious=True),
+    ]
+    params = parameters()
+    assert_close(train(distwd.Chain(params.items(), *transforms_of(parts)), params), expected(parts, groups=[]))
+
+
+def test_a_pull_is_of_the_parameter_as_it_was_at_its_place():
+    """The pending decay of the update must not see a direct decay that comes later."""
+    parts = [ADAM, Decay(0.5), Decay(0.5, target="params_direct"), LR, Decay(0.5), Decay(0.25, target="params_direct")]
+    params = parameters()
+    assert_close(train(distwd.Chain(params.items(), *transforms_of(parts)), params), expected(parts, groups=[]))
+
+
+def test_an_edited_gradient_is_seen_by_later_transforms_only():
+    parts = [
+        Decay(0.1, metric="l2", norm_input="grad", target="grad"),
+        Decay(0.1, metric="l2", norm_input="grad", target="grad"),
+        ADAM,
+        Decay(0.1, metric="l1", norm_input="grad"),
+        Decay(0.5, target="grad"),
+        Decay(0.1, metric="l1", norm_input="grad"),
+        LR,
+    ]
+    params = parameters()
+    assert_close(train(distwd.Chain(params.items(), *transforms_of(parts)), params), expected(parts, groups=[]))
+
+
+def test_metrics_of_the_update_see_pending_decay_and_rate():
+    parts = [
+        ADAM,
+        Decay(0.5),
+        Decay(0.2, metric="mad"),
+        LrPart(0.5),
+        Decay(0.3, metric="std", ord=1),
+        LR,
+        Decay(0.4, metric="l1", cautious=True),
+    ]
+    params = parameters()
+    assert_close(train(distwd.Chain(params.items(), *transforms_of(parts)), params), expected(parts, groups=[]))
+
+
+def test_the_rate_may_come_before_the_optimizer():
+    parts = [LrPart(3.0), Decay(0.1), SgdPart(0.9), LR, Decay(0.1, ord=3), SgdPart(0.5)]
+    params = parameters()
+    assert_close(train(distwd.Chain(params.items(), *transforms_of(parts)), params), expected(parts, groups=[]))
+
+
+# --- per group --------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "weight_decay": [0.1, 0.0, 0.5],
+    "ord": [1, 2.5, 4],
+    "metric": ["mad", "linf", "std"],
+    "norm_input": ["update", "grad", "params"],
+}
+WHOLE_CHAIN = {"cautious": [True, False, True], "scope": ["all", "group", "tensor"]}
+
+
+def by_name(settings: list[dict]) -> dict[str, dict]:
+    return {name: given for names, given in zip(GROUPS, settings, strict=True) for name in names}
+
+
+@pytest.mark.parametrize("key", [*SETTINGS, "everything"])
+def test_every_setting_is_honoured_per_group(key):
+    keys = SETTINGS if key == "everything" else [key]
+    settings = [{each: SETTINGS[each][index] for each in keys} for index in range(3)]
+    parts = [ADAM, Decay(0.1, metric="mad", by_name=by_name(settings)), LR]
+    params = parameters()
+    chain = distwd.Chain(grouped(params, settings), *transforms_of(parts))
+    assert_close(train(chain, params), expected(parts))
+
+
+@pytest.mark.parametrize("key", WHOLE_CHAIN)
+def test_no_setting_in_a_group_is_silently_ignored(key):
+    """Honoured, or refused by name; a group that says `scope` must not be decayed by another scope."""
+    settings = [{key: value} for value in WHOLE_CHAIN[key]]
+    parts = [ADAM, Decay(0.1, metric="mad", by_name=by_name(settings)), LR]
+    params = parameters()
+    try:
+        chain = distwd.Chain(grouped(params, settings), *transforms_of(parts))
+    except ValueError as refusal:
+        assert key in str(refusal)
+        return
+    assert_close(train(chain, params), expected(parts))
+
+
+def test_the_second_rule_of_a_kind_has_keys_of_its_own():
+    first = [{"weight_decay": 0.1}, {"weight_decay": 0.2}, {}]
+    second = [{"weight_decay": 0.3, "ord": 1}, {}, {"weight_decay": 0.0}]
+    settings = [a | {f"{key}_1": value for key, value in b.items()} for a, b in zip(first, second, strict=True)]
+    parts = [ADAM, Decay(0.05, by_name=by_name(first)), LR, Decay(0.01, ord=3, by_name=by_name(second))]
+    params = parameters()
+    chain = distwd.Chain(grouped(params, settings), *transforms_of(parts))
+    assert chain.param_groups[2]["weight_decay_1"] == 0.0
+    assert chain.param_groups[1]["ord_1"] == 3
+    assert_close(train(chain, params), expected(parts))
+
+
+def test_learning_rates_are_per_group():
+    rates = {"lr": [0.1, 0.01, 0.0]}
+    settings = [{"lr": rate} for rate in rates["lr"]]
+    parts = [ADAM, Decay(0.1, metric="mad"), LrPart(1, {n: s["lr"] for n, s in by_name(settings).items()}), Decay(0.01)]
+    params = parameters()
+    assert_close(train(distwd.Chain(grouped(params, settings), *transforms_of(parts)), params), expected(parts))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weight_decay_may_be_a_tensor_that_changes(rule):
+    given = torch.tensor(0.02, dtype=torch.float64)
+    parts = [ADAM, Decay(given, **RULES[rule]), LR]
+    params = parameters()
+    chain = distwd.Chain(grouped(params), *transforms_of(parts))
+    oracle = Oracle(params, [ADAM, Decay(0.02, **RULES[rule]), LR], GROUPS)
+    later = Oracle(params, [ADAM, Decay(0.5, **RULES[rule]), LR], GROUPS)
+    train(chain, params, 1)
+    oracle.step(grads_of(0, torch.float64))
+    assert_close({n: p.detach() for n, p in params.items()}, oracle.params)
+    for group in chain.param_groups:
+        group["weight_decay"].fill_(0.5)
+    for name, param in params.items():
+        param.grad = grads_of(1, torch.float64)[name]
+    later.params, later.memory, later.num_steps = oracle.params, oracle.memory, oracle.num_steps
+    later.step(grads_of(1, torch.float64))
+    chain.step()
+    assert_close({n: p.detach() for n, p in params.items()}, later.params)
+
+
+@pytest.mark.parametrize("nothing", [distwd.WeightDecay(0.0), distwd.RelativeWeightDecay(0.0, norm_input="params")])
+def test_zero_weight_decay_changes_no_bit(nothing):
+    plain, params = parameters(torch.float32), parameters(torch.float32)
+    chains = [
+        distwd.Chain(plain.values(), distwd.Adam(), distwd.LR(0.01)),
+        distwd.Chain(params.values(), distwd.Adam(), nothing, distwd.LR(0.01)),
+    ]
+    for name in plain:
+        plain[name].grad = grads_of(0)[name]
+        params[name].grad = grads_of(0)[name]
+    for chain in chains:
+        chain.step()
+    assert all(torch.equal(plain[name], params[name]) for name in plain)
+
+
+# --- cautious ---------------------------------------------------------------------------------------------------------
+
+
+def test_cautious_decay_is_only_where_update_and_parameter_agree():
+    param = torch.nn.Parameter(torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, 0.0]))
+    param.grad = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 1.0])
+    chain = distwd.Chain([param], distwd.CautiousWeightDecay(0.25))
+    before, grad = param.detach().clone(), param.grad.clone()
+    chain.step()
+    pulled = before - grad - param.detach()
+    assert torch.equal(pulled, torch.tensor([0.5, 0.0, 0.0, -0.5, 0.0, 0.0]))
+
+
+def test_the_mask_does_not_underflow():
+    """1e-30 · 1e-30 is zero in fp32, but the signs agree."""
+    param = torch.nn.Parameter(torch.tensor([1e-30, -1e-30, 1.0]))
+    param.grad = torch.tensor([1e-30, -1e-30, 0.0])
+    distwd.Chain([param], distwd.CautiousWeightDecay(0.5)).step()
+    assert param[0].item() == pytest.approx(-5e-31, rel=1e-3)
+    assert param[1].item() == pytest.approx(5e-31, rel=1e-3)
+
+
+# --- decay_weights_ ---------------------------------------------------------------------------------------------------
+
+
+def test_decay_weights_needs_no_optimizer():
+    params = parameters()
+    before = copy.deepcopy(params)
+    distwd.decay_weights_(params.values(), 0.1, ord=3)
+    for name in params:
+        torch.testing.assert_close(params[name].detach(), before[name] - 0.1 * direction(before[name], 3).detach())
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3, 4)])
+@pytest.mark.parametrize("ord", ORDS)
+def test_any_shape_decays(shape, ord):
+    param = torch.nn.Parameter(torch.full(shape, -2.0))
+    distwd.decay_weights_([param, torch.ones(3)], 0.5, ord)
+    torch.testing.assert_close(param.detach(), torch.full(shape, -2.0 + 0.5 * 2.0 ** (ord - 1)))
+
+
+def test_decay_keeps_the_parameter_and_its_gradient_as_objects():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    storage, grad = param.data_ptr(), param.grad
+    distwd.Chain([param], distwd.RelativeWeightDecay(0.5), distwd.LR(0.1)).step()
+    assert param.data_ptr() == storage
+    assert param.grad is grad
+    assert torch.equal(grad, torch.ones(3))

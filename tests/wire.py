@@ -1,0 +1,101 @@
+"""What goes over the wire and what waits for the device, seen from underneath distwd."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COMMUNICATION = ("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd")
+NO_TALK = ("wait", "_wrap_tensor")
+READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item", "masked_select", "_unique2")
+
+
+class Wire(TorchDispatchMode):
+    """Records every collective of the block, whoever starts it and through whatever API: `with Wire() as wire`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # a DTensor first becomes local work and collectives, and those are what counts
+        name = func._schema.name
+        if name.split("::")[0] in COMMUNICATION and not any(word in name for word in NO_TALK):
+            self.calls.append(name.split("::")[1])
+            self.num_elements += sum(leaf.numel() for leaf in _tensors(args))
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: object) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for leaf in tree:
+            yield from _tensors(leaf)
+
+
+class HostSync(AssertionError):
+    """distwd asked for a number on the host."""
+
+
+def asked_by_distwd() -> str | None:
+    """The line of distwd that caused this call, unless torch's own optimizer stands between (hosts may read)."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename.replace("\\", "/")
+        if "/torch/optim/" in path and not frame.f_code.co_name.startswith("profile_hook_step"):
+            return None
+        if "/distwd/" in path and "/tests/" not in path:
+            return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return None
+
+
+class _NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if _reads(func._schema.name, args) and (line := asked_by_distwd()):
+            raise HostSync(f"{func._schema.name} at {line}")
+        return func(*args, **(kwargs or {}))
+
+
+def _reads(name: str, args: tuple) -> bool:
+    """Whether an operation needs values on the host; indexing by a mask needs the number of its elements."""
+    if name in ("aten::index", "aten::index_put_"):
+        return any(index.dtype == torch.bool for index in _tensors(args[1]))
+    return name.removeprefix("aten::") in READS
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Raise HostSync where distwd turns a tensor into a Python number, truth value or list."""
+    names = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__complex__")
+    patches = [mock.patch.object(Tensor, name, _guarded(name, getattr(Tensor, name))) for name in names]
+    patches += [mock.patch.object(torch, "equal", _guarded("torch.equal", torch.equal))]
+    with _NoReads():
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def _guarded(name: str, original):
+    def guarded(*args, **kwargs):
+        if line := asked_by_distwd():
+            raise HostSync(f"{name} at {line}")
+        return original(*args, **kwargs)
+
+    return guarded
