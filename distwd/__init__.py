@@ -1,6 +1,7 @@
 """Weight decay for PyTorch that knows how its parameters are sharded."""
 
 from ._version import __version__
+from .attach import Attachment, attach
 from .chain import Chain
 from .decays.direct import DirectWeightDecay, decay_weights_
 from .decays.relative import RelativeWeightDecay
@@ -14,6 +15,7 @@ from .wrap import Adam, Wrap
 __all__ = [
     "LR",
     "Adam",
+    "Attachment",
     "CautiousWeightDecay",
     "Chain",
     "DirectWeightDecay",
@@ -23,6 +25,7 @@ __all__ = [
     "WeightDecay",
     "Wrap",
     "__version__",
+    "attach",
     "decay_weights_",
     "global_metric",
 ]

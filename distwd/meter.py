@@ -46,6 +46,8 @@ class Meter:
         sources = {of: step.source(of) for of in dict.fromkeys(need.of for need in needs)}
         requests = [plan.request(need.metric, sources[need.of][0], need.scope, sources[need.of][1]) for need in needs]
         numbers = dict(zip(needs, measure(requests, plan.world), strict=True))
+        if step.grad_scale is not None:
+            numbers = {need: _unscaled(number, need, step.grad_scale) for need, number in numbers.items()}
         asked = {index for index, _ in phase.asks}
         for place in places:
             if place.index in asked:
@@ -99,6 +101,12 @@ def _read(place: Place, groups: Sequence[Mapping[str, Any]], numbers: Mapping[Ne
             shared[key] = Reading(need, metric, (metric * _on(decay, metric)).to(torch.float32))
         readings[index] = shared[key]
     return readings
+
+
+def _unscaled(number: Tensor, need: Need, grad_scale: Tensor) -> Tensor:
+    """A metric of gradients that a GradScaler has multiplied by `grad_scale`, as if it had not."""
+    scaled = need.of == "grad" and need.metric.degree
+    return number / grad_scale.to(number.device, number.dtype) ** need.metric.degree if scaled else number
 
 
 def _on(decay: float | Tensor, like: Tensor) -> float | Tensor:

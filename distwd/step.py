@@ -19,7 +19,8 @@ class Batch:
     """The parameters of one param group, device and dtype that have a gradient this step, as local tensors.
 
     index: their positions among all parameters. What is pending is scale · (−update if flipped else update) + Σ pulls.
-    At first `update` is the gradients themselves (`owns_update` False: not ours to write to).
+    At first `update` is the gradients themselves (`owns_update` False: not ours to write to). absorbed: whether pulls
+    have become part of `update`.
     """
 
     group: dict[str, Any]
@@ -33,6 +34,7 @@ class Batch:
     flipped: bool = False
     scale: Rate = 1.0
     pulls: list[Pull] = field(default_factory=list)
+    absorbed: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -58,6 +60,7 @@ class Batch:
         """Make `update` the pending update exactly."""
         out = self.update if self.owns_update else [torch.empty_like(u) for u in self.update]
         fold(self.update, self.params, self.pulls, self.signed_scale, out, self.mask)
+        self.absorbed = self.absorbed or bool(self.pulls)
         self.update, self.owns_update, self.flipped, self.scale, self.pulls = out, True, False, 1.0, []
 
 
@@ -87,7 +90,8 @@ class Step:
     """One step of a chain, over local tensors; no transform writes before it must.
 
     entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place.
-    host: an optimizer that waits for what comes after it.
+    host: an optimizer that waits for what comes after it. grad_scale: what a GradScaler has multiplied the gradients by.
+    old: local parameters as they were, by position, where an optimizer has stepped them already.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class Step:
         self.hosts = hosts
         self.batches = list(_batches(entries, groups))
         self.host: Waiting | None = None
+        self.grad_scale: Tensor | None = None
+        self.old: Mapping[int, Tensor] = {}
 
     def adopt(self, moved: Mapping[Tensor, Tensor]) -> None:
         """Take as the update what an optimizer has found already: how far it moved each local parameter."""
@@ -108,9 +114,11 @@ class Step:
     def source(self, of: str) -> tuple[list[Tensor | None], bool]:
         """The local tensors that a metric of `of` is taken of, by parameter (None: no gradient), and whether to negate them."""
         if of == "params":
-            return [local_tensor(entry.tensor) for entry in self.entries], False
+            return [self.old[i] if i in self.old else local_tensor(e.tensor) for i, e in enumerate(self.entries)], False
         if of == "update":
             self.fold()
+            # One sign for all: groups whose lr is not 1 have just been folded, the others may still be flipped.
+            self.fold(exact=any(batch.flipped != self.batches[0].flipped for batch in self.batches))
         found: list[Tensor | None] = [None] * len(self.entries)
         for batch in self.batches:
             for position, tensor in zip(batch.index, batch.grads if of == "grad" else batch.update, strict=True):

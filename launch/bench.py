@@ -66,7 +66,7 @@ def parse_options() -> argparse.Namespace:
 
 def models(quick: bool) -> dict[str, Shapes]:
     if quick:
-        return {"small, 70 tensors": transformer(32), "100 tensors of 4 k": equal_tensors(100)}
+        return {"a small transformer, 16 tensors": transformer(32, layers=2), "20 tensors of 4 k": equal_tensors(20)}
     return {"40 M elements, 70 tensors": transformer(512), "1000 tensors of 4 k": equal_tensors(1000)}
 
 

@@ -40,7 +40,7 @@ def measure_plan(here: Here, num_params: int, num_ranks: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     assert [*found.mismatched, *found.uncovered, *found.drifted] == [], "the made-up descriptions should make a plan"
     assert int(found.owned.sum()) == num_params, "every piece has one holder here"
-    _, peak = here.bytes_of(lambda: resolve(rows, 0, 1))
+    _, peak = here.bytes_of(lambda: None, lambda: resolve(rows, 0, 1))
     described = num_params * num_ranks * NUM_COLUMNS * 8
     return {"params": num_params, "ranks": num_ranks, "seconds": seconds, "bytes": peak + described}
 

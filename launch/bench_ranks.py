@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from bench_cases import Named, Shapes, Way
 from torch import Tensor
-from torch.autograd.profiler import profile
+from torch.autograd.profiler import profile, record_function
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -105,16 +106,19 @@ class Here:
         dist.all_gather_object(everyone, numbers)
         return [max(values) for values in zip(*everyone, strict=True)]
 
-    def bytes_of(self, work: Callable[[], object]) -> tuple[int, int]:
-        """What the allocator has given out since before `work`: (afterwards, at the peak)."""
+    def bytes_of(self, begin: Callable[[], object], work: Callable[[], object]) -> tuple[int, int]:
+        """What `begin` has left in the allocator's hands, and the most there was during `work`, both since before `begin`."""
         if self.device.type != "cuda":
-            return _cpu_bytes_of(work)
+            return _cpu_bytes_of(begin, work)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        begin()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated() - before
         work()
         torch.cuda.synchronize()
-        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        return held, torch.cuda.max_memory_allocated() - before
 
 
 def collectives_of(step: Way) -> int:
@@ -129,19 +133,19 @@ def _local(shape: tuple[int, ...], here: Here) -> tuple[int, ...]:
     return (max(0, min(rows, shape[0] - rows * here.rank)), *shape[1:])
 
 
-def _cpu_bytes_of(work: Callable[[], object]) -> tuple[int, int]:
+def _cpu_bytes_of(begin: Callable[[], object], work: Callable[[], object]) -> tuple[int, int]:
     """From the profiler's record of every block that torch's CPU allocator gave out and took back."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it tells of its own beginning and end on every use
     with profile(profile_memory=True) as record:
-        work()
+        begin()
         gc.collect()
+        with record_function("work"):
+            work()
     events = record.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == "work")
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return held, peak
+    held = sum(change for when, change in changes if when < start)
+    return held, max(accumulate((change for when, change in changes if when >= start), initial=held))
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], device: str, threads: int
     A world of one is a new process too, so that all begin alike and leave their memory behind.
     """
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_new_rank, (ranks, folder, work, device, threads, *arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(_new_rank, (ranks, folder, work, device, threads, *arguments), nprocs=ranks)
         return torch.load(Path(folder) / "result", weights_only=True)
 
 

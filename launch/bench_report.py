@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import distwd
+
 Record = dict[str, Any]
 MIB = 1 << 20
 
@@ -29,7 +31,9 @@ def machine(device: str) -> Record:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "load_before": os.getloadavg(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "distwd", "torchzero")},
+        "torch": str(torch.__version__),
+        "distwd": distwd.__version__,
+        "torchzero": _version("torchzero"),
     }
 
 
@@ -48,8 +52,6 @@ def _processor() -> str:
 
 
 def _version(package: str) -> str | None:
-    if package == "torch":
-        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:
@@ -85,8 +87,18 @@ def steps_table(run: Record) -> Table:
     ranks = f"{run['ranks']} rank{'s' if run['ranks'] > 1 else ''} of {run['threads']} thread{'s' if run['threads'] > 1 else ''}"
     table = Table(title=f"{run['model']}, {ranks}, {run['rounds']} rounds", title_justify="left")
     table.add_column("step")
-    for title in ("best ms", "median ms", "ratio to AdamW fused", "of best", "goal", "collectives", "extra MiB"):
-        table.add_column(title, justify="right")
+    table.columns[0].no_wrap = True
+    for title in (
+        "best ms",
+        "median ms",
+        "× AdamW fused",
+        "of best",
+        "goal",
+        "collectives",
+        "extra MiB",
+        "and against",
+    ):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in run["cases"]:
         seconds, ratio = row["seconds"], row["ratio"]
         table.add_row(
@@ -95,9 +107,10 @@ def steps_table(run: Record) -> Table:
             f"{seconds['median'] * 1000:.1f}",
             _times(ratio),
             f"{ratio['of_best']:.2f}",
-            _goal(row, run["cases"][0]["name"]),
+            row["goal"] if row["against"] == run["cases"][0]["name"] else "",
             str(row["collectives"]),
             f"{row['extra_bytes'] / MIB:.1f}",
+            _against(row) if row["against"] != run["cases"][0]["name"] else "",
         )
     return table
 
@@ -106,15 +119,13 @@ def _times(ratio: Record) -> str:
     return f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})"
 
 
-def _goal(row: Record, baseline: str) -> str:
-    if not row["goal"] or row["against"] == baseline:
-        return str(row["goal"])
-    return f"{row['goal']} × {row['against']}: {row['ratio_against']['median']:.2f}"
+def _against(row: Record) -> str:
+    return f"{row['ratio_against']['median']:.2f} × {row['against']} (goal {row['goal']})"
 
 
 def plan_table(plans: list[Record]) -> Table:
     """Time and memory by the size of the job."""
-    table = Table(title="finding the owners of all pieces, from descriptions made up", title_justify="left")
+    table = Table(title="plan: owners found", title_justify="left")
     for title in ("parameters", "ranks", "s", "MiB at the peak"):
         table.add_column(title, justify="right")
     for plan in plans:

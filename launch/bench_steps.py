@@ -32,6 +32,7 @@ def measure_world(here: Here, models: Mapping[str, Shapes], rounds: int, words: 
 
 
 def _measure_model(here: Here, shapes: Shapes, rounds: int, words: Sequence[str]) -> Record:
+    gc.collect()  # what a model before this one has left must not be given back while this one is measured
     grads, values = here.shards(shapes, seed=1), here.shards(shapes, seed=2)
     ready: list[Ready] = []
     failed: dict[str, str] = {}
@@ -50,13 +51,13 @@ def _measure_model(here: Here, shapes: Shapes, rounds: int, words: Sequence[str]
 class Ready:
     """A case that has taken its first steps, and what was counted meanwhile.
 
-    held_bytes: what it keeps between steps. step_bytes: what a step takes on top at its peak.
+    held_bytes: what it keeps between steps. peak_bytes: the most there is during one.
     """
 
     case: Case
     step: Way
     held_bytes: int
-    step_bytes: int
+    peak_bytes: int
     collectives: int
 
 
@@ -70,14 +71,13 @@ def _prepare(here: Here, case: Case, named: Named) -> Ready | str:
         made[0]()
 
     try:
-        held, _ = here.bytes_of(begin)
+        held, peak = here.bytes_of(begin, lambda: made[0]())
     except (RuntimeError, NotImplementedError) as error:
         if not case.is_foreign:
             raise
         return str(error).split("\n")[0]
-    _, peak = here.bytes_of(made[0])
-    held_bytes, step_bytes = (int(number) for number in here.worst([held, peak]))
-    return Ready(case, made[0], held_bytes, step_bytes, collectives_of(made[0]))
+    held_bytes, peak_bytes = (int(number) for number in here.worst([held, peak]))
+    return Ready(case, made[0], held_bytes, peak_bytes, collectives_of(made[0]))
 
 
 def _interleaved(here: Here, steps: dict[str, Way], rounds: int) -> dict[str, list[float]]:
@@ -105,7 +105,7 @@ def _row(one: Ready, times: dict[str, list[float]], baseline_held: int) -> Recor
         "goal": case.goal,
         "ratio_against": _ratio(mine, times[case.against]),
         "collectives": one.collectives,
-        "extra_bytes": one.held_bytes + one.step_bytes - baseline_held,
+        "extra_bytes": one.peak_bytes - baseline_held,
     }
 
 

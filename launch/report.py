@@ -57,7 +57,6 @@ def make_table(runs: list[Run]) -> Table:
         ("‖params‖", "param_norm"),
         ("metric", "metric"),
         ("coefficient", "coefficient"),
-        ("tokens/s", "tokens_per_s"),
     ):
         table.add_row(title, *(show(mean(run.last[key])) for run in runs))
     table.add_row("collectives per optimizer step", *(str(run.last["collectives"]) for run in runs))

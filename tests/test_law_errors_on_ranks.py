@@ -22,7 +22,9 @@ def step_of(params: list, **settings) -> None:
 
     for _, param in params:
         param.grad = torch.zeros_like(param)
-    chain = distwd.Chain(params, distwd.DirectWeightDecay(0.5), distwd.RelativeWeightDecay(), distwd.LR(0.1), **settings)
+    chain = distwd.Chain(
+        params, distwd.DirectWeightDecay(0.5), distwd.RelativeWeightDecay(), distwd.LR(0.1), **settings
+    )
     chain.step()
 
 

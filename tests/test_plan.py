@@ -85,9 +85,7 @@ def wires_after(change: str) -> list[int]:
     """Collectives of four steps, with something done between the second and the third."""
     held = layouts.place("fsdp2", whole_model(PARAMS_SEED))
     names = list(held)
-    chain = distwd.Chain(
-        [(name, held[name]) for name in names[:-2]], *transforms_of(SENTENCES["mad_of_update"].parts)
-    )
+    chain = distwd.Chain([(name, held[name]) for name in names[:-2]], *transforms_of(SENTENCES["mad_of_update"].parts))
     counts = []
     for step in range(4):
         if step == 2:

@@ -59,7 +59,13 @@ def split(names: list[str], at: list[int]) -> list[list[str]]:
 
 
 @small
-@given(shapes=shapes, parts=sentences, seed=seeds, at=st.lists(st.integers(0, 6), max_size=2), missing=st.sets(st.integers(0, 5)))
+@given(
+    shapes=shapes,
+    parts=sentences,
+    seed=seeds,
+    at=st.lists(st.integers(0, 6), max_size=2),
+    missing=st.sets(st.integers(0, 5)),
+)
 def test_any_chain_does_what_its_words_say(shapes, parts, seed, at, missing):
     whole = random_tensors(shapes, seed, torch.float64)
     params = {name: torch.nn.Parameter(value.clone()) for name, value in whole.items()}

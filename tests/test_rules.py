@@ -1,4 +1,4 @@
-"""Every rule, by every ord, target and place, against the oracle; every setting per group."""
+"""Every rule, by every ord, target and place, against the oracle."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import distwd
-from tests.layouts import SHAPES, whole_model
-from tests.oracle import AdamPart, Decay, LrPart, Oracle, SgdPart, direction
+from tests.one_process import assert_close, expected, grouped, parameters, train
+from tests.oracle import AdamPart, Decay, LrPart, SgdPart, direction
 from tests.runs import grads_of
 from tests.sentences import transforms_of
 
@@ -25,49 +25,7 @@ RULES = {
     "relative_group": {"metric": "l1", "scope": "group"},
     "relative_tensor": {"metric": "linf", "scope": "tensor"},
 }
-NAMES = list(SHAPES)
-GROUPS = [NAMES[:4], NAMES[4:5], NAMES[5:]]
 ADAM, LR = AdamPart(), LrPart(0.01)
-
-
-def parameters(dtype: torch.dtype = torch.float64) -> dict[str, torch.nn.Parameter]:
-    return {name: torch.nn.Parameter(value) for name, value in whole_model(7, dtype, scale=0.3).items()}
-
-
-def train(chain, params: dict, num_steps: int = 3) -> dict:
-    for step in range(num_steps):
-        chain.zero_grad()
-        grads = grads_of(step, torch.float64)
-
-        def closure(grads=grads):
-            for name, param in params.items():
-                param.grad = grads[name].clone()
-            return sum(param.sum() for param in params.values()).detach()
-
-        chain.step(closure)
-    return {name: param.detach() for name, param in params.items()}
-
-
-def expected(parts: list, num_steps: int = 3, groups: list = GROUPS) -> dict:
-    oracle = Oracle(parameters(), parts, groups)
-    for step in range(num_steps):
-        oracle.step(grads_of(step, torch.float64))
-    return oracle.params
-
-
-def grouped(params: dict, settings: list[dict] | None = None) -> list[dict]:
-    """The param groups of GROUPS, with a dict of settings each."""
-    settings = settings or [{}, {}, {}]
-    return [
-        {"params": [(name, params[name]) for name in names]} | given
-        for names, given in zip(GROUPS, settings, strict=True)
-    ]
-
-
-def assert_close(ours: dict, theirs: dict, rtol: float = 1e-6) -> None:
-    """Float64 all along, but for coefficients, which are rounded to fp32 so that they are the same on any sharding."""
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=rtol, msg=lambda text: f"{name}: {text}")
 
 
 def places(decay: Decay) -> dict[str, list]:
@@ -163,86 +121,6 @@ def test_the_rate_may_come_before_the_optimizer():
     parts = [LrPart(3.0), Decay(0.1), SgdPart(0.9), LR, Decay(0.1, ord=3), SgdPart(0.5)]
     params = parameters()
     assert_close(train(distwd.Chain(params.items(), *transforms_of(parts)), params), expected(parts, groups=[]))
-
-
-# --- per group --------------------------------------------------------------------------------------------------------
-
-SETTINGS = {
-    "weight_decay": [0.1, 0.0, 0.5],
-    "ord": [1, 2.5, 4],
-    "metric": ["mad", "linf", "std"],
-    "norm_input": ["update", "grad", "params"],
-}
-WHOLE_CHAIN = {"cautious": [True, False, True], "scope": ["all", "group", "tensor"]}
-
-
-def by_name(settings: list[dict]) -> dict[str, dict]:
-    return {name: given for names, given in zip(GROUPS, settings, strict=True) for name in names}
-
-
-@pytest.mark.parametrize("key", [*SETTINGS, "everything"])
-def test_every_setting_is_honoured_per_group(key):
-    keys = SETTINGS if key == "everything" else [key]
-    settings = [{each: SETTINGS[each][index] for each in keys} for index in range(3)]
-    parts = [ADAM, Decay(0.1, metric="mad", by_name=by_name(settings)), LR]
-    params = parameters()
-    chain = distwd.Chain(grouped(params, settings), *transforms_of(parts))
-    assert_close(train(chain, params), expected(parts))
-
-
-@pytest.mark.parametrize("key", WHOLE_CHAIN)
-def test_no_setting_in_a_group_is_silently_ignored(key):
-    """Honoured, or refused by name; a group that says `scope` must not be decayed by another scope."""
-    settings = [{key: value} for value in WHOLE_CHAIN[key]]
-    parts = [ADAM, Decay(0.1, metric="mad", by_name=by_name(settings)), LR]
-    params = parameters()
-    try:
-        chain = distwd.Chain(grouped(params, settings), *transforms_of(parts))
-    except ValueError as refusal:
-        assert key in str(refusal)
-        return
-    assert_close(train(chain, params), expected(parts))
-
-
-def test_the_second_rule_of_a_kind_has_keys_of_its_own():
-    first = [{"weight_decay": 0.1}, {"weight_decay": 0.2}, {}]
-    second = [{"weight_decay": 0.3, "ord": 1}, {}, {"weight_decay": 0.0}]
-    settings = [a | {f"{key}_1": value for key, value in b.items()} for a, b in zip(first, second, strict=True)]
-    parts = [ADAM, Decay(0.05, by_name=by_name(first)), LR, Decay(0.01, ord=3, by_name=by_name(second))]
-    params = parameters()
-    chain = distwd.Chain(grouped(params, settings), *transforms_of(parts))
-    assert chain.param_groups[2]["weight_decay_1"] == 0.0
-    assert chain.param_groups[1]["ord_1"] == 3
-    assert_close(train(chain, params), expected(parts))
-
-
-def test_learning_rates_are_per_group():
-    rates = {"lr": [0.1, 0.01, 0.0]}
-    settings = [{"lr": rate} for rate in rates["lr"]]
-    parts = [ADAM, Decay(0.1, metric="mad"), LrPart(1, {n: s["lr"] for n, s in by_name(settings).items()}), Decay(0.01)]
-    params = parameters()
-    assert_close(train(distwd.Chain(grouped(params, settings), *transforms_of(parts)), params), expected(parts))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_weight_decay_may_be_a_tensor_that_changes(rule):
-    given = torch.tensor(0.02, dtype=torch.float64)
-    parts = [ADAM, Decay(given, **RULES[rule]), LR]
-    params = parameters()
-    chain = distwd.Chain(grouped(params), *transforms_of(parts))
-    oracle = Oracle(params, [ADAM, Decay(0.02, **RULES[rule]), LR], GROUPS)
-    later = Oracle(params, [ADAM, Decay(0.5, **RULES[rule]), LR], GROUPS)
-    train(chain, params, 1)
-    oracle.step(grads_of(0, torch.float64))
-    assert_close({n: p.detach() for n, p in params.items()}, oracle.params)
-    for group in chain.param_groups:
-        group["weight_decay"].fill_(0.5)
-    for name, param in params.items():
-        param.grad = grads_of(1, torch.float64)[name]
-    later.params, later.memory, later.num_steps = oracle.params, oracle.memory, oracle.num_steps
-    later.step(grads_of(1, torch.float64))
-    chain.step()
-    assert_close({n: p.detach() for n, p in params.items()}, later.params)
 
 
 @pytest.mark.parametrize("nothing", [distwd.WeightDecay(0.0), distwd.RelativeWeightDecay(0.0, norm_input="params")])

@@ -27,9 +27,13 @@ def assert_same_sentence(ours: list, theirs: list) -> None:
     mine, other = ({n: torch.nn.Parameter(v) for n, v in whole_model(7, torch.float64).items()} for _ in range(2))
     train(distwd.Chain(mine.items(), *ours), mine)
     train(tz.Optimizer(list(other.values()), *theirs), other)
-    assert max((param.detach() - whole_model(7, torch.float64)[name]).abs().max() for name, param in mine.items()) > 1e-3
+    assert (
+        max((param.detach() - whole_model(7, torch.float64)[name]).abs().max() for name, param in mine.items()) > 1e-3
+    )
     for name in mine:
-        torch.testing.assert_close(mine[name].detach(), other[name].detach(), rtol=1e-6, atol=1e-8, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            mine[name].detach(), other[name].detach(), rtol=1e-6, atol=1e-8, msg=lambda text: f"{name}: {text}"
+        )
 
 
 def around(decay, adam, rate) -> dict[str, list]:

@@ -72,7 +72,9 @@ def not_a_member() -> str:
     if dist.get_rank() < 2:
         return "member"
     try:
-        distwd.Chain([torch.nn.Parameter(torch.ones(3))], distwd.RelativeWeightDecay(), distwd.LR(0.1), group=group).step()
+        distwd.Chain(
+            [torch.nn.Parameter(torch.ones(3))], distwd.RelativeWeightDecay(), distwd.LR(0.1), group=group
+        ).step()
     except ValueError as error:
         return str(error)
     return "nothing"

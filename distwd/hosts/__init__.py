@@ -8,12 +8,12 @@ import torch
 
 from ..transform import Place
 from .base import Host
-from .elementwise import ELEMENTWISE, ElementwiseHost
+from .elementwise import ELEMENTWISE, KNOWS_DECOUPLED, ElementwiseHost
 from .lending import mark_stateless
 from .search import SearchHost, needs_closure
 from .whole import WholeHost
 
-__all__ = ["Host", "SearchHost", "host_for", "mark_stateless", "needs_closure"]
+__all__ = ["ELEMENTWISE", "KNOWS_DECOUPLED", "Host", "SearchHost", "host_for", "mark_stateless", "needs_closure"]
 
 
 def host_for(

@@ -26,7 +26,7 @@ ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adamax,
 )
-_KNOWS_DECOUPLED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
+KNOWS_DECOUPLED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 
 
 class ElementwiseHost(Host):
@@ -80,7 +80,7 @@ class ElementwiseHost(Host):
 
     def _handed(self, batch: Batch) -> float | None:
         """λ, if what is pending is the optimizer's own decoupled decay p ← p·(1 − lr·λ): one absolute linear pull, scaled alike."""
-        if self.cls not in _KNOWS_DECOUPLED or len(batch.pulls) != 1:
+        if self.cls not in KNOWS_DECOUPLED or len(batch.pulls) != 1:
             return None
         (pull,) = batch.pulls
         return pull.before_lr if pull.is_linear and isinstance(pull.before_lr, (int, float)) else None
@@ -92,7 +92,7 @@ class ElementwiseHost(Host):
         steps_on: list[tuple[Tensor, Tensor]] = []
         for batch, tensors, scale, decay in zip(batches, targets, scales, decays, strict=True):
             extra = {"lr": scale, "weight_decay": decay}
-            if self.cls in _KNOWS_DECOUPLED:
+            if self.cls in KNOWS_DECOUPLED:
                 extra["decoupled_weight_decay"] = True
             groups.append(self._group(batch.group, tensors, **extra))
             steps_on += zip(tensors, batch.whole, strict=True)

@@ -72,6 +72,19 @@ def pull_(
             torch._foreach_copy_(ps, ps_wide)
 
 
+def drag_(targets: list[Tensor], params: list[Tensor], pulls: Sequence[Pull], mask: Mask | None = None) -> None:
+    """t ← t − Σ pull(p), in place: the pulls of one list of tensors, written to another of the same shapes."""
+    lists = [targets, params]
+    mask = _needed(mask, pulls, lists)
+    for places, (ts, *rest) in blocks(*lists) if pulls else ():
+        ts_wide, ps, *masks = _widened(ts, *rest)
+        block_mask = None if mask is None else Mask(masks[0], mask.sign)
+        for pull in pulls:
+            torch._foreach_sub_(ts_wide, _strength(pull, ps, places, block_mask))
+        if ts_wide is not ts:
+            torch._foreach_copy_(ts, ts_wide)
+
+
 def fold(
     updates: list[Tensor],
     params: list[Tensor],

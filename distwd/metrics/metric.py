@@ -46,11 +46,15 @@ COUNT, MAX, MIN = Moment("count"), Moment("max"), Moment("min")
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number about all elements x of many tensors; `finish(moments, n)` is its formula, elementwise over cells."""
+    """A number about all elements x of many tensors; `finish(moments, n)` is its formula, elementwise over cells.
+
+    degree: M(s·x) = s^degree · M(x) for s > 0.
+    """
 
     name: str
     moments: tuple[Moment, ...]
     finish: Callable[[Moments, Tensor], Tensor]
+    degree: int = 1
 
     def __call__(self, moments: Moments, n: Tensor) -> Tensor:
         """moments: by kind, [cells]; n: elements in each cell, [cells]. Over no elements every metric is 0."""
@@ -72,7 +76,7 @@ def _variance(m: Moments, n: Tensor) -> Tensor:
 _NAMED = {
     "mad": Metric("mad", (ABS,), lambda m, n: m[ABS] / n),
     "std": Metric("std", (SUM, SQUARE), lambda m, n: _variance(m, n).sqrt()),
-    "var": Metric("var", (SUM, SQUARE), _variance),
+    "var": Metric("var", (SUM, SQUARE), _variance, degree=2),
     "sum": Metric("sum", (SUM,), lambda m, n: m[SUM]),
     "rms": Metric("rms", (SQUARE,), lambda m, n: (m[SQUARE] / n).sqrt()),
 }
@@ -103,7 +107,7 @@ def parse_metric(metric: str | float) -> Metric:
 def _norm(p: float) -> Metric:
     """‖x‖_p = (Σ|x|^p)^(1/p); p = 0 counts the non-zeros, ±inf is the largest and the smallest |x|."""
     if p == 0:
-        return Metric("l0", (COUNT,), lambda m, n: m[COUNT])
+        return Metric("l0", (COUNT,), lambda m, n: m[COUNT], degree=0)
     if math.isinf(p):
         extremum = MAX if p > 0 else MIN
         return Metric(f"l{p:g}", (extremum,), lambda m, n: m[extremum])

@@ -1,0 +1,183 @@
+"""A host's step as a sentence: what stands before and after the optimizer that `attach` was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decays.rule import Decay
+from .hosts import ELEMENTWISE, KNOWS_DECOUPLED
+from .hosts.lending import like_whole
+from .kernels.pull import Rate, drag_, pull_
+from .local import local_tensor
+from .plan.entries import Entry
+from .step import Batch, Step
+from .transform import Place, Transform
+
+COUPLINGS = ("lr", "gradient", "none")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttachedPlace(Place):
+    """A rule beside a host: of its hyperparameters only `weight_decay` is a key of the host's groups."""
+
+    ascends: bool = False
+
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The rule's own settings, with the group's decay if it has one (a checkpoint from before has none)."""
+        defaults = self.transform.defaults
+        return {**defaults, "weight_decay": group.get(self.keys["weight_decay"], defaults["weight_decay"])}
+
+    def sign(self, group: Mapping[str, Any]) -> int:
+        """−1 before a host that maximizes."""
+        return -1 if self.ascends and group.get("maximize", False) else 1
+
+
+class HostStep(Transform):
+    """The host itself, as a word: what stands behind it sees the update."""
+
+    def __init__(self) -> None:
+        self.defaults: dict[str, Any] = {}
+
+    def apply(self, step: Step, place: Place) -> None:
+        """The host steps by itself, between the hooks."""
+
+
+class HostLR(Transform):
+    """The host's own learning rate: scales the pulls before it. (The update is scaled by the host already.)"""
+
+    def __init__(self) -> None:
+        self.defaults: dict[str, Any] = {}
+
+    def apply(self, step: Step, place: Place) -> None:
+        for batch in step.batches:
+            lr = batch.group["lr"]
+            batch.scale = batch.scale * lr
+            batch.pulls = [pull.scaled(lr) for pull in batch.pulls]
+
+
+def sentence(decays: Sequence[Decay], coupling: str, keys: Sequence[str], labels: Sequence[str]) -> tuple[Place, ...]:
+    """The places around the host: rules before it ("gradient"), between it and its lr ("lr"), or behind both ("none")."""
+    ascends = coupling == "gradient"
+    rules = [(decay, {"weight_decay": key}, label) for decay, key, label in zip(decays, keys, labels, strict=True)]
+    host: list[Any] = [(HostStep(), {}, "host")]
+    words = rules + host if ascends else host + rules + ([(HostLR(), {}, "lr")] if coupling == "lr" else [])
+    return tuple(
+        AttachedPlace(transform, index, label, own, (), ascends) for index, (transform, own, label) in enumerate(words)
+    )
+
+
+def must_follow(decays: Sequence[Decay], hosts: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether decays behind the host have to wait until it has stepped: they look at its update, or it looks at the parameters."""
+    reads_params = any(type(host) not in ELEMENTWISE for host in hosts)
+    return reads_params or any(
+        decay.is_cautious(decay.defaults) or decay.target == "grad" or decay.defaults.get("norm_input") == "update"
+        for decay in decays
+    )
+
+
+PutBack = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def write_before(step: Step, host_of: Mapping[int, torch.optim.Optimizer], coupling: str) -> PutBack:
+    """Write the pulls, before the host steps; or hand them to it. Returns what to put back into which groups afterwards."""
+    put_back: PutBack = []
+    for batch in step.batches:
+        handed = _handed(batch, host_of[batch.group_index]) if coupling == "lr" else None
+        if handed is None:
+            pull_(batch.params, batch.pulls, mask=batch.mask)
+        else:
+            put_back.append(
+                (batch.group, {key: batch.group[key] for key in ("weight_decay", "decoupled_weight_decay")})
+            )
+            batch.group.update(weight_decay=handed, decoupled_weight_decay=True)
+    return put_back
+
+
+def _handed(batch: Batch, host: torch.optim.Optimizer) -> float | None:
+    """λ, where a fused kernel knows the pending decay: it rounds it in its own way."""
+    if type(host) not in KNOWS_DECOUPLED or not batch.group.get("fused") or len(batch.pulls) != 1:
+        return None
+    (pull,) = batch.pulls
+    return pull.before_lr if pull.is_linear and isinstance(pull.before_lr, (int, float)) else None
+
+
+def write_gradients(step: Step) -> list[tuple[Tensor, Tensor | None]]:
+    """Let the host see the folded update as its gradients; returns the gradients to put back."""
+    step.fold(exact=True)
+    put_back = []
+    for batch in step.batches:
+        if batch.update is not batch.grads:
+            for param, update in zip(batch.whole, batch.update, strict=True):
+                put_back.append((param, param.grad))
+                param.grad = like_whole(update, param)
+    return put_back
+
+
+class Snapshot:
+    """The local parameters as they were before a host stepped, and afterwards the step it made."""
+
+    def __init__(self, entries: Sequence[Entry], kept: Mapping[int, Tensor]) -> None:
+        """kept: buffers of an earlier snapshot by position, used again where they fit."""
+        self.before: dict[int, Tensor] = {}
+        for position, entry in enumerate(entries):
+            local = local_tensor(entry.tensor)
+            buffer = kept.get(position)
+            if (
+                buffer is None
+                or buffer.shape != local.shape
+                or buffer.dtype != local.dtype
+                or buffer.device != local.device
+            ):
+                buffer = torch.empty_like(local, requires_grad=False)
+            self.before[position] = buffer.copy_(local)
+
+    def rewind(self, step: Step, per_lr: bool) -> list[list[Tensor]]:
+        """Make `step` one before the host's: its parameters the old ones, its update what the host did (over lr, if asked).
+
+        Returns the parameters as they are now, by batch. At lr 0 the update over lr is taken as 0.
+        """
+        moved_to = []
+        step.old = self.before
+        for batch in step.batches:
+            old = [self.before[position] for position in batch.index]
+            batch.update, batch.owns_update, batch.flipped = list(torch._foreach_sub(batch.params, old)), True, True
+            moved_to.append(batch.params)
+            batch.params = old
+            if per_lr:
+                batch.scale = _inverse(batch.group["lr"])
+        return moved_to
+
+
+def _inverse(lr: float | Tensor) -> float | Tensor:
+    if isinstance(lr, Tensor):
+        return torch.where(lr == 0, 0.0, 1 / lr)
+    return 1 / lr if lr else 0.0
+
+
+def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: bool) -> None:
+    """Write the pulls, which are of the old parameters, to the new ones.
+
+    decayed_at_once: a rule has changed the old parameters themselves; then the whole step is written to those instead.
+    """
+    for batch, params in zip(step.batches, moved_to, strict=True):
+        if batch.absorbed or decayed_at_once:
+            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask)
+            torch._foreach_copy_(params, batch.params)
+        else:
+            drag_(params, batch.params, batch.pulls, batch.mask)
+
+
+def skip_where(step: Step, found_inf: Tensor) -> None:
+    """Let no pull act where `found_inf` is not 0: by selection, since 0 · inf is NaN."""
+    for batch in step.batches:
+        batch.pulls = [replace(pull, rate=_unless(found_inf, pull.rate), before_lr=None) for pull in batch.pulls]
+
+
+def _unless(found_inf: Tensor, rate: Rate) -> Tensor:
+    rate = torch.as_tensor(rate, dtype=torch.float64 if not isinstance(rate, Tensor) else None)
+    return torch.where(found_inf.to(rate.device) != 0, 0.0, rate)

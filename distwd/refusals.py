@@ -1,0 +1,66 @@
+"""Optimizers and rules that `attach` refuses, and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .decays.rule import Decay
+from .hosts import needs_closure
+
+KEY = "distwd_weight_decay"
+
+
+def check_decays(decays: Sequence[Any]) -> None:
+    """Raise ValueError unless there is at least one rule, and only rules."""
+    if not decays:
+        raise ValueError("attach needs at least one rule, e.g. attach(optimizer, WeightDecay(0.1))")
+    for decay in decays:
+        if isinstance(decay, type):
+            raise ValueError(f"{decay.__name__} is a class; write {decay.__name__}(...)")
+        if not isinstance(decay, Decay):
+            raise ValueError(
+                f"{decay!r} is not a decay rule; attach takes rules only, and leaves the optimizer as it is"
+            )
+
+
+def check_host(host: Any, decays: Sequence[Decay], coupling: str) -> None:
+    """Raise ValueError if decay cannot be attached to `host`, by class name, with what to attach to instead."""
+    if not isinstance(host, torch.optim.Optimizer):
+        raise ValueError(f"attach takes a torch.optim.Optimizer, not {type(host).__name__}")
+    name = type(host).__name__
+    inside = next((key for key, value in vars(host).items() if isinstance(value, torch.optim.Optimizer)), None)
+    if inside is not None:
+        raise ValueError(
+            f"{name} is a wrapper, and its step hooks do not see the step; attach to the {type(getattr(host, inside)).__name__} in its "
+            f"`.{inside}` instead"
+        )
+    if not getattr(type(host).step, "hooked", False) or "_optimizer_step_pre_hooks" not in vars(host):
+        raise ValueError(
+            f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
+        )
+    for index, group in enumerate(host.param_groups):
+        _check_group(index, group, coupling)
+    searching = needs_closure(type(host)) and any(decay.target != "closure" for decay in decays)
+    if searching and coupling == "gradient":
+        raise ValueError(f"{name} evaluates the gradient itself, many times in a step; give the rule target='closure'")
+
+
+def _check_group(index: int, group: dict[str, Any], coupling: str) -> None:
+    decay = group.get("weight_decay", 0)
+    if bool(decay != 0):  # a tensor is read here, once
+        raise ValueError(f"param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice")
+    if coupling == "lr" and "lr" not in group:
+        raise ValueError(f"param_groups[{index}] has no 'lr' to couple with; use coupling='none'")
+
+
+def free_keys(hosts: Sequence[torch.optim.Optimizer], count: int) -> list[str]:
+    """Group keys for `count` rules that no other attachment of these hosts uses."""
+    taken: set[str] = set()
+    for host in hosts:
+        for hook in host._optimizer_step_pre_hooks.values():
+            taken.update(getattr(getattr(hook, "__self__", None), "_distwd_keys", ()))
+    names = (KEY if not number else f"{KEY}_{number}" for number in range(count + len(taken)))
+    return [name for name in names if name not in taken][:count]
