@@ -7,6 +7,7 @@ from .decays.direct import DirectWeightDecay, decay_weights_
 from .decays.relative import RelativeWeightDecay
 from .decays.weight_decay import CautiousWeightDecay, WeightDecay
 from .errors import PlanError
+from .layout import Replicated, Sharded
 from .lr import LR
 from .numbers import global_metric
 from .plan.plan import Plan
@@ -22,6 +23,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "RelativeWeightDecay",
+    "Replicated",
+    "Sharded",
     "WeightDecay",
     "Wrap",
     "__version__",

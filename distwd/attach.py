@@ -22,6 +22,7 @@ from .attached import (
 )
 from .checks import check_choice
 from .decays.rule import Decay
+from .layout import Layout, check_layout
 from .local import local_tensor
 from .meter import Meter
 from .metrics.reduce import any_rank
@@ -40,6 +41,7 @@ def attach(
     *decays: Decay,
     coupling: str = "lr",
     group: dist.ProcessGroup | None = None,
+    layout: Layout | None = None,
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     check_replicas: bool = True,
 ) -> Attachment:
@@ -52,7 +54,7 @@ def attach(
     optimizer: any torch optimizer with step hooks, its own weight_decay 0; or several of one model that are stepped once
         each, in any order, and share one metric and one collective.
     decays: rules; λ becomes the key `distwd_weight_decay` of the optimizer's groups, read at every step, and saved with them.
-    group, check_replicas: as for `Chain`. named_parameters: names, where the optimizer was built without.
+    group, layout, check_replicas: as for `Chain`. named_parameters: names, where the optimizer was built without.
     Returns an `Attachment`; its `remove()` takes everything back.
     Raises ValueError if the optimizer decays already, has no step hooks (a wrapper: attach to what it wraps), or a rule is
     given twice to it by mistake; PlanError at the first step as `Chain`.
@@ -70,7 +72,7 @@ def attach(
     >>> attachment.remove()
     """
     hosts = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    return Attachment(hosts, decays, coupling, group, named_parameters, check_replicas)
+    return Attachment(hosts, decays, coupling, group, layout, named_parameters, check_replicas)
 
 
 class Attachment:
@@ -95,6 +97,7 @@ class Attachment:
         decays: Sequence[Decay],
         coupling: str,
         group: dist.ProcessGroup | None,
+        layout: Layout | None,
         named_parameters: Iterable[tuple[str, Tensor]] | None,
         check_replicas: bool,
     ) -> None:
@@ -104,7 +107,9 @@ class Attachment:
             check_host(host, decays, coupling)
         if group is not None:
             check_group(group)
-        self._hosts, self._coupling, self._group, self._check_replicas = list(hosts), coupling, group, check_replicas
+        self._hosts, self._coupling = list(hosts), coupling
+        self._group, self._layout, self._check_replicas = group, layout or {}, check_replicas
+        check_layout(self._layout)
         self._names = {} if named_parameters is None else {id(param): name for name, param in named_parameters}
         labels = [place.label for place in places_of(decays)]
         self._distwd_keys = free_keys(hosts, len(decays))
@@ -140,7 +145,7 @@ class Attachment:
         entries = self._entries
         if self._plan is None or not self._plan.fits(entries):
             rules = " | ".join(describe_phases(schedule(places, self._groups)) for places in self._sentences)
-            self._plan = build_plan(entries, self._group, self._check_replicas, rules)
+            self._plan = build_plan(entries, self._group, self._layout, self._check_replicas, rules)
         return self._plan
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .groups import normalised_groups
 from .hosts import Host, SearchHost, mark_stateless
+from .layout import Layout, check_layout
 from .local import local_tensor
 from .lr import LR
 from .meter import Meter
@@ -37,6 +38,7 @@ class Chain(torch.optim.Optimizer):
         learning rate, after `LR` not scaled by it.
     group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this
         process. No group is created.
+    layout: who holds what, for tensors whose ownership no DTensor tells (see `Plan.build`).
     check_replicas: whether the plan compares the bits of copies (see `Plan.build`).
 
     Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms
@@ -61,12 +63,15 @@ class Chain(torch.optim.Optimizer):
         params: Iterable[Any],
         *transforms: Transform,
         group: dist.ProcessGroup | None = None,
+        layout: Layout | None = None,
         check_replicas: bool = True,
     ) -> None:
         refuse_sentence(transforms)
         if group is not None:
             check_group(group)
         self._group = group
+        self._layout: Layout = layout or {}
+        check_layout(self._layout)
         self._check_replicas = check_replicas
         self._places = places_of(transforms)
         self._acted = False
@@ -101,12 +106,12 @@ class Chain(torch.optim.Optimizer):
         self._acted = True
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._group is not None:
+        if self._group is not None or self._layout:
             raise TypeError(
-                "a Chain with group= cannot be pickled, since a process group cannot; pickle its state_dict() instead"
+                "a Chain with group= or layout= cannot be pickled, since process groups cannot; pickle its state_dict()"
             )
-        kept = {"_group": None, "_check_replicas": self._check_replicas, "_places": self._places, "_acted": self._acted}
-        return {**super().__getstate__(), **kept}
+        own = ("_group", "_layout", "_check_replicas", "_places", "_acted")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -114,14 +119,16 @@ class Chain(torch.optim.Optimizer):
             self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
-        group, self._group = self._group, None
+        # Process groups are shared, not copied.
+        shared = {"_group": self._group, "_layout": self._layout}
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        self.__dict__.update(_group=None, _layout={})
         try:
-            twin = type(self).__new__(type(self))
-            memo[id(self)] = twin
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         finally:
-            self._group = group
-        twin._group = group
+            self.__dict__.update(shared)
+        twin.__dict__.update(shared)
         return twin
 
     def __repr__(self) -> str:
@@ -135,7 +142,7 @@ class Chain(torch.optim.Optimizer):
         """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
         entries = self._roster.read(self.param_groups)
         if self._plan is None or not self._plan.fits(entries):
-            self._plan = build_plan(entries, self._group, self._check_replicas, self._rules())
+            self._plan = build_plan(entries, self._group, self._layout, self._check_replicas, self._rules())
         return self._plan
 
     @property

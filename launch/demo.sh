@@ -26,7 +26,7 @@ train() {
 }
 
 echo "1/2 with relative weight decay, checked against one process"
-train relative --check --decay relative --weight-decay 1 --metric mad --norm-input update
+train relative --check --decay relative --weight-decay 4 --metric mad --norm-input update
 echo "2/2 without weight decay"
 train none --decay none
 python launch/report.py runs/demo/relative runs/demo/none --picture runs/demo/picture.png

@@ -94,7 +94,7 @@ def add_data(parser: Parser) -> None:
     group.add_argument("--context", type=positive, default=128, help="bytes of one sequence")
     group.add_argument("--batch-size", type=positive, default=16, help="sequences of one step, all ranks together")
     group.add_argument("--accumulate", type=positive, default=1, help="micro-batches that a step is cut into")
-    group.add_argument("--val-share", type=share, default=0.05, help="of the text, its end, kept for validation")
+    group.add_argument("--val-share", type=share, default=0.05, help="of the text, kept for validation")
     group.add_argument("--val-sequences", type=positive, default=64, help="read for one validation, at most")
 
 
@@ -175,6 +175,8 @@ def find_problem(options: argparse.Namespace) -> str | None:
         return "--save-every needs --checkpoint DIR, to know where to save"
     if options.hidden % (2 * options.heads):
         return f"--hidden {options.hidden} must be an even multiple of --heads {options.heads}"
+    if options.val_share > 0.5:
+        return f"--val-share {options.val_share} would leave less for training than for validation; 0.5 at most"
     if not (math.isfinite(options.lr) and options.lr >= 0):
         return f"--lr {options.lr} must be a finite number of at least 0"
     return find_decay_problem(options)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+STRETCH = 4096  # bytes of text that are kept together
+
 
 def read_text(files: list[str] | None) -> bytes:
     """The bytes of `files`, one after the other; left out, the English documentation that CPython carries."""
@@ -38,7 +40,8 @@ class Sequences:
         self.position = 0
         if len(self) < 1:
             raise ValueError(
-                f"{len(text)} bytes of text are too few for one sequence; use more, or a smaller --context"
+                f"{len(text)} bytes are too few for a sequence of {context}; "
+                "use more text, a smaller --context or another --val-share"
             )
 
     def __len__(self) -> int:
@@ -64,6 +67,16 @@ def block_order(num_blocks: int, seed: int | None, epoch: int) -> torch.Tensor:
 
 
 def split_text(text: bytes, share: float) -> tuple[bytes, bytes]:
-    """(for training, for validation): the end of the text, so that no sequence straddles both."""
-    cut = len(text) - int(len(text) * share)
-    return text[:cut], text[cut:]
+    """(for training, for validation): whole stretches of the text, evenly spread, are kept for validation.
+
+    Its end alone would be about something else than the rest; single sequences would lie too close to those trained on.
+    """
+    if share == 0:
+        return text, b""
+    length = max(1, min(STRETCH, int(len(text) * share)))
+    stretches = [text[start : start + length] for start in range(0, len(text), length)]
+    period = round(1 / share)
+    first = min(period // 2, len(stretches) - 1)
+    validation = stretches[first::period]
+    del stretches[first::period]
+    return b"".join(stretches), b"".join(validation)

@@ -86,7 +86,8 @@ def test_a_relative_step_takes_one_collective(uninterrupted: Path) -> None:
 def test_resume_goes_on_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None:
     # What a run leaves that was killed in its third step: the checkpoint of step 2, and a log that is ahead of it.
     shutil.copytree(uninterrupted / "saved" / "step-00000002", tmp_path / "saved" / "step-00000002")
-    (tmp_path / "log.jsonl").write_text("".join((uninterrupted / "log.jsonl").open().readlines()[:3]))
+    lines = (uninterrupted / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(lines[:3]))
     output = train(tmp_path, "--checkpoint", tmp_path / "saved", "--resume", "--check", ranks=2)
     assert "resumed from" in output
     assert [told(line) for line in read_log(tmp_path)] == [told(line) for line in read_log(uninterrupted)]
@@ -174,3 +175,13 @@ def test_data_goes_on_where_it_stopped() -> None:
     again.position = 40
     assert torch.equal(again.draw(20), drawn[40:])
     assert sorted(drawn[:24, 0].tolist()) == list(range(0, 192, 8))
+
+
+def test_the_text_is_split_without_loss() -> None:
+    text = load_launch("text")
+    whole = bytes(range(256)) * 1000
+    train, validation = text.split_text(whole, 0.05)
+    assert len(train) + len(validation) == len(whole)
+    assert len(validation) == pytest.approx(0.05 * len(whole), rel=0.1)
+    assert text.split_text(whole, 0) == (whole, b"")
+    assert text.split_text(b"abcdefgh", 0.25) == (b"abcdgh", b"ef")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from ..layout import Layout, find_mark
 from ..local import local_tensor
 from ..world import World
 from .entries import Entry
@@ -18,8 +19,10 @@ from .manifest import NUM_COLUMNS, checksums_of, rows_of, stable_hash
 from .owners import Ownership, resolve
 from .pieces import Piece, describe
 
-# The first row of every rank is about the rank itself: does it object, which rules, are its tensors named, how many groups.
-_OBJECTS, _RULES, _NAMED, _GROUPS = range(4)
+# The first row of every rank is about the rank itself: does it object, which rules, are its tensors named, how many
+# groups it has, how many patterns its layout has, and which of those have matched, as bits.
+_OBJECTS, _RULES, _NAMED, _GROUPS, _PATTERNS, _MATCHED = range(6)
+_MAX_PATTERNS = 62  # as bits of one number
 _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
 
@@ -35,44 +38,71 @@ class Built:
     group_numel: Tensor
 
 
-def build(entries: Sequence[Entry], world: World, check_replicas: bool, rules: str) -> Built:
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a plan is asked for: the ranks, the marks of plain tensors, whether to compare bits, and the rules it is for."""
+
+    world: World
+    layout: Layout
+    check_replicas: bool = True
+    rules: str = ""
+
+
+def build(entries: Sequence[Entry], call: Call) -> Built:
     """Describe this rank's entries, exchange with the world, find owners; PlanError on every rank if anything is wrong."""
-    pieces, objection = _describe_all(entries)
-    named = _named(entries)
-    checksums = _checksums(entries, world, check_replicas) if objection is None else []
-    rows = (
-        rows_of(pieces, [e.group for e in entries], checksums, named != _UNNAMED)
-        if objection is None
-        else torch.zeros(0, NUM_COLUMNS, dtype=torch.int64)
-    )
-    num_groups = 1 + max((entry.group for entry in entries), default=0)
-    header = torch.tensor([[objection is not None, stable_hash(rules), named, num_groups, 0, 0, 0]], dtype=torch.int64)
-    gathered = gather_rows(torch.cat([header, rows]), world)
+    told = _tell(entries, call)
+    gathered = gather_rows(told.rows, call.world)
     headers = torch.stack([part[0] for part in gathered])
-    _agree_on_the_call(headers, objection, rules, world)
+    _agree_on_the_call(headers, told.objection, call)
     num_groups = int(headers[:, _GROUPS].max())
-    found = resolve([part[1:] for part in gathered], world.rank, num_groups)
-    _agree_on_the_pieces(found, entries, pieces, world)
-    return Built(
-        pieces, tuple(found.owned.tolist()), tuple(found.name_ids.tolist()), num_groups, found.numel, found.group_numel
-    )
+    found = resolve([part[1:] for part in gathered], call.world.rank, num_groups)
+    _agree_on_the_pieces(found, entries, told.pieces, call.world)
+    owned, name_ids = tuple(found.owned.tolist()), tuple(found.name_ids.tolist())
+    return Built(told.pieces, owned, name_ids, num_groups, found.numel, found.group_numel)
 
 
-def _describe_all(entries: Sequence[Entry]) -> tuple[tuple[Piece, ...], str | None]:
-    """The pieces, or the first reason why this rank cannot take part. Not raised here: a rank that raises alone strands the others."""
-    seen: dict[object, str] = {}
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What this rank has to say: its pieces, or why it cannot take part, and both as rows."""
+
+    pieces: tuple[Piece, ...]
+    objection: str | None
+    rows: Tensor
+
+
+def _tell(entries: Sequence[Entry], call: Call) -> _Told:
+    matched: set[int] = set()
+    pieces: tuple[Piece, ...] = ()
+    objection, rows = None, torch.zeros(0, NUM_COLUMNS, dtype=torch.int64)
+    # Not raised here: a rank that raises alone strands the others.
     try:
-        for entry in entries:
-            for key in (entry.name, id(entry.tensor)):
-                if key in seen:
-                    what = "is listed twice" if seen[key] == entry.name else f"is the same tensor as {seen[key]} (tied)"
-                    raise ValueError(
-                        f"{entry.name} {what}; pass every parameter once, as model.named_parameters() does"
-                    )
-                seen[key] = entry.name
-        return tuple(describe(entry.name, entry.tensor) for entry in entries), None
+        pieces = tuple(_describe_all(entries, call.layout, matched))
+        checksums = _checksums(entries, call)
+        rows = rows_of(pieces, [entry.group for entry in entries], checksums, _named(entries) != _UNNAMED)
     except ValueError as error:
-        return (), str(error)
+        objection = str(error)
+    num_groups = 1 + max((entry.group for entry in entries), default=0)
+    mask = sum(1 << number for number in matched)
+    header = [objection is not None, stable_hash(call.rules), _named(entries), num_groups, len(call.layout), mask, 0]
+    return _Told(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))
+
+
+def _describe_all(entries: Sequence[Entry], layout: Layout, matched: set[int]) -> Iterator[Piece]:
+    """The pieces in order; notes which patterns of the layout have matched."""
+    if len(layout) > _MAX_PATTERNS:
+        raise ValueError(
+            f"layout has {len(layout)} patterns; at most {_MAX_PATTERNS}: join some by a wildcard or a predicate"
+        )
+    seen: dict[object, str] = {}
+    for entry in entries:
+        for key in (entry.name, id(entry.tensor)):
+            if key in seen:
+                what = "is listed twice" if seen[key] == entry.name else f"is the same tensor as {seen[key]} (tied)"
+                raise ValueError(f"{entry.name} {what}; pass every parameter once, as model.named_parameters() does")
+            seen[key] = entry.name
+        found = find_mark(entry.name, entry.tensor, layout)
+        matched.update(() if found is None else (found[0],))
+        yield describe(entry.name, entry.tensor, None if found is None else found[1])
 
 
 def _named(entries: Sequence[Entry]) -> int:
@@ -81,23 +111,33 @@ def _named(entries: Sequence[Entry]) -> int:
     return _ALL_NAMED if all(entry.named for entry in entries) else _UNNAMED
 
 
-def _checksums(entries: Sequence[Entry], world: World, check_replicas: bool) -> list[int]:
+def _checksums(entries: Sequence[Entry], call: Call) -> list[int]:
     # With one process there are no copies to compare.
-    if world.size == 1 or not check_replicas:
+    if call.world.size == 1 or not call.check_replicas:
         return [0] * len(entries)
     return checksums_of([local_tensor(entry.tensor) for entry in entries])
 
 
-def _agree_on_the_call(headers: Tensor, objection: str | None, rules: str, world: World) -> None:
+def _agree_on_the_call(headers: Tensor, objection: str | None, call: Call) -> None:
     """Raise on every rank if any objects, or if they were called differently; all decide by the same headers."""
     if headers[:, _OBJECTS].any():
-        objections = gather_objects(objection, world)
-        raise PlanError(_on_ranks(objections, world))
+        raise PlanError(_on_ranks(gather_objects(objection, call.world), call.world))
     if len(headers[:, _RULES].unique()) > 1:
-        raise PlanError("the ranks do not have the same rules: " + _on_ranks(gather_objects(rules, world), world))
+        texts = gather_objects(call.rules, call.world)
+        raise PlanError("the ranks do not have the same rules: " + _on_ranks(texts, call.world))
     kinds = headers[headers[:, _NAMED] != _EMPTY, _NAMED].unique()
     if len(kinds) > 1:
         raise PlanError("some ranks gave names and others did not; pass model.named_parameters() on every rank")
+    if len(headers[:, _PATTERNS].unique()) > 1:
+        raise PlanError("the ranks have layouts of different lengths; pass the same patterns on every rank")
+    matched = headers[:, _MATCHED].tolist()
+    idle = [
+        repr(pattern) for number, pattern in enumerate(call.layout) if not any(mask >> number & 1 for mask in matched)
+    ]
+    if idle:
+        raise PlanError(
+            f"layout: {', '.join(idle)} matches no parameter on any rank; print the names with model.named_parameters()"
+        )
 
 
 def _on_ranks(texts: Sequence[str | None], world: World) -> str:

@@ -42,7 +42,7 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> Ownership:
     # Ranks come in ascending order and the sort is stable: the first of equal pieces is the lowest rank's.
     speaks = first & (sorted_table[:, NUMEL] > 0)
     numel = _sum_by(ids[speaks], sorted_table[speaks, NUMEL], len(names))
-    covered = _sum_by(ids[speaks], sorted_table[speaks, MEASURE], len(names))
+    covered = _sum_by(ids[first], sorted_table[first, MEASURE], len(names))  # pieces of no elements too
     whole = torch.zeros_like(names).scatter_(0, ids, sorted_table[:, WHOLE])
     run_checksum = sorted_table[first, CHECKSUM][first.cumsum(0) - 1] if len(ids) else ids
     drift = (sorted_table[:, CHECKSUM] != run_checksum) & (sorted_table[:, NUMEL] > 0)

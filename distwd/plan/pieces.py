@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from ..layout import Mark, Sharded, padding_of
 from ..local import local_tensor
+from ..world import World
 
 Intervals = tuple[tuple[int, int], ...]
 
@@ -20,7 +23,8 @@ class Piece:
     """This rank's part of one whole tensor.
 
     cuts: for every dimension of the whole, the intervals [start, stop) of indices held here.
-    mesh: the ranks of the DTensor's mesh, () for a plain tensor.
+    mesh: the ranks of the DTensor's mesh, () for a plain tensor. padding: elements at the end that are nobody's.
+    is_counted: the whole is known as a number of pieces only, which `shape` and `cuts` then count.
     """
 
     name: str
@@ -30,18 +34,43 @@ class Piece:
     local_shape: tuple[int, ...]
     placements: str
     mesh: tuple[int, ...]
+    padding: int = 0
+    is_counted: bool = False
 
     @property
     def numel(self) -> int:
-        return _product(self.local_shape)
+        """Elements of the whole that are here."""
+        return _product(self.local_shape) - self.padding
 
 
-def describe(name: str, tensor: Tensor) -> Piece:
-    """The piece of `name` that this rank holds in `tensor` (plain tensors are taken as whole).
+def describe(name: str, tensor: Tensor, mark: Mark | None = None) -> Piece:
+    """The piece of `name` that this rank holds in `tensor`; plain tensors are whole unless `mark` says otherwise.
 
     Raises ValueError for what no rule can work on: sparse, complex, integer, meta, or `Partial` tensors.
     """
     check_tensor(name, tensor)
+    piece = _told_by_tensor(name, tensor)
+    return _cut_by(mark, piece, tensor) if isinstance(mark, Sharded) else piece
+
+
+def _cut_by(mark: Sharded, piece: Piece, tensor: Tensor) -> Piece:
+    """The piece with the cut of `mark`: of a plain tensor the only one, of a DTensor one more than it tells."""
+    world = World.of(mark.group)
+    ranks = tuple(dist.get_process_group_ranks(world.group)) if world.group is not None else ()
+    placements = f"piece {world.rank} of {world.size}" + (f", {piece.placements}" if piece.mesh else "")
+    inner = (piece.shape, piece.cuts) if piece.mesh else ((), ())
+    return replace(
+        piece,
+        shape=(world.size, *inner[0]),
+        cuts=(((world.rank, world.rank + 1),), *inner[1]),
+        placements=placements,
+        mesh=(*ranks, *piece.mesh),
+        padding=padding_of(tensor),
+        is_counted=not piece.mesh,
+    )
+
+
+def _told_by_tensor(name: str, tensor: Tensor) -> Piece:
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
     if not isinstance(tensor, DTensor):
         return Piece(name, shape, tensor.dtype, _whole(shape), local, "plain", ())

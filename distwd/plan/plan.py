@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..layout import Layout, check_layout
 from ..local import local_like
 from ..metrics.measure import Part, Request, measure
 from ..metrics.metric import Metric, parse_metric
 from ..metrics.moments import wide_dtype
 from ..world import World
-from .build import Built, build
+from .build import Built, Call, build
 from .entries import Entry, entries_of
 from .pieces import Piece
 from .table import format_plan
@@ -45,25 +46,32 @@ class Plan:
     cells: tuple[int, ...]
     num_groups: int
     _built: Built = field(repr=False)
-    _layouts: tuple[Any, ...] = field(repr=False)
+    _stamps: tuple[Any, ...] = field(repr=False)
     _numel: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
-        cls, params: Iterable[Any], *, group: dist.ProcessGroup | None = None, check_replicas: bool = True
+        cls,
+        params: Iterable[Any],
+        *,
+        group: dist.ProcessGroup | None = None,
+        layout: Layout | None = None,
+        check_replicas: bool = True,
     ) -> Plan:
         """Find out, together with the other ranks, who holds what.
 
         params: tensors, (name, tensor) pairs, or group dicts, as torch.optim takes them; any shapes, float dtypes.
             Names make errors readable and are needed where ranks hold different parameters.
         group: the ranks that together hold the model; default all ranks if torch.distributed is initialised.
+        layout: {glob of names or predicate(name, tensor): Sharded(group) | Replicated(group)}, for tensors whose
+            ownership no DTensor tells; the first pattern that matches counts.
         check_replicas: compare the bits of all copies of a piece (one read of the parameters).
 
         A collective call: every rank of `group` must make it. Two all-gathers.
         Raises PlanError, on every rank alike, if a tensor cannot be used, if ranks mean different shapes or dtypes by
         one name, if the pieces of a name do not cover it exactly once, or if copies differ.
         """
-        return build_plan(entries_of(params), group, check_replicas)
+        return build_plan(entries_of(params), group, layout, check_replicas)
 
     def metric(self, tensors: Sequence[Tensor | None], metric: str | float = "mad") -> Tensor:
         """A metric over `tensors`, which correspond to the plan's parameters one by one (their gradients, say).
@@ -103,9 +111,10 @@ class Plan:
         device = self._device(locals_)
         missing: set[int] = set()
         cells = self._cells(scope)
-        for local, owned, cell in zip(locals_, self.owned, cells, strict=True):
+        for local, owned, cell, piece in zip(locals_, self.owned, cells, self.pieces, strict=True):
             if owned and local is not None:
-                chosen.setdefault((cell, local.device), []).append(local)
+                counted = local if not piece.padding else local.flatten()[: piece.numel]
+                chosen.setdefault((cell, local.device), []).append(counted)
             elif owned:
                 missing.add(cell)
         parts = [Part(cell, tensors, negated, cell in missing) for (cell, _), tensors in chosen.items()]
@@ -139,27 +148,33 @@ class Plan:
 
     def fits(self, entries: Sequence[Entry]) -> bool:
         """Whether `entries` still have the names, groups, shapes and placements that this plan was built for, in whatever storage."""
-        return len(entries) == len(self.entries) and all(map(_fits, entries, self.entries, self._layouts))
+        return len(entries) == len(self.entries) and all(map(_fits, entries, self.entries, self._stamps))
 
     def __str__(self) -> str:
         return format_plan(self.world, self.entries, self.pieces, self.owned, self.numel)
 
 
 def build_plan(
-    entries: tuple[Entry, ...], group: dist.ProcessGroup | None = None, check_replicas: bool = True, rules: str = ""
+    entries: tuple[Entry, ...],
+    group: dist.ProcessGroup | None = None,
+    layout: Layout | None = None,
+    check_replicas: bool = True,
+    rules: str = "",
 ) -> Plan:
     """`Plan.build` for entries; rules: a text that must be the same on every rank."""
-    world = World.of(group)
-    built = build(entries, world, check_replicas, rules)
-    layouts = tuple(_layout(entry.tensor) for entry in entries)
-    return Plan(world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built, layouts)
+    check_layout(layout or {})
+    call = Call(World.of(group), layout or {}, check_replicas, rules)
+    built = build(entries, call)
+    stamps = tuple(_stamp(entry.tensor) for entry in entries)
+    return Plan(call.world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built, stamps)
 
 
-def _layout(tensor: Tensor) -> Any:
+def _stamp(tensor: Tensor) -> Any:
+    """What must not change as long as a plan is to hold."""
     return tensor._spec if isinstance(tensor, DTensor) else tensor.shape
 
 
-def _fits(entry: Entry, planned: Entry, layout: Any) -> bool:
-    now = _layout(entry.tensor)
-    same = now is layout or (type(now) is type(layout) and now == layout)
+def _fits(entry: Entry, planned: Entry, stamp: Any) -> bool:
+    now = _stamp(entry.tensor)
+    same = now is stamp or (type(now) is type(stamp) and now == stamp)
     return same and (entry is planned or (entry.name == planned.name and entry.group == planned.group))

@@ -24,5 +24,13 @@ def format_plan(
 
 
 def _row(entry: Entry, piece: Piece, owned: bool) -> tuple[str, ...]:
-    shapes = ("×".join(map(str, shape)) or "scalar" for shape in (piece.shape, piece.local_shape))
-    return (entry.name, *shapes, piece.placements, "yes" if owned else "no", str(entry.group), entry.decay or "-")
+    whole, local = ("×".join(map(str, shape)) or "scalar" for shape in (piece.shape, piece.local_shape))
+    return (
+        entry.name,
+        f"{piece.shape[0]} pieces" if piece.is_counted else whole,
+        local,
+        piece.placements,
+        "yes" if owned else "no",
+        str(entry.group),
+        entry.decay or "-",
+    )
