@@ -32,34 +32,18 @@ def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
 
 
 _MISMATCH_FIX = (
-    "give different parameters different names, and build every rank's model alike; shards in plain tensors need a layout: "
-    "layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} for others."
+    "give different parameters different names, and build every rank's model alike; shards in plain tensors need a "
+    "layout: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} for others."
 )
 _COVER_FIX = (
     "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that "
     "holds a piece of it."
 )
 _DRIFT_FIX = (
-    "if they are shards in plain tensors, say so: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} for "
-    "ZeRO partitions, Megatron or experts; if they are different parameters (experts, pipeline stages), give them different "
-    "names or the same layout; if they are copies, they have drifted or were initialised differently: broadcast them. "
+    "if they are shards in plain tensors, say so: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} "
+    "for ZeRO partitions, Megatron or experts; if they are different parameters (experts, pipeline stages), give them "
+    "different names; if they are copies, they have drifted or were initialised differently: broadcast them. "
     "check_replicas=False turns this comparison off."
-)
-_NAMES_FIX]))
-
-
-_MISMATCH_FIX = (
-    "give different parameters different names, and build every rank's model alike; shards in plain tensors need a layout: "
-    "layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} for others."
-)
-_COVER_FIX = (
-    "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that "
-    "holds a piece of it."
-)
-_DRIFT_FIX = (
-    "if they are shards in plain tensors, wrap the model so that they are DTensors (fully_shard, parallelize_module); "
-    "if they are different parameters (experts, pipeline stages), give them different names; if they are copies, they have drifted or were "
-    "initialised differently: broadcast them; check_replicas=False turns this comparison off."
 )
 _NAMES_FIX = (
     "The parameters have no names and were matched by position; pass model.named_parameters(): then ranks may hold "
