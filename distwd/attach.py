@@ -21,19 +21,13 @@ from .attached import (
     write_gradients,
 )
 from .checks import check_choice
+from .conductor import Conductor, Holders
 from .decays.rule import Decay
-from .layout import Layout, check_layout
-from .local import local_tensor
-from .meter import Meter
-from .metrics.reduce import any_rank
-from .phases import describe_phases, num_phases, schedule
-from .plan.entries import Entry, Roster
-from .plan.pieces import check_tensor
-from .plan.plan import Plan, build_plan
+from .layout import Layout
+from .plan.plan import Plan
 from .refusals import check_decays, check_host, free_keys
 from .step import Step
-from .transform import Place, places_of
-from .world import World, check_group
+from .transform import places_of
 
 
 def attach(
@@ -105,23 +99,18 @@ class Attachment:
         check_decays(decays)
         for host in hosts:
             check_host(host, decays, coupling)
-        if group is not None:
-            check_group(group)
+        holders = Holders.of(group, layout, check_replicas)
         self._hosts, self._coupling = list(hosts), coupling
-        self._group, self._layout, self._check_replicas = group, layout or {}, check_replicas
-        check_layout(self._layout)
         self._names = {} if named_parameters is None else {id(param): name for name, param in named_parameters}
-        labels = [place.label for place in places_of(decays)]
         self._distwd_keys = free_keys(hosts, len(decays))
+        places = sentence(decays, coupling, self._distwd_keys, [place.label for place in places_of(decays)])
+        self._conductor = Conductor(
+            places, holders, lambda: self._groups, lambda: list(map(self._with_names, self._groups))
+        )
         rules = [decay for decay in decays if decay.target != "closure"]
-        everything = sentence(decays, coupling, self._distwd_keys, labels)
-        self._in_step = tuple(place for place in everything if getattr(place.transform, "target", "") != "closure")
-        self._in_closure = tuple(place for place in everything if getattr(place.transform, "target", "") == "closure")
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         self._direct = any(decay.target == "params_direct" for decay in rules)
-        self._plan: Plan | None = None
-        self._roster = Roster()
-        self._meter = Meter(lambda: self.plan)
+        self._began = False
         self._round: set[int] = set()
         self._snapshot: Snapshot | None = None
         self._put_back: PutBack = []
@@ -142,21 +131,16 @@ class Attachment:
     @property
     def plan(self) -> Plan:
         """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
-        entries = self._entries
-        if self._plan is None or not self._plan.fits(entries):
-            rules = " | ".join(describe_phases(schedule(places, self._groups)) for places in self._sentences)
-            self._plan = build_plan(entries, self._group, self._layout, self._check_replicas, rules)
-        return self._plan
+        return self._conductor.plan
 
     @property
     def phases(self) -> int:
         """Collectives per step (of a closure target: per evaluation of the closure); 0 for absolute rules and on one rank."""
-        world = World.of(self._group)
-        return sum(num_phases(schedule(places, self._groups), world) for places in self._sentences)
+        return self._conductor.phases
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """The last `metric` and `coefficient` of every relative rule, as `Chain.stats`."""
-        return self._meter.stats()
+        return self._conductor.stats()
 
     # --- what the hosts hold -----------------------------------------------------------------------------------------
 
@@ -164,23 +148,15 @@ class Attachment:
     def _groups(self) -> list[dict[str, Any]]:
         return [group for host in self._hosts for group in host.param_groups]
 
-    @property
-    def _entries(self) -> tuple[Entry, ...]:
-        return self._roster.read([self._with_names(group) for group in self._groups])
-
     def _with_names(self, group: dict[str, Any]) -> dict[str, Any]:
         if "param_names" in group or not self._names:
             return group
         names = [self._names.get(id(param)) for param in group["params"]]
         return group if None in names else {**group, "param_names": names}
 
-    @property
-    def _sentences(self) -> tuple[tuple[Place, ...], ...]:
-        return self._in_step, self._in_closure
-
     def _write_keys(self) -> None:
         """Give every group its own decay; a group that came without (from an old checkpoint) gets the rule's."""
-        for place in (*self._in_step, *self._in_closure):
+        for place in (*self._conductor.in_step, *self._conductor.in_closure):
             for key in place.keys.values():
                 for group in self._groups:
                     group.setdefault(key, place.transform.defaults["weight_decay"])
@@ -210,7 +186,7 @@ class Attachment:
         first = not self._round
         self._round.add(id(host))
         if closure is None:
-            if self._in_closure:
+            if self._conductor.in_closure:
                 raise ValueError(
                     "a rule has target='closure': call step(closure) with a function that evaluates the model"
                 )
@@ -220,14 +196,13 @@ class Attachment:
         return _with_closure(args, kwargs, self._evaluating(closure, first))
 
     def _evaluating(self, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
+        decaying = self._conductor.decaying(closure)
         waiting = [first]
 
         def evaluate() -> Any:
-            loss = closure()
-            with torch.no_grad():
-                if self._in_closure:
-                    self._act(self._new_step(), self._in_closure)
-                if waiting.pop() if waiting else False:
+            loss = decaying()
+            if waiting.pop() if waiting else False:
+                with torch.no_grad():
                     self._act_before()
             return loss
 
@@ -237,14 +212,11 @@ class Attachment:
         self._restore()  # after a step that raised, and so never came to its post hook
         self._write_keys()
         self._skipped = False
-        if any(schedule(places, self._groups) for places in self._sentences):
-            _ = self.plan
-        elif self._plan is None:
-            for entry in self._entries:
-                check_tensor(entry.name, entry.tensor)
+        self._conductor.prepare(again=self._began)
+        self._began = True
         if self._follows:
             kept = {} if self._snapshot is None else self._snapshot.before
-            self._snapshot = Snapshot(self._entries, kept)
+            self._snapshot = Snapshot(self._conductor.entries, kept)
 
     def _act_before(self) -> None:
         self._skipped = self._is_rehearsal()
@@ -253,7 +225,7 @@ class Attachment:
         step = self._new_step()
         if self._coupling == "gradient":
             _rescale(step, lambda scale: 1 / scale)
-        self._act(step, self._in_step)
+        self._conductor.act(step, self._conductor.in_step)
         self._skip_found_inf(step)
         if self._coupling == "gradient":
             _rescale(step, lambda scale: scale)
@@ -272,7 +244,7 @@ class Attachment:
             step = self._new_step()
             step.grad_scale = None  # a fused kernel has unscaled the gradients
             moved_to = self._snapshot.rewind(step, per_lr=self._coupling == "lr")
-            self._act(step, self._in_step)
+            self._conductor.act(step, self._conductor.in_step)
             self._skip_found_inf(step)
             write_after(step, moved_to, self._direct)
 
@@ -286,17 +258,10 @@ class Attachment:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _new_step(self) -> Step:
-        step = Step(self._entries, self._groups, self._meter, {})
+        step = self._conductor.new_step({})
         scales = (getattr(host, "grad_scale", None) for host in self._hosts)
         step.grad_scale = next((scale for scale in scales if scale is not None), None)
         return step
-
-    def _act(self, step: Step, places: Sequence[Place]) -> None:
-        phases = {phase.position: phase for phase in schedule(places, self._groups)}
-        for position, place in enumerate(places):
-            if position in phases:
-                self._meter.measure(phases[position], step, places)
-            place.transform.apply(step, place)
 
     def _skip_found_inf(self, step: Step) -> None:
         for host in self._hosts:
@@ -312,11 +277,7 @@ class Attachment:
         """Whether this step only asks the hosts for their state, as torch.distributed.checkpoint does: none yet, lr 0, gradients 0."""
         if any(host.state for host in self._hosts) or any(group.get("lr", 1) != 0 for group in self._groups):
             return False
-        grads = [local_tensor(entry.tensor.grad) for entry in self._entries if entry.tensor.grad is not None]
-        moved = torch.tensor(any(bool(grad.count_nonzero() > 0) for grad in grads))
-        if self.phases:
-            moved = any_rank(moved, World.of(self._group))
-        return not bool(moved)
+        return self._conductor.moves_nothing()
 
 
 def _rescale(step: Step, factor: Callable[[Tensor], Tensor]) -> None:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from .conductor import Conductor, Holders
 from .groups import normalised_groups
 from .hosts import Host, SearchHost, mark_stateless
-from .layout import Layout, check_layout
-from .local import local_tensor
+from .layout import Layout
 from .lr import LR
-from .meter import Meter
-from .metrics.reduce import any_rank
-from .phases import describe_phases, num_phases, schedule
-from .plan.entries import Roster
-from .plan.pieces import check_tensor
-from .plan.plan import Plan, build_plan
+from .plan.plan import Plan
 from .sentence import refuse_sentence
-from .step import Step
-from .transform import Place, Transform, places_of
-from .world import World, check_group
+from .transform import Transform, places_of
 from .wrap import Wrap
 
 
@@ -67,12 +61,7 @@ class Chain(torch.optim.Optimizer):
         check_replicas: bool = True,
     ) -> None:
         refuse_sentence(transforms)
-        if group is not None:
-            check_group(group)
-        self._group = group
-        self._layout: Layout = layout or {}
-        check_layout(self._layout)
-        self._check_replicas = check_replicas
+        self._holders = Holders.of(group, layout, check_replicas)
         self._places = places_of(transforms)
         self._acted = False
         self._forget()
@@ -82,12 +71,10 @@ class Chain(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what can be made again; none of it belongs into a copy or a checkpoint."""
-        self._plan: Plan | None = None
-        self._roster = Roster()
+        self._conductor = Conductor(self._places, self._holders, lambda: self.param_groups)
         self._hosts: dict[int, Host] = {}
         self._search: SearchHost | None = None
         self._checked: dict[tuple[int, int], dict[str, Any]] = {}
-        self._meter = Meter(lambda: self.plan)
 
     # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
 
@@ -106,29 +93,28 @@ class Chain(torch.optim.Optimizer):
         self._acted = True
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._group is not None or self._layout:
+        if self._holders.group is not None or self._holders.layout:
             raise TypeError(
                 "a Chain with group= or layout= cannot be pickled, since process groups cannot; pickle its state_dict()"
             )
-        own = ("_group", "_layout", "_check_replicas", "_places", "_acted")
+        own = ("_holders", "_places", "_acted")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_plan" not in self.__dict__:
+        if "_conductor" not in self.__dict__:
             self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         # Process groups are shared, not copied.
-        shared = {"_group": self._group, "_layout": self._layout}
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        self.__dict__.update(_group=None, _layout={})
+        holders, self._holders = self._holders, Holders()
         try:
-            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            state = copy.deepcopy(self.__getstate__(), memo)
         finally:
-            self.__dict__.update(shared)
-        twin.__dict__.update(shared)
+            self._holders = holders
+        twin.__setstate__({**state, "_holders": holders})
         return twin
 
     def __repr__(self) -> str:
@@ -140,16 +126,12 @@ class Chain(torch.optim.Optimizer):
     @property
     def plan(self) -> Plan:
         """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
-        entries = self._roster.read(self.param_groups)
-        if self._plan is None or not self._plan.fits(entries):
-            self._plan = build_plan(entries, self._group, self._layout, self._check_replicas, self._rules())
-        return self._plan
+        return self._conductor.plan
 
     @property
     def phases(self) -> int:
         """Collectives per step (of a closure target: per evaluation of the closure); 0 for absolute rules and on one rank."""
-        world = World.of(self._group)
-        return sum(num_phases(schedule(places, self.param_groups), world) for places in self._sentences)
+        return self._conductor.phases
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """The last `metric` and `coefficient` (λ·metric, without learning rate) of every relative rule, by its label in `repr`.
@@ -157,47 +139,36 @@ class Chain(torch.optim.Optimizer):
         0-d tensors, not synchronised. For scope="all" one of each (by group index where groups have settings of their own),
         for "group" by group index, for "tensor" by the names of the parameters that this rank holds. {} before the first step.
         """
-        return self._meter.stats()
+        return self._conductor.stats()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
+        return self._take_step(closure)
+
+    @_disable_dynamo  # collectives, hooks and groups of tensors: a compiled caller breaks its graph here
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_settings()
         self._check_step(closure)
         if self._is_rehearsal():
             return self._rehearse()
-        evaluate = None if closure is None else self._decaying(closure)
-        if self._search is None:
-            loss, moved = (None if evaluate is None else evaluate()), None
-        else:
-            assert evaluate is not None
-            loss, moved = self._search.search(evaluate)
-        step = self._new_step()
+        loss, moved = self._evaluate(closure)
+        step = self._conductor.new_step(self._hosts)
         if moved is not None:
             step.adopt(moved)
-        self._act(step, self._sentences[0])
+        self._conductor.act(step, self._conductor.in_step)
         step.write()
         self._acted = True
         return loss
 
-    # --- a step ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _sentences(self) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
-        """What acts in the step, and what acts in every evaluation of the closure."""
-        inside = tuple(place for place in self._places if getattr(place.transform, "target", None) == "closure")
-        return tuple(place for place in self._places if place not in inside), inside
-
-    def _new_step(self) -> Step:
-        return Step(self._roster.read(self.param_groups), self.param_groups, self._meter, self._hosts)
-
-    def _act(self, step: Step, places: Sequence[Place]) -> None:
-        """Let every transform have its say, measuring before the first that needs it."""
-        phases = {phase.position: phase for phase in schedule(places, self.param_groups)}
-        for position, place in enumerate(places):
-            if position in phases:
-                self._meter.measure(phases[position], step, places)
-            place.transform.apply(step, place)
+    def _evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, Mapping[Tensor, Tensor] | None]:
+        """The loss, and how far a searching optimizer would move the parameters."""
+        evaluate = None if closure is None else self._conductor.decaying(closure)
+        if self._search is None:
+            return (None if evaluate is None else evaluate()), None
+        if evaluate is None:
+            raise ValueError(f"{self._search.cls.__name__} evaluates the model itself: call step(closure)")
+        return self._search.search(evaluate)
 
     def _check_settings(self) -> None:
         """Refuse bad settings that were put into a group by hand; looks closely only at those that are new."""
@@ -211,34 +182,15 @@ class Chain(torch.optim.Optimizer):
                     self._checked[index, place.index] = numbers
 
     def _check_step(self, closure: Callable[[], Any] | None) -> None:
-        """Refuse what cannot work before anything is changed, together with the other ranks where a plan is needed."""
+        """Refuse what cannot work before anything is changed."""
         if not self._hosts and self._search is None:
             self._make_hosts()
-        if closure is None and self._sentences[1]:
-            label = self._sentences[1][0].label
+        if closure is None and self._conductor.in_closure:
+            label = self._conductor.in_closure[0].label
             raise ValueError(
                 f"{label} has target='closure': call step(closure) with a function that evaluates the model"
             )
-        if closure is None and self._search is not None and self._acted:
-            raise ValueError(f"{self._search.cls.__name__} evaluates the model itself: call step(closure)")
-        if any(schedule(places, self.param_groups) for places in self._sentences):
-            _ = self.plan
-        elif not self._acted:
-            for entry in self._roster.read(self.param_groups):
-                check_tensor(entry.name, entry.tensor)
-
-    def _decaying(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, with the decays of target="closure" added to the gradients after every evaluation."""
-
-        def evaluate() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            if self._sentences[1]:
-                with torch.no_grad():
-                    self._act(self._new_step(), self._sentences[1])
-            return loss
-
-        return evaluate
+        self._conductor.prepare(again=self._acted)
 
     def _make_hosts(self) -> None:
         wraps = [(place, place.transform) for place in self._places if isinstance(place.transform, Wrap)]
@@ -269,18 +221,10 @@ class Chain(torch.optim.Optimizer):
         keys = [place.keys["lr"] for place in self._places if isinstance(place.transform, LR)]
         if self._acted or any(group[key] != 0 for group in self.param_groups for key in keys):
             return False
-        entries = self._roster.read(self.param_groups)
-        grads = [local_tensor(e.tensor.grad) for e in entries if e.tensor.grad is not None]
-        moved = torch.tensor(any(bool(grad.count_nonzero() > 0) for grad in grads))
-        if keys and self.phases:
-            moved = any_rank(moved, World.of(self._group))
-        return bool(grads) and not bool(moved)
+        return bool(keys) and self._conductor.moves_nothing()
 
     def _rehearse(self) -> None:
-        step = self._new_step()
+        step = self._conductor.new_step(self._hosts)
         for host in self._hosts.values():
             if not any(host.has_state(entry.tensor) for entry in step.entries):
                 host.update(step.batches)
-
-    def _rules(self) -> str:
-        return " | ".join(describe_phases(schedule(places, self.param_groups)) for places in self._sentences)

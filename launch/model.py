@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -49,6 +51,8 @@ def shard_model_(model: LlamaForCausalLM, mesh: DeviceMesh | None) -> None:
     """Cut the model as the axes of the mesh say: `tp` inside a layer, `fsdp` over it, `dp` as whole copies (HSDP)."""
     axes = () if mesh is None else mesh.mesh_dim_names or ()
     if mesh is not None and "tp" in axes:
+        # FSDP2 sees that the logits are a view of what tensor parallelism gathered. Nothing here writes into them.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
         parallelize_module(model, mesh["tp"], tensor_parallel_plan())
     if mesh is not None and "fsdp" in axes:
         data_mesh = mesh["dp", "fsdp"] if "dp" in axes else mesh["fsdp"]

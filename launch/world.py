@@ -41,8 +41,9 @@ class World:
         """The mean over all ranks. Tensor-parallel copies count alike, so it is the one over the readers, too."""
         if self.mesh is None:
             return number
-        dist.all_reduce(number)
-        return number / self.size
+        total = number.clone()
+        dist.all_reduce(total)
+        return total / self.size
 
     def gather(self, thing: T) -> list[T]:
         """What each rank has to say, in order of rank."""
@@ -130,10 +131,10 @@ def start_world(mesh: str | None, threads: int | None) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         sizes = parse_mesh(mesh, size)
+        device = pick_device()
     except ValueError as error:
-        leave(str(error))  # read from the command line and the environment alone, so every rank leaves
+        leave(str(error))  # known from the command line and the machine alone, so every rank leaves
     set_threads(threads)
-    device = pick_device()
     if "WORLD_SIZE" not in os.environ:
         yield World(device, mesh=None)
         return
@@ -155,8 +156,15 @@ def make_world(device: torch.device, mesh: DeviceMesh) -> World:
 
 
 def pick_device() -> torch.device:
+    """A GPU for each rank where there are GPUs, else the CPU. Raises ValueError if they are too few."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > gpus:
+        raise ValueError(
+            f"{ranks} ranks were started on a machine with {gpus} GPU{'s' * (gpus > 1)}; start {gpus}, "
+            'or train on the CPU with CUDA_VISIBLE_DEVICES=""'
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device

@@ -208,6 +208,44 @@ def gather(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for part in theirs for name, value in part.items()} | mine
 
 
+@functools.cache
+def _element_numbers(layout: str) -> list[Tensor]:
+    """For every rank the numbers, in the whole model, of the elements it holds: the layout itself says, by placing them."""
+    numbers = torch.arange(NUM_ELEMENTS, dtype=torch.float64).split(
+        [torch.Size(shape).numel() for shape in SHAPES.values()]
+    )
+    whole = {name: part.reshape(SHAPES[name]) for name, part in zip(SHAPES, numbers, strict=True)}
+    mine = _flat(place(layout, whole)).long()
+    if not dist.is_initialized():
+        return [mine]
+    theirs: list[Tensor] = [mine] * dist.get_world_size()
+    dist.all_gather_object(theirs, mine)
+    return theirs
+
+
+def _flat(held: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([local_of(tensor).reshape(-1) for tensor in held.values()] or [torch.zeros(0)])
+
+
+def view(layout: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `gather`, in one exchange and without DTensor's help; where this rank holds an element, its own copy counts."""
+    numbers = _element_numbers(layout)
+    # A rank that holds nothing has no dtype of its own; float64 carries the bits of all.
+    dtype = next((tensor.dtype for tensor in held.values()), torch.float64)
+    parts = [_flat(held).double()]
+    if dist.is_initialized():
+        padded = torch.zeros(max(map(len, numbers)), dtype=torch.float64)
+        padded[: parts[0].numel()] = parts[0]
+        parts = [torch.empty_like(padded) for _ in numbers]
+        dist.all_gather(parts, padded)
+    mine = dist.get_rank() if dist.is_initialized() else 0
+    whole = torch.full((NUM_ELEMENTS,), torch.nan, dtype=torch.float64)
+    for rank in [rank for rank in range(len(parts)) if rank != mine] + [mine]:
+        whole[numbers[rank]] = parts[rank][: len(numbers[rank])]
+    pieces = whole.to(dtype).split([torch.Size(shape).numel() for shape in SHAPES.values()])
+    return {name: piece.reshape(SHAPES[name]) for name, piece in zip(SHAPES, pieces, strict=True)}
+
+
 def whole_of(tensor: Tensor) -> Tensor:
     detached = tensor.detach()
     return (detached.full_tensor() if isinstance(detached, DTensor) else detached).clone()

@@ -65,7 +65,7 @@ def train_chain(chain, layout: str, held: Mapping[str, nn.Parameter], num_steps:
         run.coefficients.append([number.clone() for number in numbers_of(chain.stats(), "coefficient")])
         run.metrics.append([number.clone() for number in numbers_of(chain.stats(), "metric")])
     run.phases = chain.phases
-    run.params = layouts.gather(held)
+    run.params = layouts.view(layout, held)
     return run
 
 
@@ -98,4 +98,4 @@ def told(sentence: str, num_steps: int = 3, dtype: torch.dtype = torch.float32) 
 def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
     """Names whose bits differ."""
     assert ours.keys() == theirs.keys()
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    return [name for name in ours if not torch.equal(ours[name].double(), theirs[name].double())]

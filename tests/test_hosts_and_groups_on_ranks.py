@@ -104,7 +104,7 @@ def with_groups(layout: str, scope: str, settings: list[dict]) -> tuple[dict, li
         with Wire() as wire:
             chain.step()
         counts.append(len(wire.calls))
-    return layouts.gather(held), counts[1:], chain.phases
+    return layouts.view(layout, held), counts[1:], chain.phases
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, [{}] * 4], ids=["own", "shared"])

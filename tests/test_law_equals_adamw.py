@@ -25,7 +25,7 @@ def train(optimizer, layout: str, held: dict, schedule=None) -> dict:
         optimizer.step()
         if schedule is not None:
             schedule.step()
-    return layouts.gather(held)
+    return layouts.view(layout, held)
 
 
 def both(layout: str, dtype: torch.dtype, host: dict, lr: object, weight_decay: object, grouped: bool, sched: bool):

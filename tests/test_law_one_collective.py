@@ -108,7 +108,7 @@ def without_gradients(layout: str, missing: dict[int, list[str]]) -> tuple[dict,
         if step == 1:
             still = {name for name, p in held.items() if torch.equal(before[name], layouts.local_of(p))}
     seen = {"held": set(held), "still": still, "finite": all_finite(held)}
-    return layouts.gather(held), counts[1:], seen
+    return layouts.view(layout, held), counts[1:], seen
 
 
 def all_finite(held: dict) -> bool:

@@ -14,7 +14,14 @@ def round_trip(layout: str) -> tuple[dict, dict, dict]:
     held = layouts.place(layout, whole_model(0))
     layouts.set_gradients(layout, held, whole_model(1))
     sizes = {name: layouts.local_of(param).numel() for name, param in held.items()}
-    return layouts.gather(held), layouts.gather({name: p.grad for name, p in held.items()}), sizes
+    grads = {name: param.grad for name, param in held.items()}
+    assert all(torch.equal(fast, slow) for fast, slow in zip(*both_views(layout, held), strict=True))
+    return layouts.gather(held), layouts.gather(grads), sizes
+
+
+def both_views(layout: str, held: dict) -> tuple[list, list]:
+    fast, slow = layouts.view(layout, held), layouts.gather(held)
+    return [fast[name] for name in whole_model(0)], [slow[name] for name in whole_model(0)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,133 @@
+"""What `Chain` and `attach` share: a sentence led through a step, with its plan and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .layout import Layout, check_layout
+from .local import local_tensor
+from .meter import Meter
+from .metrics.reduce import any_rank
+from .phases import describe_phases, num_phases, schedule
+from .plan.entries import Entry, Roster
+from .plan.pieces import check_tensor
+from .plan.plan import Plan, build_plan
+from .step import Step
+from .transform import Place
+from .world import World, check_group
+
+Groups = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Which ranks hold the model, and how: the arguments `group`, `layout` and `check_replicas`, checked."""
+
+    group: dist.ProcessGroup | None = None
+    layout: Layout = field(default_factory=dict)
+    check_replicas: bool = True
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, layout: Layout | None, check_replicas: bool) -> Holders:
+        """Raises ValueError for what is not a group or a layout."""
+        if group is not None:
+            check_group(group)
+        check_layout(layout or {})
+        return cls(group, layout or {}, check_replicas)
+
+
+class Conductor:
+    """Leads transforms through the steps of one optimizer, or of several with one model.
+
+    in_step, in_closure: what acts in a step, and in every evaluation of a closure. groups: the param groups as they are now.
+    named: the same groups with names for their parameters, where others know them.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        holders: Holders,
+        groups: Callable[[], Groups],
+        named: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
+    ) -> None:
+        self.in_closure = tuple(place for place in places if getattr(place.transform, "target", "") == "closure")
+        self.in_step = tuple(place for place in places if place not in self.in_closure)
+        self._holders, self._groups, self._named = holders, groups, named or groups
+        self._roster = Roster()
+        self._plan: Plan | None = None
+        self._meter = Meter(lambda: self.plan)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All parameters, as the groups hold them now."""
+        return self._roster.read(self._named())
+
+    @property
+    def plan(self) -> Plan:
+        """Who holds what; built together with the other ranks when first asked for, and when it does not fit any more."""
+        entries = self.entries
+        if self._plan is None or not self._plan.fits(entries):
+            holders = self._holders
+            rules = " | ".join(map(describe_phases, self._schedules()))
+            self._plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules)
+        return self._plan
+
+    @property
+    def phases(self) -> int:
+        """All-reduces per step, and per evaluation of a closure."""
+        world = World.of(self._holders.group)
+        return sum(num_phases(phases, world) for phases in self._schedules())
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """The last metric and coefficient of every relative rule."""
+        return self._meter.stats()
+
+    def prepare(self, again: bool) -> None:
+        """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed, else unless `again`."""
+        if any(self._schedules()):
+            _ = self.plan
+        elif not again:
+            for entry in self.entries:
+                check_tensor(entry.name, entry.tensor)
+
+    def new_step(self, hosts: Mapping[int, Any]) -> Step:
+        """A step of the gradients as they are now."""
+        return Step(self.entries, self._groups(), self._meter, hosts)
+
+    def act(self, step: Step, places: Sequence[Place]) -> None:
+        """Let every transform have its say, measuring before the first that needs it."""
+        phases = {phase.position: phase for phase in schedule(places, self._groups())}
+        for position, place in enumerate(places):
+            if position in phases:
+                self._meter.measure(phases[position], step, places)
+            place.transform.apply(step, place)
+
+    def decaying(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, with the decays of target="closure" added to the gradients after every evaluation."""
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            if self.in_closure:
+                with torch.no_grad():
+                    self.act(self.new_step({}), self.in_closure)
+            return loss
+
+        return evaluate
+
+    def moves_nothing(self) -> bool:
+        """Whether there are gradients and all are 0, on every rank. Reads them; asks the others if the rules ask them anyway."""
+        grads = [local_tensor(entry.tensor.grad) for entry in self.entries if entry.tensor.grad is not None]
+        moving = torch.tensor(any(bool(grad.count_nonzero() > 0) for grad in grads))
+        if self.phases:
+            moving = any_rank(moving, World.of(self._holders.group))
+        return bool(grads) and not bool(moving)
+
+    def _schedules(self) -> tuple[Any, Any]:
+        groups = self._groups()
+        return schedule(self.in_step, groups), schedule(self.in_closure, groups)
