@@ -12,21 +12,25 @@ from torch import Tensor
 from .attached import (
     COUPLINGS,
     PutBack,
+    PutBackGrads,
     Snapshot,
     must_follow,
     sentence,
     skip_where,
+    with_closure,
     write_after,
     write_before,
     write_gradients,
 )
-from .checks import check_choice
+from .checks import check_choice, check_number
 from .conductor import Conductor, Holders
 from .decays.rule import Decay
+from .hosts import IDLE, without_mark
 from .layout import Layout
 from .plan.plan import Plan
-from .refusals import check_decays, check_host, free_keys
-from .step import Step
+from .refusals import as_hosts, check_decays, check_groups, check_host, free_keys
+from .rehearsal import is_rehearsal, mark_idle
+from .step import Batch, Step
 from .transform import places_of
 
 
@@ -65,8 +69,7 @@ def attach(
     tensor([ 0.9500, -1.9000])
     >>> attachment.remove()
     """
-    hosts = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    return Attachment(hosts, decays, coupling, group, layout, named_parameters, check_replicas)
+    return Attachment(as_hosts(optimizer), decays, coupling, group, layout, named_parameters, check_replicas)
 
 
 class Attachment:
@@ -102,8 +105,8 @@ class Attachment:
         holders = Holders.of(group, layout, check_replicas)
         self._hosts, self._coupling = list(hosts), coupling
         self._names = {} if named_parameters is None else {id(param): name for name, param in named_parameters}
-        self._distwd_keys = free_keys(hosts, len(decays))
-        places = sentence(decays, coupling, self._distwd_keys, [place.label for place in places_of(decays)])
+        self._keys = free_keys(hosts, len(decays))
+        places = sentence(decays, coupling, self._keys, [place.label for place in places_of(decays)])
         self._conductor = Conductor(
             places, holders, lambda: self._groups, lambda: list(map(self._with_names, self._groups))
         )
@@ -111,10 +114,12 @@ class Attachment:
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         self._direct = any(decay.target == "params_direct" for decay in rules)
         self._began = False
-        self._round: set[int] = set()
+        self._stepped: set[int] = set()
+        self._step: Step | None = None
+        self._rehearses = self._raised = self._acted = False
         self._snapshot: Snapshot | None = None
-        self._put_back: PutBack = []
-        self._put_back_grads: list[tuple[Tensor, Tensor | None]] = []
+        self._put_back: PutBack = {}
+        self._put_back_grads: PutBackGrads = []
         self._write_keys()
         self._handles = [handle for host in hosts for handle in self._hook(host)]
 
@@ -124,8 +129,10 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for host in self._hosts:
+            host.state.pop(IDLE, None)  # type: ignore[call-overload]
         for group in self._groups:
-            for key in self._distwd_keys:
+            for key in self._keys:
                 group.pop(key, None)
 
     @property
@@ -142,6 +149,16 @@ class Attachment:
         """The last `metric` and `coefficient` of every relative rule, as `Chain.stats`."""
         return self._conductor.stats()
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the hosts' groups that hold λ, one for each rule."""
+        return tuple(self._keys)
+
+    @property
+    def lent_groups(self) -> frozenset[int]:
+        """Identities of the groups whose own weight_decay does a rule's work during a step."""
+        return frozenset(self._put_back)
+
     # --- what the hosts hold -----------------------------------------------------------------------------------------
 
     @property
@@ -155,11 +172,18 @@ class Attachment:
         return group if None in names else {**group, "param_names": names}
 
     def _write_keys(self) -> None:
-        """Give every group its own decay; a group that came without (from an old checkpoint) gets the rule's."""
+        """Give every group its own decay, where it has none yet, and refuse values that would not decay."""
         for place in (*self._conductor.in_step, *self._conductor.in_closure):
             for key in place.keys.values():
                 for group in self._groups:
-                    group.setdefault(key, place.transform.defaults["weight_decay"])
+                    check_number(key, group.setdefault(key, place.transform.defaults["weight_decay"]))
+
+    def _keep_keys(self, host: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict from before the attachment, with the decay that the groups have now."""
+        saved = state_dict["param_groups"]
+        own = [{key: group[key] for key in self._keys if key in group} for group in host.param_groups]
+        filled = [{**keys, **group} for keys, group in zip(own, saved, strict=False)]
+        return {**state_dict, "param_groups": filled + saved[len(filled) :]}
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
@@ -168,128 +192,114 @@ class Attachment:
             host.register_step_pre_hook(self._before),
             host.register_step_post_hook(self._after),
             host.register_state_dict_pre_hook(lambda _: self._restore()),
+            host.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
+            host.register_load_state_dict_pre_hook(self._keep_keys),
+            host.register_load_state_dict_post_hook(mark_idle),
         ]
 
     @torch.no_grad()
     def _before(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
-        if len(self._hosts) == 1:
-            self._round.clear()  # not empty after a step that raised
-        if not self._round:
-            self._begin_round()
-        if id(host) in self._round:
-            raise ValueError(
-                f"{type(host).__name__} steps a second time before the others that it shares its decay with have stepped; "
-                "step each once, or attach to each on its own"
-            )
+        first = not self._stepped or id(host) in self._stepped
+        if first:
+            self._begin_round(host)
+        self._stepped.add(id(host))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        first = not self._round
-        self._round.add(id(host))
-        if closure is None:
-            if self._conductor.in_closure:
-                raise ValueError(
-                    "a rule has target='closure': call step(closure) with a function that evaluates the model"
-                )
-            if first:
-                self._act_before()
-            return None
-        return _with_closure(args, kwargs, self._evaluating(closure, first))
+        if closure is not None:
+            return with_closure(args, kwargs, self._evaluating(host, closure, first))
+        if self._conductor.in_closure:
+            raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
+        if first:
+            self._rehearses = is_rehearsal(self._hosts, self._conductor, self._acted)
+        self._act_before(host, first)
+        return None
 
-    def _evaluating(self, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
+    def _evaluating(self, host: torch.optim.Optimizer, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
         decaying = self._conductor.decaying(closure)
-        waiting = [first]
+        waiting = [True]
 
         def evaluate() -> Any:
             loss = decaying()
-            if waiting.pop() if waiting else False:
+            if waiting and waiting.pop():
                 with torch.no_grad():
-                    self._act_before()
+                    self._act_before(host, first)
             return loss
 
         return evaluate
 
-    def _begin_round(self) -> None:
-        self._restore()  # after a step that raised, and so never came to its post hook
+    def _begin_round(self, host: torch.optim.Optimizer) -> None:
+        """A host that steps again begins a new round: the others did not step this time, or the last step raised."""
+        unfinished = len(self._hosts) > 1 and self._follows and bool(self._stepped) and not self._raised
+        self._stepped.clear()
+        self._restore()
+        if unfinished:
+            raise ValueError(
+                f"{type(host).__name__} steps a second time before the others have stepped, but their decay depends on the "
+                "updates of all; step each once, or attach to each on its own"
+            )
+        for each in self._hosts:
+            check_groups(each, self._coupling)
         self._write_keys()
-        self._skipped = False
         self._conductor.prepare(again=self._began)
-        self._began = True
+        self._began, self._rehearses, self._raised = True, False, True  # until the post hook says otherwise
         if self._follows:
             kept = {} if self._snapshot is None else self._snapshot.before
             self._snapshot = Snapshot(self._conductor.entries, kept)
 
-    def _act_before(self) -> None:
-        self._skipped = self._is_rehearsal()
-        if self._skipped or self._follows:
+    def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
+        if self._rehearses and not self._acted:
             return
-        step = self._new_step()
+        if self._rehearses:
+            self._conductor.act_unseen(self._new_step(host))
+            return
+        if self._follows:
+            return
+        if first or self._step is None:
+            self._step = self._new_step(host)
+            self._conductor.act(self._step, self._conductor.in_step)
+        own = self._batches_of(host)
+        if len(self._hosts) > 1 and (found_inf := getattr(host, "found_inf", None)) is not None:
+            skip_where(own, found_inf)
         if self._coupling == "gradient":
-            _rescale(step, lambda scale: 1 / scale)
-        self._conductor.act(step, self._conductor.in_step)
-        self._skip_found_inf(step)
-        if self._coupling == "gradient":
-            _rescale(step, lambda scale: scale)
-            self._put_back_grads = write_gradients(step)
+            self._put_back_grads += write_gradients(own)
         else:
-            self._put_back = write_before(step, self._host_of(), self._coupling)
+            self._put_back |= write_before(own, host, self._coupling)
 
     @torch.no_grad()
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(self._round) < len(self._hosts):
+        self._raised = False
+        mark_idle(host)
+        if len(self._stepped) < len(self._hosts):
             return
-        self._round.clear()
+        self._stepped.clear()
         self._restore()
-        if self._follows and not self._skipped:
+        self._acted = self._acted or not self._rehearses
+        if self._follows and not self._rehearses:
             assert self._snapshot is not None
-            step = self._new_step()
+            step = self._new_step(host)
             step.grad_scale = None  # a fused kernel has unscaled the gradients
             moved_to = self._snapshot.rewind(step, per_lr=self._coupling == "lr")
             self._conductor.act(step, self._conductor.in_step)
-            self._skip_found_inf(step)
             write_after(step, moved_to, self._direct)
 
     def _restore(self) -> None:
-        for group, values in self._put_back:
+        """Put back what was lent to the hosts, unless others have put something else there since."""
+        for group, values in self._put_back.values():
             group.update(values)
-        for param, grad in self._put_back_grads:
-            param.grad = grad
-        self._put_back, self._put_back_grads = [], []
+        for param, grad, stand_in in self._put_back_grads:
+            if param.grad is stand_in:
+                param.grad = grad
+        self._put_back, self._put_back_grads, self._step = {}, [], None
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def _new_step(self) -> Step:
+    def _new_step(self, host: torch.optim.Optimizer) -> Step:
         step = self._conductor.new_step({})
-        scales = (getattr(host, "grad_scale", None) for host in self._hosts)
-        step.grad_scale = next((scale for scale in scales if scale is not None), None)
+        step.grad_scale, step.found_inf = getattr(host, "grad_scale", None), getattr(host, "found_inf", None)
+        step.pulls_gradients = self._coupling == "gradient"
         return step
 
-    def _skip_found_inf(self, step: Step) -> None:
-        for host in self._hosts:
-            found_inf = getattr(host, "found_inf", None)
-            if found_inf is not None:
-                skip_where(step, found_inf)
-
-    def _host_of(self) -> dict[int, torch.optim.Optimizer]:
-        hosts = [host for host in self._hosts for _ in host.param_groups]
-        return dict(enumerate(hosts))
-
-    def _is_rehearsal(self) -> bool:
-        """Whether this step only asks the hosts for their state, as torch.distributed.checkpoint does: none yet, lr 0, gradients 0."""
-        if any(host.state for host in self._hosts) or any(group.get("lr", 1) != 0 for group in self._groups):
-            return False
-        return self._conductor.moves_nothing()
-
-
-def _rescale(step: Step, factor: Callable[[Tensor], Tensor]) -> None:
-    """Multiply what is pending by a function of the gradients' scale, if they have one."""
-    if step.grad_scale is not None:
-        for batch in step.batches:
-            by = factor(step.grad_scale)
-            batch.scale, batch.pulls = batch.scale * by, [pull.scaled(by) for pull in batch.pulls]
-
-
-def _with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[Any, Any]:
-    """The arguments of `step` with another closure, where the caller had put it."""
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": closure}
-    return (args[0], closure, *args[2:]), kwargs
+    def _batches_of(self, host: torch.optim.Optimizer) -> list[Batch]:
+        assert self._step is not None
+        own = set(map(id, host.param_groups))
+        return [batch for batch in self._step.batches if id(batch.group) in own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from .decays.rule import Decay
 from .hosts import ELEMENTWISE, KNOWS_DECOUPLED
 from .hosts.lending import like_whole
-from .kernels.pull import Rate, drag_, pull_
+from .kernels.pull import drag_, pull_
 from .local import local_tensor
 from .plan.entries import Entry
-from .step import Batch, Step
+from .step import Batch, Step, unless
 from .transform import Place, Transform
 
 COUPLINGS = ("lr", "gradient", "none")
@@ -67,7 +67,8 @@ def sentence(decays: Sequence[Decay], coupling: str, keys: Sequence[str], labels
     host: list[Any] = [(HostStep(), {}, "host")]
     words = rules + host if ascends else host + rules + ([(HostLR(), {}, "lr")] if coupling == "lr" else [])
     return tuple(
-        AttachedPlace(transform, index, label, own, (), ascends) for index, (transform, own, label) in enumerate(words)
+        AttachedPlace(transform, index, label, own, (), ascends or getattr(transform, "target", "") == "closure")
+        for index, (transform, own, label) in enumerate(words)
     )
 
 
@@ -80,41 +81,48 @@ def must_follow(decays: Sequence[Decay], hosts: Sequence[torch.optim.Optimizer])
     )
 
 
-PutBack = list[tuple[dict[str, Any], dict[str, Any]]]
+PutBack = dict[int, tuple[dict[str, Any], dict[str, Any]]]
 
 
-def write_before(step: Step, host_of: Mapping[int, torch.optim.Optimizer], coupling: str) -> PutBack:
-    """Write the pulls, before the host steps; or hand them to it. Returns what to put back into which groups afterwards."""
-    put_back: PutBack = []
-    for batch in step.batches:
-        handed = _handed(batch, host_of[batch.group_index]) if coupling == "lr" else None
+def write_before(batches: Sequence[Batch], host: torch.optim.Optimizer, coupling: str) -> PutBack:
+    """Write the pulls, before the host steps; or hand them to it. Returns what to put back into which groups, by identity."""
+    put_back: PutBack = {}
+    for batch in batches:
+        handed = _handed(batch, host, put_back) if coupling == "lr" else None
         if handed is None:
             pull_(batch.params, batch.pulls, mask=batch.mask)
-        else:
-            put_back.append(
-                (batch.group, {key: batch.group[key] for key in ("weight_decay", "decoupled_weight_decay")})
-            )
+        elif id(batch.group) not in put_back:
+            kept = {key: batch.group[key] for key in ("weight_decay", "decoupled_weight_decay")}
+            put_back[id(batch.group)] = (batch.group, kept)
             batch.group.update(weight_decay=handed, decoupled_weight_decay=True)
     return put_back
 
 
-def _handed(batch: Batch, host: torch.optim.Optimizer) -> float | None:
-    """λ, where a fused kernel knows the pending decay: it rounds it in its own way."""
+def _handed(batch: Batch, host: torch.optim.Optimizer, put_back: PutBack) -> float | None:
+    """λ, where a fused kernel knows the pending decay: it rounds it in its own way, and skips it with the step."""
     if type(host) not in KNOWS_DECOUPLED or not batch.group.get("fused") or len(batch.pulls) != 1:
+        return None
+    # Another attachment may have handed its own decay already; then this one is written.
+    if id(batch.group) not in put_back and batch.group["weight_decay"] != 0:
         return None
     (pull,) = batch.pulls
     return pull.before_lr if pull.is_linear and isinstance(pull.before_lr, (int, float)) else None
 
 
-def write_gradients(step: Step) -> list[tuple[Tensor, Tensor | None]]:
-    """Let the host see the folded update as its gradients; returns the gradients to put back."""
-    step.fold(exact=True)
-    put_back = []
-    for batch in step.batches:
+PutBackGrads = list[tuple[Tensor, Tensor | None, Tensor]]
+
+
+def write_gradients(batches: Sequence[Batch]) -> PutBackGrads:
+    """Let the host see the pending update as its gradients; returns parameters with their own gradients and what stands in."""
+    put_back: PutBackGrads = []
+    for batch in batches:
+        if not batch.is_plain:
+            batch.fold()
         if batch.update is not batch.grads:
             for param, update in zip(batch.whole, batch.update, strict=True):
-                put_back.append((param, param.grad))
-                param.grad = like_whole(update, param)
+                stand_in = like_whole(update, param)
+                put_back.append((param, param.grad, stand_in))
+                param.grad = stand_in
     return put_back
 
 
@@ -172,12 +180,14 @@ def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: b
             drag_(params, batch.params, batch.pulls, batch.mask)
 
 
-def skip_where(step: Step, found_inf: Tensor) -> None:
-    """Let no pull act where `found_inf` is not 0: by selection, since 0 · inf is NaN."""
-    for batch in step.batches:
-        batch.pulls = [replace(pull, rate=_unless(found_inf, pull.rate), before_lr=None) for pull in batch.pulls]
+def skip_where(batches: Sequence[Batch], found_inf: Tensor) -> None:
+    """Let no pending pull act where `found_inf` is not 0."""
+    for batch in batches:
+        batch.pulls = [replace(pull, rate=unless(found_inf, pull.rate)) for pull in batch.pulls]
 
 
-def _unless(found_inf: Tensor, rate: Rate) -> Tensor:
-    rate = torch.as_tensor(rate, dtype=torch.float64 if not isinstance(rate, Tensor) else None)
-    return torch.where(found_inf.to(rate.device) != 0, 0.0, rate)
+def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[Any, Any]:
+    """The arguments of `step` with another closure, where the caller had put it."""
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), kwargs

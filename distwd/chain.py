@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from .conductor import Conductor, Holders
 from .groups import normalised_groups
-from .hosts import Host, SearchHost, mark_stateless
+from .hosts import IDLE, Host, SearchHost, mark_stateless, without_mark
 from .layout import Layout
 from .lr import LR
 from .plan.plan import Plan
@@ -84,13 +84,24 @@ class Chain(torch.optim.Optimizer):
         for place in self._places:
             place.transform.check(place.settings(settings))
         super().add_param_group(param_group)
+        self.state.pop(IDLE, None)  # type: ignore[call-overload]
         if self._hosts:  # not while the base class adds the first groups
             self._initialize()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load as torch does; what is loaded counts as having been stepped."""
-        super().load_state_dict(dict(state_dict))
+        """Load as torch does. A setting that the saved groups do not have yet stays as it is; the chain counts as having stepped."""
+        saved = state_dict["param_groups"]
+        own = [{key: group[key] for key in self.defaults} for group in self.param_groups]
+        filled = [{**settings, **group} for settings, group in zip(own, saved, strict=False)]
+        own_marks = set(self.state) & {IDLE}
+        super().load_state_dict({**state_dict, "param_groups": filled + saved[len(filled) :]})
         self._acted = True
+        if IDLE in own_marks:
+            mark_stateless(self.state, [])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: groups, and state by the position of the parameter."""
+        return without_mark(super().state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
         if self._holders.group is not None or self._holders.layout:
@@ -150,7 +161,7 @@ class Chain(torch.optim.Optimizer):
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_settings()
         self._check_step(closure)
-        if self._is_rehearsal():
+        if closure is None and self._is_rehearsal():
             return self._rehearse()
         loss, moved = self._evaluate(closure)
         step = self._conductor.new_step(self._hosts)
@@ -209,7 +220,7 @@ class Chain(torch.optim.Optimizer):
         for host in self._hosts.values():
             host.initialize(members)
         if self._search is None and all(host.begins_whole(self.param_groups) for host in self._hosts.values()):
-            mark_stateless(self.state, (param for _, param in members))
+            mark_stateless(self.state, [param for _, param in members])
 
     # --- the hidden step of checkpoints ------------------------------------------------------------------------------
 

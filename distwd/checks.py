@@ -24,6 +24,12 @@ def check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not usable: it must be finite and not negative; pass {name} >= 0")
 
 
+def check_number(name: str, value: Any) -> None:
+    """`check_nonnegative`, but for the values of tensors: fit for every step, since nothing is read."""
+    if not isinstance(value, Tensor):
+        check_nonnegative(name, value)
+
+
 def check_ord(ord: Any) -> None:
     """Raise ValueError unless `ord` is a finite number ≥ 1."""
     if isinstance(ord, bool) or not isinstance(ord, (int, float)) or not ord >= 1 or math.isinf(ord):

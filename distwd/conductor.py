@@ -120,13 +120,18 @@ class Conductor:
 
         return evaluate
 
-    def moves_nothing(self) -> bool:
-        """Whether there are gradients and all are 0, on every rank. Reads them; asks the others if the rules ask them anyway."""
+    def act_unseen(self, step: Step) -> None:
+        """Only what other ranks may wait for: measure, and forget."""
+        with self._meter.unchanged():
+            self.act(step, self.in_step)
+
+    def moves_nothing(self, here: bool = False) -> bool:
+        """Whether all gradients are 0, on every rank. Reads them; asks the others if the rules ask them anyway. here: only this rank's."""
         grads = [local_tensor(entry.tensor.grad) for entry in self.entries if entry.tensor.grad is not None]
         moving = torch.tensor(any(bool(grad.count_nonzero() > 0) for grad in grads))
-        if self.phases:
+        if self.phases and not here:
             moving = any_rank(moving, World.of(self._holders.group))
-        return bool(grads) and not bool(moving)
+        return not bool(moving)
 
     def _schedules(self) -> tuple[Any, Any]:
         groups = self._groups()

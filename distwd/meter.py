@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,13 @@ class Meter:
             return coefficient[torch.tensor([cells[position] for position in batch.index])]
         return coefficient[batch.group_index if reading.need.scope == "group" else 0]
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """What is measured within leaves no trace in `stats`."""
+        kept = dict(self._readings)
+        yield
+        self._readings = kept
+
     def stats(self) -> dict[str, dict[str, Any]]:
         """By rule: the last metric and coefficient; see `Chain.stats`."""
         return {
@@ -105,7 +113,7 @@ def _read(place: Place, groups: Sequence[Mapping[str, Any]], numbers: Mapping[Ne
 
 def _unscaled(number: Tensor, need: Need, grad_scale: Tensor) -> Tensor:
     """A metric of gradients that a GradScaler has multiplied by `grad_scale`, as if it had not."""
-    scaled = need.of == "grad" and need.metric.degree
+    scaled = need.of != "params" and need.metric.degree
     return number / grad_scale.to(number.device, number.dtype) ** need.metric.degree if scaled else number
 
 

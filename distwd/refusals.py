@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .decays.rule import Decay
 from .hosts import needs_closure
@@ -41,26 +42,52 @@ def check_host(host: Any, decays: Sequence[Decay], coupling: str) -> None:
         raise ValueError(
             f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
         )
-    for index, group in enumerate(host.param_groups):
-        _check_group(index, group, coupling)
+    for group in host.param_groups:
+        if isinstance(group.get("weight_decay"), Tensor) and bool(group["weight_decay"] != 0):  # read once, here
+            raise ValueError(
+                f"{name} already has weight_decay={group['weight_decay']}; set it to 0, or it decays twice"
+            )
+    check_groups(host, coupling)
     searching = needs_closure(type(host)) and any(decay.target != "closure" for decay in decays)
     if searching and coupling == "gradient":
         raise ValueError(f"{name} evaluates the gradient itself, many times in a step; give the rule target='closure'")
 
 
-def _check_group(index: int, group: dict[str, Any], coupling: str) -> None:
-    decay = group.get("weight_decay", 0)
-    if bool(decay != 0):  # a tensor is read here, once
-        raise ValueError(f"param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice")
-    if coupling == "lr" and "lr" not in group:
-        raise ValueError(f"param_groups[{index}] has no 'lr' to couple with; use coupling='none'")
+def check_groups(host: torch.optim.Optimizer, coupling: str) -> None:
+    """Raise ValueError if a group decays by itself, or has no lr to couple with; for every step, since groups change."""
+    lent = {group for other in attachments_of(host) for group in other.lent_groups}
+    for index, group in enumerate(host.param_groups):
+        decay = group.get("weight_decay")
+        if isinstance(decay, (int, float)) and decay != 0 and id(group) not in lent:
+            raise ValueError(f"param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice")
+        if coupling == "lr" and group.get("lr") is None:
+            raise ValueError(f"param_groups[{index}] has no 'lr' to couple with; use coupling='none'")
+
+
+def as_hosts(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers that `attach` was given. Raises ValueError for none, for one twice, and for a parameter in two of them."""
+    hosts = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if not hosts:
+        raise ValueError("attach got no optimizer; pass one, or a list of those that step one model")
+    seen: dict[int, int] = {}
+    for number, host in enumerate(hosts):
+        for group in getattr(host, "param_groups", ()):
+            for param in group["params"]:
+                if seen.setdefault(id(param), number) != number or hosts.index(host) != number:
+                    raise ValueError(
+                        "a parameter, or a whole optimizer, is listed twice in attach([...]) and would decay twice"
+                    )
+    return hosts
+
+
+def attachments_of(host: torch.optim.Optimizer) -> list[Any]:
+    """The attachments that live in the step hooks of `host`."""
+    owners = (getattr(hook, "__self__", None) for hook in host._optimizer_step_pre_hooks.values())
+    return [owner for owner in owners if hasattr(owner, "lent_groups")]
 
 
 def free_keys(hosts: Sequence[torch.optim.Optimizer], count: int) -> list[str]:
     """Group keys for `count` rules that no other attachment of these hosts uses."""
-    taken: set[str] = set()
-    for host in hosts:
-        for hook in host._optimizer_step_pre_hooks.values():
-            taken.update(getattr(getattr(hook, "__self__", None), "_distwd_keys", ()))
+    taken = {key for host in hosts for other in attachments_of(host) for key in other.keys}
     names = (KEY if not number else f"{KEY}_{number}" for number in range(count + len(taken)))
     return [name for name in names if name not in taken][:count]

@@ -123,7 +123,7 @@ class WeightDecayScheduler(ABC):
         for group, bases, new in zip(self.optimizer.param_groups, self._bases, values, strict=False):
             # Loading an optimizer may have brought groups without them.
             group.update({_BASE + key: base for key, base in bases.items() if key in group})
-            for key in new.keys() & group.keys():
+            for key in [key for key in new if key in group]:
                 if id(group[key]) in written:  # torch gives one default tensor to all groups
                     group[key] = group[key].clone()
                 group[key] = _updated(group[key], new[key])

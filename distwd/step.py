@@ -91,6 +91,7 @@ class Step:
 
     entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place.
     host: an optimizer that waits for what comes after it. grad_scale: what a GradScaler has multiplied the gradients by.
+    found_inf: not 0 where the step will be skipped. pulls_gradients: whether pulls on the update are pulls on gradients.
     old: local parameters as they were, by position, where an optimizer has stepped them already.
     """
 
@@ -104,7 +105,16 @@ class Step:
         self.batches = list(_batches(entries, groups))
         self.host: Waiting | None = None
         self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self.pulls_gradients = False
         self.old: Mapping[int, Tensor] = {}
+
+    def rate(self, place: Any, batch: Batch, settings: Mapping[str, Any], on_gradients: bool) -> Rate:
+        """The rate of a rule: as scaled as the gradients if it goes to them, and 0 in a step that will be skipped."""
+        rate = self.rates.rate(place, batch, settings)
+        if self.grad_scale is not None and on_gradients:
+            rate = rate * self.grad_scale
+        return rate if self.found_inf is None else unless(self.found_inf, rate)
 
     def adopt(self, moved: Mapping[Tensor, Tensor]) -> None:
         """Take as the update what an optimizer has found already: how far it moved each local parameter."""
@@ -159,6 +169,12 @@ class Step:
         self._run_host()
         for batch in self.batches:
             pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask)
+
+
+def unless(found_inf: Tensor, rate: Rate) -> Tensor:
+    """`rate`, or 0 where `found_inf` is not 0: by selection, since 0 · inf is NaN."""
+    rate = rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float64)
+    return torch.where(found_inf.to(rate.device) != 0, 0.0, rate)
 
 
 def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]]) -> Iterator[Batch]:

@@ -66,7 +66,12 @@ def places_of(transforms: Sequence[Transform]) -> tuple[Place, ...]:
         labels_taken.add(label)
         places.append(Place(transform, index, label, keys))
     maximize = [place.keys.get("maximize") for place in places]
-    return tuple(replace(p, maximize_keys=tuple(key for key in maximize[p.index + 1 :] if key)) for p in places)
+    return tuple(replace(p, maximize_keys=tuple(filter(None, maximize[_first_host_after(p) :]))) for p in places)
+
+
+def _first_host_after(place: Place) -> int:
+    # A rule with target="closure" acts before all optimizers, wherever it stands.
+    return 0 if getattr(place.transform, "target", "") == "closure" else place.index + 1
 
 
 def _free(name: str, taken: set[str]) -> str:

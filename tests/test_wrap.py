@@ -200,3 +200,14 @@ def test_hyperparameters_of_what_is_wrapped_are_per_group():
 def test_what_is_no_optimizer_class_is_refused(wrong):
     with pytest.raises((ValueError, TypeError), match=r"Wrap|optimizer"):
         distwd.Wrap(wrong)
+
+
+@pytest.mark.parametrize(
+    "mode", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["single", "foreach", "fused"]
+)
+def test_decay_before_a_maximizer_is_its_own_l2(mode):
+    """The update here will be ascended, so the pull towards zero has the other sign."""
+    params, reference = parameters(), parameters()
+    chain = distwd.Chain(params.items(), distwd.WeightDecay(0.1), distwd.Adam(maximize=True, **mode), distwd.LR(LR))
+    host = torch.optim.Adam(reference.values(), lr=LR, weight_decay=0.1, maximize=True, **mode)
+    assert_close(train(chain, params), train(host, reference))

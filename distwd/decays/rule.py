@@ -56,9 +56,9 @@ class Decay(Transform):
         cautious = [self.is_cautious(own) for own in settings]
         self._make_way(step, any(cautious))
         for batch, own, is_cautious in zip(step.batches, settings, cautious, strict=True):
-            rate = step.rates.rate(place, batch, own)
+            rate = step.rate(place, batch, own, self.target in ("grad", "closure") or step.pulls_gradients)
             # A pull that is put while the update is not scaled yet will be scaled by exactly what scales the update.
-            before_lr = rate if batch.is_unscaled else None
+            before_lr = own["weight_decay"] if batch.is_unscaled and self.need(own) is None else None
             self._put(batch, Pull(rate, float(own["ord"]), is_cautious, place.sign(batch.group), before_lr))
 
     def _make_way(self, step: Step, cautious: bool) -> None:

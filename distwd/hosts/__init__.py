@@ -9,11 +9,21 @@ import torch
 from ..transform import Place
 from .base import Host
 from .elementwise import ELEMENTWISE, KNOWS_DECOUPLED, ElementwiseHost
-from .lending import mark_stateless
+from .lending import IDLE, mark_stateless, without_mark
 from .search import SearchHost, needs_closure
 from .whole import WholeHost
 
-__all__ = ["ELEMENTWISE", "KNOWS_DECOUPLED", "Host", "SearchHost", "host_for", "mark_stateless", "needs_closure"]
+__all__ = [
+    "ELEMENTWISE",
+    "IDLE",
+    "KNOWS_DECOUPLED",
+    "Host",
+    "SearchHost",
+    "host_for",
+    "mark_stateless",
+    "needs_closure",
+    "without_mark",
+]
 
 
 def host_for(

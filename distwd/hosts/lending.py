@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,12 +73,23 @@ def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in
     return begun
 
 
-def mark_stateless(states: dict[Tensor, State], params: Iterable[Tensor]) -> None:
-    """Give parameters for which no optimizer keeps anything a constant as their state.
+# The key of a rank's optimizer that has no parameters to key its state by; never saved.
+IDLE = "no parameters on this rank"
 
-    torch.distributed.checkpoint takes an optimizer without state for one that has not begun, and steps it whenever it saves;
-    it also cannot load full state dicts of one.
+
+def mark_stateless(states: dict[Any, State], params: Sequence[Tensor]) -> None:
+    """Give parameters for which no optimizer keeps anything a constant as their state, and a rank without parameters a mark.
+
+    torch.distributed.checkpoint takes an optimizer without state for one that has not begun, and steps it whenever it saves:
+    a rank that is stepped alone would wait for the others for ever. It also cannot load full state dicts of such an optimizer.
     """
     for param in params:
         if param.requires_grad and not states.get(param):
             states[param] = {"stateless": torch.ones(())}
+    if not params:
+        states[IDLE] = {}
+
+
+def without_mark(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as it is saved."""
+    return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key != IDLE}}

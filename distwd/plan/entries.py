@@ -48,7 +48,9 @@ def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[Entry, ...]:
 
 def _decay(group: Mapping[str, Any]) -> str:
     values = [value for key, value in group.items() if key.startswith(("weight_decay", "distwd_weight_decay"))]
-    return " ".join("tensor" if isinstance(value, Tensor) else f"{value:g}" for value in values)
+    return " ".join(
+        f"{value:g}" if isinstance(value, (int, float)) else type(value).__name__.lower() for value in values
+    )
 
 
 class Roster:

@@ -1,0 +1,30 @@
+"""The hidden step with which checkpoints ask an attached-to optimizer for its state; it must change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .conductor import Conductor
+from .hosts import IDLE, mark_stateless
+
+
+def is_rehearsal(hosts: Sequence[torch.optim.Optimizer], conductor: Conductor, acted: bool) -> bool:
+    """Whether this step only asks the hosts for their state, as torch.distributed.checkpoint does: none yet, lr 0, gradients 0.
+
+    acted: whether a step has been taken before. Then only hosts that never keep state are asked again; this rank's gradients
+    decide, and what other ranks may wait for must be measured all the same.
+    """
+    groups = [group for host in hosts for group in host.param_groups]
+    if any(set(host.state) - {IDLE} for host in hosts) or any(group.get("lr", 1) != 0 for group in groups):
+        return False
+    has_params = any(group["params"] for group in groups)
+    return (has_params or not acted) and conductor.moves_nothing(here=acted)
+
+
+def mark_idle(host: torch.optim.Optimizer) -> None:
+    """See `mark_stateless`; SGD without momentum keeps no state on the other ranks either."""
+    keeps_none = isinstance(host, torch.optim.SGD) and not any(group["momentum"] for group in host.param_groups)
+    if not keeps_none and not any(group["params"] for group in host.param_groups):
+        mark_stateless(host.state, [])
