@@ -188,9 +188,12 @@ class Attachment:
     # --- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook(self, host: torch.optim.Optimizer) -> list[Any]:
+        after = host.register_step_post_hook(self._after)
+        # What two attachments lend to a host is given back in the opposite order.
+        host._optimizer_step_post_hooks.move_to_end(after.id, last=False)
         return [
+            after,
             host.register_step_pre_hook(self._before),
-            host.register_step_post_hook(self._after),
             host.register_state_dict_pre_hook(lambda _: self._restore()),
             host.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
             host.register_load_state_dict_pre_hook(self._keep_keys),

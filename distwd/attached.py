@@ -99,8 +99,8 @@ def write_before(batches: Sequence[Batch], host: torch.optim.Optimizer, coupling
 
 
 def _handed(batch: Batch, host: torch.optim.Optimizer, put_back: PutBack) -> float | None:
-    """λ, where a fused kernel knows the pending decay: it rounds it in its own way, and skips it with the step."""
-    if type(host) not in KNOWS_DECOUPLED or not batch.group.get("fused") or len(batch.pulls) != 1:
+    """λ, where the host knows the pending decay itself: its kernels round it in their own way, and skip it with the step."""
+    if type(host) not in KNOWS_DECOUPLED or len(batch.pulls) != 1:
         return None
     # Another attachment may have handed its own decay already; then this one is written.
     if id(batch.group) not in put_back and batch.group["weight_decay"] != 0:

@@ -13,4 +13,5 @@ source launch/environment.sh tests,demo
 
 # The tests start several ranks each. With more than one thread a rank, they only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -n auto "$@"
+# A file stays in one process: its ranks are started once, and runs that its tests share are kept.
+exec python -m pytest -n auto --dist loadfile "$@"

@@ -19,15 +19,17 @@ DOCUMENTED = re.findall(r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/api.md").rea
 
 # From the ground up. A unit imports from the units below it (and from itself), never from those above.
 LAYERS = [
-    ["_version", "checks", "errors", "kernels"],
+    ["_version", "audit", "checks", "errors", "kernels", "scheduling"],
     ["local", "world"],
     ["groups", "layout", "metrics"],
     ["plan"],
-    ["numbers", "step"],
+    ["numbers", "param_groups", "schedulers", "step"],
     ["transform"],
     ["decays", "hosts", "lr"],
     ["phases", "refusals", "wrap"],
     ["attached", "meter", "sentence"],
+    ["conductor"],
+    ["rehearsal"],
     ["attach", "chain"],
     ["__init__"],
 ]

@@ -61,4 +61,4 @@ def _of_block(x: Tensor, moment: Moment) -> Tensor:
         return torch.where(x.isnan().any(), torch.nan, torch.count_nonzero(x).to(wide))
     # Squares and powers are taken in float64: in float32 they would overflow, vanish, and round.
     y = x.to(wide)
-    return torch.dot(y, y) if moment == SQUARE else y.abs().pow_(moment.p).sum()
+    return torch.mul(y, y).sum() if moment == SQUARE else y.abs().pow_(moment.p).sum()
