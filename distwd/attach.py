@@ -22,13 +22,14 @@ from .attached import (
     write_before,
     write_gradients,
 )
-from .checks import check_choice, check_number
+from .checks import check_choice
 from .conductor import Conductor, Holders
 from .decays.rule import Decay
 from .hosts import IDLE, without_mark
+from .keys import free_keys, with_keys, write_keys
 from .layout import Layout
 from .plan.plan import Plan
-from .refusals import as_hosts, check_decays, check_groups, check_host, free_keys
+from .refusals import as_hosts, check_decays, check_groups, check_host
 from .rehearsal import is_rehearsal, mark_idle
 from .step import Batch, Step
 from .transform import places_of
@@ -106,6 +107,7 @@ class Attachment:
         self._hosts, self._coupling = list(hosts), coupling
         self._names = {} if named_parameters is None else {id(param): name for name, param in named_parameters}
         self._keys = free_keys(hosts, len(decays))
+        self._defaults = {key: decay.defaults["weight_decay"] for key, decay in zip(self._keys, decays, strict=True)}
         places = sentence(decays, coupling, self._keys, [place.label for place in places_of(decays)])
         self._conductor = Conductor(
             places, holders, lambda: self._groups, lambda: list(map(self._with_names, self._groups))
@@ -120,7 +122,7 @@ class Attachment:
         self._snapshot: Snapshot | None = None
         self._put_back: PutBack = {}
         self._put_back_grads: PutBackGrads = []
-        self._write_keys()
+        write_keys(self._groups, self._defaults)
         self._handles = [handle for host in hosts for handle in self._hook(host)]
 
     def remove(self) -> None:
@@ -171,32 +173,18 @@ class Attachment:
         names = [self._names.get(id(param)) for param in group["params"]]
         return group if None in names else {**group, "param_names": names}
 
-    def _write_keys(self) -> None:
-        """Give every group its own decay, where it has none yet, and refuse values that would not decay."""
-        for place in (*self._conductor.in_step, *self._conductor.in_closure):
-            for key in place.keys.values():
-                for group in self._groups:
-                    check_number(key, group.setdefault(key, place.transform.defaults["weight_decay"]))
-
-    def _keep_keys(self, host: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state dict from before the attachment, with the decay that the groups have now."""
-        saved = state_dict["param_groups"]
-        own = [{key: group[key] for key in self._keys if key in group} for group in host.param_groups]
-        filled = [{**keys, **group} for keys, group in zip(own, saved, strict=False)]
-        return {**state_dict, "param_groups": filled + saved[len(filled) :]}
-
     # --- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook(self, host: torch.optim.Optimizer) -> list[Any]:
         after = host.register_step_post_hook(self._after)
         # What two attachments lend to a host is given back in the opposite order.
-        host._optimizer_step_post_hooks.move_to_end(after.id, last=False)
+        host._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
         return [
             after,
             host.register_step_pre_hook(self._before),
             host.register_state_dict_pre_hook(lambda _: self._restore()),
             host.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
-            host.register_load_state_dict_pre_hook(self._keep_keys),
+            host.register_load_state_dict_pre_hook(lambda _, saved: with_keys(saved, host.param_groups, self._keys)),
             host.register_load_state_dict_post_hook(mark_idle),
         ]
 
@@ -242,7 +230,7 @@ class Attachment:
             )
         for each in self._hosts:
             check_groups(each, self._coupling)
-        self._write_keys()
+        write_keys(self._groups, self._defaults)
         self._conductor.prepare(again=self._began)
         self._began, self._rehearses, self._raised = True, False, True  # until the post hook says otherwise
         if self._follows:

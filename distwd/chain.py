@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from .conductor import Conductor, Holders
 from .groups import normalised_groups
 from .hosts import IDLE, Host, SearchHost, mark_stateless, without_mark
+from .keys import with_keys
 from .layout import Layout
 from .lr import LR
 from .plan.plan import Plan
@@ -90,11 +91,8 @@ class Chain(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load as torch does. A setting that the saved groups do not have yet stays as it is; the chain counts as having stepped."""
-        saved = state_dict["param_groups"]
-        own = [{key: group[key] for key in self.defaults} for group in self.param_groups]
-        filled = [{**settings, **group} for settings, group in zip(own, saved, strict=False)]
         own_marks = set(self.state) & {IDLE}
-        super().load_state_dict({**state_dict, "param_groups": filled + saved[len(filled) :]})
+        super().load_state_dict(with_keys(dict(state_dict), self.param_groups, list(self.defaults)))
         self._acted = True
         if IDLE in own_marks:
             mark_stateless(self.state, [])

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .decays.rule import Decay
 from .hosts import needs_closure
-
-KEY = "distwd_weight_decay"
+from .keys import attachments_of
 
 
 def check_decays(decays: Sequence[Any]) -> None:
@@ -78,16 +77,3 @@ def as_hosts(optimizer: Any) -> list[torch.optim.Optimizer]:
                         "a parameter, or a whole optimizer, is listed twice in attach([...]) and would decay twice"
                     )
     return hosts
-
-
-def attachments_of(host: torch.optim.Optimizer) -> list[Any]:
-    """The attachments that live in the step hooks of `host`."""
-    owners = (getattr(hook, "__self__", None) for hook in host._optimizer_step_pre_hooks.values())
-    return [owner for owner in owners if hasattr(owner, "lent_groups")]
-
-
-def free_keys(hosts: Sequence[torch.optim.Optimizer], count: int) -> list[str]:
-    """Group keys for `count` rules that no other attachment of these hosts uses."""
-    taken = {key for host in hosts for other in attachments_of(host) for key in other.keys}
-    names = (KEY if not number else f"{KEY}_{number}" for number in range(count + len(taken)))
-    return [name for name in names if name not in taken][:count]
