@@ -10,7 +10,9 @@ from .errors import PlanError
 from .layout import Replicated, Sharded
 from .lr import LR
 from .numbers import global_metric
+from .param_groups import param_groups
 from .plan.plan import Plan
+from .schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
 from .wrap import Adam, Wrap
 
 __all__ = [
@@ -19,7 +21,11 @@ __all__ = [
     "Attachment",
     "CautiousWeightDecay",
     "Chain",
+    "CorrectedWeightDecay",
+    "CosineWeightDecay",
     "DirectWeightDecay",
+    "LambdaWeightDecay",
+    "LinearWeightDecay",
     "Plan",
     "PlanError",
     "RelativeWeightDecay",
@@ -31,4 +37,5 @@ __all__ = [
     "attach",
     "decay_weights_",
     "global_metric",
+    "param_groups",
 ]

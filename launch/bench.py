@@ -143,7 +143,7 @@ def main() -> None:
     results = bench.everything()
     if not bench.is_main:
         return
-    show(Console(width=None if sys.stdout.isatty() else 140), results)
+    show(Console(width=None if sys.stdout.isatty() else 120), results)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,7 +24,7 @@ Way = Callable[[], object]
 
 
 def transformer(width: int, layers: int = 11) -> Shapes:
-    """The parameters of a decoder, 6 tensors a layer and 4 beside them: 70 tensors, 39,989,760 elements for width 512."""
+    """The parameters of a decoder, 6 tensors a layer and 4 beside them: 70 tensors, 39,988,736 elements for width 512."""
     shapes: Shapes = [("embedding", (10 * width, width)), ("position", (width // 2, width))]
     for i in range(layers):
         matrices = {

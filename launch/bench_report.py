@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +26,7 @@ def machine(device: str) -> Record:
     """Where and with what a run is made: processor, cores, load, versions, command."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*_threading(), "python", *sys.argv]),
         "processor": _processor(),
         "cores": num_cores(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -35,6 +36,11 @@ def machine(device: str) -> Record:
         "distwd": distwd.__version__,
         "torchzero": _version("torchzero"),
     }
+
+
+def _threading() -> list[str]:
+    """What the environment says about threads; it matters as much as the options do."""
+    return [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(("OMP_", "GOMP_", "KMP_"))]
 
 
 def num_cores() -> int:
@@ -60,44 +66,35 @@ def _version(package: str) -> str | None:
 
 def show(console: Console, results: Record) -> None:
     """The whole of it as tables."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     where = results["machine"]
     hardware = where["gpu"] or f"{where['cores']} × {where['processor']}"
-    console.print(
-        f"{hardware}, load {where['load_before'][0]:.1f} before and {results['load_after'][0]:.1f} after",
-        highlight=False,
-    )
+    say(f"{hardware}, load {where['load_before'][0]:.1f} before and {results['load_after'][0]:.1f} after")
     versions = [f"{name} {where[name] or 'absent'}" for name in ("python", "torch", "distwd", "torchzero")]
-    console.print(f"{', '.join(versions)}; {where['date']}: {where['command']}", highlight=False)
+    say(f"{', '.join(versions)}; {where['date']}: {where['command']}")
     for run in results["steps"]:
         console.print(steps_table(run))
+        for row in run["cases"]:
+            if row["against"] != row["name"] and row["against"] != run["cases"][0]["name"]:
+                say(f"  {row['name']}: {_times(row['ratio_against'])} × {row['against']} (goal {row['goal']})")
         for name, reason in run["failed"].items():
-            console.print(f"{name} does not work here: {reason}", highlight=False)
+            say(f"  {name} does not work here: {reason}")
     partial = results["partial"]
-    console.print(
-        f"float64 partial of mean|x|, {partial['numel']:,} elements: {_times(partial['ratio'])} × x.sum() (goal ≤ 4)",
-        highlight=False,
-    )
+    say(f"float64 partial of mean|x|, {partial['numel']:,} elements: {_times(partial['ratio'])} × x.sum() (goal ≤ 4)")
     console.print(plan_table(results["plan"]))
     for note in results["notes"]:
-        console.print(note, highlight=False)
+        say(note)
 
 
 def steps_table(run: Record) -> Table:
     """One row a case."""
     ranks = f"{run['ranks']} rank{'s' if run['ranks'] > 1 else ''} of {run['threads']} thread{'s' if run['threads'] > 1 else ''}"
-    table = Table(title=f"{run['model']}, {ranks}, {run['rounds']} rounds", title_justify="left")
-    table.add_column("step")
-    table.columns[0].no_wrap = True
-    for title in (
-        "best ms",
-        "median ms",
-        "× AdamW fused",
-        "of best",
-        "goal",
-        "collectives",
-        "extra MiB",
-        "and against",
-    ):
+    table = Table(title=f"{run['model']}, {ranks}, {run['rounds']} rounds", title_justify="left", box=box.SIMPLE)
+    table.add_column("step", no_wrap=True)
+    for title in ("best ms", "median ms", "× AdamW fused", "of best", "goal", "collectives", "extra MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in run["cases"]:
         seconds, ratio = row["seconds"], row["ratio"]
@@ -110,7 +107,6 @@ def steps_table(run: Record) -> Table:
             row["goal"] if row["against"] == run["cases"][0]["name"] else "",
             str(row["collectives"]),
             f"{row['extra_bytes'] / MIB:.1f}",
-            _against(row) if row["against"] != run["cases"][0]["name"] else "",
         )
     return table
 
@@ -119,13 +115,9 @@ def _times(ratio: Record) -> str:
     return f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})"
 
 
-def _against(row: Record) -> str:
-    return f"{row['ratio_against']['median']:.2f} × {row['against']} (goal {row['goal']})"
-
-
 def plan_table(plans: list[Record]) -> Table:
     """Time and memory by the size of the job."""
-    table = Table(title="plan: owners found", title_justify="left")
+    table = Table(title="plan: owners found", title_justify="left", box=box.SIMPLE)
     for title in ("parameters", "ranks", "s", "MiB at the peak"):
         table.add_column(title, justify="right")
     for plan in plans:

@@ -22,7 +22,7 @@ train() {
     local name=$1
     shift
     python -m torch.distributed.run --standalone --nproc-per-node 2 launch/train.py \
-        --mesh fsdp=2 --steps 200 --context 96 --log-every 4 --val-every 40 --out "runs/demo/$name" "$@"
+        --mesh fsdp=2 --steps 150 --context 96 --log-every 3 --val-every 30 --out "runs/demo/$name" "$@"
 }
 
 echo "1/2 with relative weight decay, checked against one process"

@@ -180,7 +180,7 @@ def test_scaled_gradients_decay_alike_and_a_skipped_step_decays_nothing(name, co
         cls, kwargs = FUSED[host]
         optimizer = cls(params.values(), lr=0.01, fused=fused, **kwargs)
         attach(optimizer, *RULES[name], coupling=coupling)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100, backoff_factor=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
         scaled_step(scaler, [optimizer], params, 0)
         before = {n: p.detach().clone() for n, p in params.items()}
         scaled_step(scaler, [optimizer], params, 1, infinite="up.bias")

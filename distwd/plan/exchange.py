@@ -22,7 +22,7 @@ def gather_rows(rows: Tensor, world: World) -> list[Tensor]:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """Every rank's (small, picklable) value, by rank; used only to explain what went wrong."""
+    """Every rank's (small, picklable) value, by rank; for what is said once, before training: explanations, patterns that matched."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size

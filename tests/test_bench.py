@@ -1,0 +1,120 @@
+"""The benchmark runs, counts what it says it counts, and its ways compute what they are named for. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("rich") is None:
+    pytest.skip("launch/bench.py needs rich: pip install -e '.[demo]'", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {
+    "chain, no decay": 0,
+    "absolute": 0,
+    "cautious": 0,
+    "relative params": 1,
+    "relative grad": 1,
+    "relative update": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What a quick run printed, and what it wrote."""
+    file = tmp_path_factory.mktemp("bench") / "bench.json"
+    command = [sys.executable, "launch/bench.py", "--quick", "--rounds", "2", "--threads", "1", "--json", str(file)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def cases() -> Any:
+    """launch/bench_cases.py, by its path: `launch` is no package."""
+    spec = importlib.util.spec_from_file_location("launch_bench_cases", ROOT / "launch" / "bench_cases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_case_is_timed_on_one_and_two_ranks_and_two_models(bench, cases):
+    printed, written = bench
+    assert [run["ranks"] for run in written["steps"]] == [1, 1, 2, 2]
+    for run in written["steps"]:
+        assert [row["name"] for row in run["cases"]] == [case.name for case in cases.cases()]
+        assert run["failed"] == {}
+        for row in run["cases"]:
+            assert row["name"] in printed
+            assert 0 < row["seconds"]["best"] <= row["seconds"]["median"]
+            assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
+    assert written["machine"]["torch"] == torch.__version__
+    assert written["partial"]["ratio"]["median"] > 0
+    assert {plan["ranks"] for plan in written["plan"]} == {4, 64}
+
+
+def test_collectives_are_as_promised(bench):
+    _, written = bench
+    for run in written["steps"]:
+        counted = {row["name"]: row["collectives"] for row in run["cases"]}
+        several = run["ranks"] > 1
+        for name, expected in OURS.items():
+            assert counted[name] == expected * several, name
+        for name in ("relative params, per tensor", "relative update, per tensor"):
+            assert counted[name] == several, name
+        assert counted["by hand, params"] == run["tensors"] * several
+
+
+def test_extra_memory_is_seen_where_there_is_some(bench):
+    """A copy of all parameters is noticed, and arithmetic in place is not taken for one."""
+    _, written = bench
+    for run in written["steps"]:
+        extra = {row["name"]: row["extra_bytes"] for row in run["cases"]}
+        copy = extra["by hand, update"]
+        assert extra["AdamW fused"] < copy / 4
+        assert extra["absolute"] < copy / 4
+        assert copy > 10_000
+
+
+def test_the_ways_to_be_compared_take_the_same_step(cases):
+    """Otherwise their times would say nothing."""
+
+    def after_a_step(case: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        named = []
+        for name, shape in cases.transformer(16, layers=1):
+            param = torch.nn.Parameter(torch.randn(shape, generator=generator))
+            param.grad = torch.randn(shape, generator=generator)
+            named.append((name, param))
+        case.make(named)()
+        return torch.cat([param.detach().flatten() for _, param in named])
+
+    result = {case.name: after_a_step(case) for case in cases.cases()}
+    for one, other in (
+        ("absolute", "AdamW fused"),
+        ("AdamW foreach", "AdamW fused"),
+        ("by hand, params", "relative params"),
+        ("by hand, update", "relative update"),
+        ("torchzero, update", "relative update"),
+    ):
+        if one in result:
+            torch.testing.assert_close(result[one], result[other], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(result["chain, no decay"], result["relative params"])
+
+
+def test_the_first_model_is_the_one_that_is_described(cases):
+    shapes = [shape for _, shape in cases.transformer(512)]
+    assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes)) == (70, 39_988_736)
