@@ -16,7 +16,6 @@ from .schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDec
 from .wrap import Adam, Wrap
 
 __all__ = [
-    "LR",
     "Adam",
     "Attachment",
     "CautiousWeightDecay",
@@ -24,6 +23,7 @@ __all__ = [
     "CorrectedWeightDecay",
     "CosineWeightDecay",
     "DirectWeightDecay",
+    "LR",
     "LambdaWeightDecay",
     "LinearWeightDecay",
     "Plan",

@@ -51,7 +51,8 @@ def attach(
         the `Chain` with the rules at that place; norm_input="update" then is what the optimizer did to the parameters,
         over lr for "lr".
     optimizer: any torch optimizer with step hooks, its own weight_decay 0; or several of one model that are stepped once
-        each, in any order, and share one metric and one collective.
+        each, in any order, and share one metric and one collective. (Under a GradScaler, which may skip one of them and not
+        the others, attach to each on its own.)
     decays: rules; λ becomes the key `distwd_weight_decay` of the optimizer's groups, read at every step, and saved with them.
     group, layout, check_replicas: as for `Chain`. named_parameters: names, where the optimizer was built without.
     Returns an `Attachment`; its `remove()` takes everything back.
@@ -263,7 +264,7 @@ class Attachment:
         if len(self._stepped) < len(self._hosts):
             return
         self._stepped.clear()
-        self._restore()
+        self._restore(stepped=True)
         self._acted = self._acted or not self._rehearses
         if self._follows and not self._rehearses:
             assert self._snapshot is not None
@@ -273,12 +274,15 @@ class Attachment:
             self._conductor.act(step, self._conductor.in_step)
             write_after(step, moved_to, self._direct)
 
-    def _restore(self) -> None:
-        """Put back what was lent to the hosts, unless others have put something else there since."""
+    def _restore(self, stepped: bool = False) -> None:
+        """Put back what was lent to the hosts, unless others have put something else there since.
+
+        stepped: the host has stepped, so what was written to its gradients was written by the host.
+        """
         for group, values in self._put_back.values():
             group.update(values)
-        for param, grad, stand_in in self._put_back_grads:
-            if param.grad is stand_in:
+        for param, grad, stand_in, version in self._put_back_grads:
+            if param.grad is stand_in and (stepped or stand_in._version == version):
                 param.grad = grad
         self._put_back, self._put_back_grads, self._step = {}, [], None
 

@@ -109,7 +109,7 @@ def _handed(batch: Batch, host: torch.optim.Optimizer, put_back: PutBack) -> flo
     return pull.before_lr if pull.is_linear and isinstance(pull.before_lr, (int, float)) else None
 
 
-PutBackGrads = list[tuple[Tensor, Tensor | None, Tensor]]
+PutBackGrads = list[tuple[Tensor, Tensor | None, Tensor, int]]
 
 
 def write_gradients(batches: Sequence[Batch]) -> PutBackGrads:
@@ -121,7 +121,7 @@ def write_gradients(batches: Sequence[Batch]) -> PutBackGrads:
         if batch.update is not batch.grads:
             for param, update in zip(batch.whole, batch.update, strict=True):
                 stand_in = like_whole(update, param)
-                put_back.append((param, param.grad, stand_in))
+                put_back.append((param, param.grad, stand_in, stand_in._version))
                 param.grad = stand_in
     return put_back
 

@@ -187,3 +187,20 @@ def test_decay_keeps_the_parameter_and_its_gradient_as_objects():
     assert param.data_ptr() == storage
     assert param.grad is grad
     assert torch.equal(grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("metric", ["sum", "std", "var"])
+def test_groups_whose_lr_is_1_have_the_sign_of_the_others(metric):
+    """An optimizer leaves −update behind; groups that LR has scaled are folded, those at lr 1 are not. The metric sees one sign."""
+    grads = {"a": torch.tensor([1.0, 2.0, -3.0]), "b": torch.tensor([4.0, -5.0, 6.0, 7.0])}
+    lrs = {"a": 1.0, "b": 0.1}
+    params = {name: torch.nn.Parameter(torch.ones_like(grad)) for name, grad in grads.items()}
+    for name, param in params.items():
+        param.grad = grads[name].clone()
+    groups = [{"params": [(name, param)], "lr": lrs[name]} for name, param in params.items()]
+    words = distwd.Wrap(torch.optim.SGD), distwd.LR(0.5), distwd.RelativeWeightDecay(0.1, metric=metric)
+    chain = distwd.Chain(groups, *words)
+    chain.step()
+    update = torch.cat([grads[name].double() * lrs[name] for name in grads])
+    expected = {"sum": update.sum(), "std": update.std(), "var": update.var()}[metric].item()
+    assert chain.stats()["RelativeWeightDecay"]["metric"].item() == pytest.approx(expected, rel=1e-6)

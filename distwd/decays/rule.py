@@ -47,6 +47,9 @@ class Decay(Transform):
         check_nonnegative("weight_decay", settings["weight_decay"])
         check_ord(settings["ord"])
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(_words(self))})"
+
     def is_cautious(self, settings: Mapping[str, Any]) -> bool:
         """Whether to decay only where update·p > 0."""
         return False
@@ -55,8 +58,9 @@ class Decay(Transform):
         settings = [place.settings(batch.group) for batch in step.batches]
         cautious = [self.is_cautious(own) for own in settings]
         self._make_way(step, any(cautious))
+        on_gradients = self.target in ("grad", "closure") or (self.target == "update" and step.pulls_gradients)
         for batch, own, is_cautious in zip(step.batches, settings, cautious, strict=True):
-            rate = step.rate(place, batch, own, self.target in ("grad", "closure") or step.pulls_gradients)
+            rate = step.rate(place, batch, own, on_gradients)
             # A pull that is put while the update is not scaled yet will be scaled by exactly what scales the update.
             before_lr = own["weight_decay"] if batch.is_unscaled and self.need(own) is None else None
             self._put(batch, Pull(rate, float(own["ord"]), is_cautious, place.sign(batch.group), before_lr))
@@ -77,6 +81,11 @@ class Decay(Transform):
             pull_(batch.params, [pull], mask=batch.mask)
         else:
             fold(batch.grads, batch.params, [pull], 1.0, batch.grads, batch.mask)
+
+
+def _words(decay: Decay) -> list[str]:
+    words = [f"{key}={value!r}" for key, value in decay.defaults.items()]
+    return words if decay.target == "update" else [*words, f"target={decay.target!r}"]
 
 
 def check_target(target: str) -> None:

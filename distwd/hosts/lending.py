@@ -64,6 +64,13 @@ def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in
         # SGD's buffer begins as the first gradient, which is what zeros become at the first step, but for dampening.
         eager = group["momentum"] != 0 and group["dampening"] == 0
         return {"momentum_buffer": torch.zeros_like(stand_in)} if eager else {}
+    if isinstance(inner, torch.optim.Adagrad):
+        # Before torch 2.13 its constructor makes the state, and `_init_group` expects it there.
+        known = inspect.signature(torch.optim.Adagrad).parameters
+        made = torch.optim.Adagrad([stand_in], **{key: group[key] for key in known if key != "params" and key in group})
+        state: State = made.state[stand_in]
+        if state:
+            return state
     num_lists = len(inspect.signature(inner._init_group).parameters) - 1
     inner.state = defaultdict(dict)
     stand_in.grad = stand_in.detach()  # _init_group only asks whether there is one
