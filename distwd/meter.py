@@ -63,8 +63,7 @@ class Meter:
         reading = readings[batch.group_index]
         coefficient = reading.coefficient.to(wide_dtype(reading.coefficient.device))
         if reading.need.scope == "tensor":
-            cells = self._plan().cells
-            return coefficient[torch.tensor([cells[position] for position in batch.index])]
+            return coefficient[self._plan().cells_of(batch.index, coefficient.device)]
         return coefficient[batch.group_index if reading.need.scope == "group" else 0]
 
     @contextmanager

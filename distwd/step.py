@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .kernels.pull import Mask, Pull, Rate, fold, pull_
 from .local import local_like, local_tensor
+from .metrics.moments import wide_dtype
 from .plan.entries import Entry
 
 
@@ -173,8 +174,12 @@ class Step:
 
 def unless(found_inf: Tensor, rate: Rate) -> Tensor:
     """`rate`, or 0 where `found_inf` is not 0: by selection, since 0 · inf is NaN."""
-    rate = rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float64)
-    return torch.where(found_inf.to(rate.device) != 0, 0.0, rate)
+    # Everything goes to where the flag is: bringing the flag here would wait for the device.
+    if isinstance(rate, Tensor):
+        rate = rate.to(found_inf.device, non_blocking=True)
+    else:
+        rate = torch.full((), rate, dtype=wide_dtype(found_inf.device), device=found_inf.device)
+    return torch.where(found_inf != 0, 0.0, rate)
 
 
 def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]]) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from distwd import WeightDecay, attach
+from distwd import RelativeWeightDecay, WeightDecay, attach
 from tests import layouts, runs
 from tests.layouts import LAYOUTS, SHAPES, Net, whole_model
 from tests.runs import PARAMS_SEED, differing
@@ -118,7 +118,8 @@ def to_lr_zero(layout: str, name: str, missing_on: int) -> list[float]:
     params = list(held.items()) or [{"params": []}]
     kwargs = {"weight_decay": 0} if name == "AdamW" else {}
     optimizer = getattr(torch.optim, name)(params, lr=0.01, foreach=False, **kwargs)
-    attachment = attach(optimizer, rule_of("of the parameters"), coupling="none")
+    rule = RelativeWeightDecay(1e-4, norm_input="params", metric="std")
+    attachment = attach(optimizer, rule, coupling="none")
     told = []
     for step in range(4):
         for group in optimizer.param_groups:
@@ -193,7 +194,11 @@ def inert(layout: str, host: str, form: str, case: str, num_steps: int) -> dict:
 
 def told_of(optimizer: torch.optim.Optimizer) -> list[dict]:
     return [
-        {k: float(v) if k == "lr" else v for k, v in g.items() if not k.startswith("param")}
+        {
+            k: float(v) if k == "lr" else tuple(v) if k == "betas" else v
+            for k, v in g.items()
+            if not k.startswith("param")
+        }
         for g in optimizer.param_groups
     ]
 

@@ -22,7 +22,7 @@ from .entries import Entry, entries_of
 from .pieces import Piece
 from .table import format_plan
 
-SCOPES = ("all", "group", "tensor")
+_MAX_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +48,7 @@ class Plan:
     _built: Built = field(repr=False)
     _stamps: tuple[Any, ...] = field(repr=False)
     _numel: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _index: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -145,6 +146,15 @@ class Plan:
     def numel(self) -> int:
         """Elements of the whole model, each counted once."""
         return int(self._built.numel.sum())
+
+    def cells_of(self, positions: Sequence[int], device: torch.device) -> Tensor:
+        """Where the numbers of these parameters stand among per-tensor numbers; kept on `device`, so that a step copies nothing."""
+        key = (tuple(positions), device)
+        if key not in self._index:
+            if len(self._index) >= _MAX_KEPT:  # gradients that come and go make ever new combinations
+                self._index.clear()
+            self._index[key] = torch.tensor([self.cells[position] for position in positions], device=device)
+        return self._index[key]
 
     def fits(self, entries: Sequence[Entry]) -> bool:
         """Whether `entries` still have the names, groups, shapes and placements that this plan was built for, in whatever storage."""
