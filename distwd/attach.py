@@ -51,13 +51,12 @@ def attach(
         the `Chain` with the rules at that place; norm_input="update" then is what the optimizer did to the parameters,
         over lr for "lr".
     optimizer: any torch optimizer with step hooks, its own weight_decay 0; or several of one model that are stepped once
-        each, in any order, and share one metric and one collective. (Under a GradScaler, which may skip one of them and not
-        the others, attach to each on its own.)
-    decays: rules; λ becomes the key `distwd_weight_decay` of the optimizer's groups, read at every step, and saved with them.
+        each, in any order, and share one metric and one collective. (Relative rules under a GradScaler, which may skip
+        one and not the others: attach to each on its own.)
+    decays: rules; λ is kept in the groups' key `distwd_weight_decay`, read at every step, and saved with them.
     group, layout, check_replicas: as for `Chain`. named_parameters: names, where the optimizer was built without.
-    Returns an `Attachment`; its `remove()` takes everything back.
-    Raises ValueError if the optimizer decays already, has no step hooks (a wrapper: attach to what it wraps), or a rule is
-    given twice to it by mistake; PlanError at the first step as `Chain`.
+    Raises ValueError if the optimizer decays already or has no step hooks (a wrapper: attach to what it wraps);
+    PlanError at the first step as `Chain`.
     Source: the couplings are those of torch.optim.Adam, torch.optim.AdamW and Loshchilov & Hutter, arXiv 1711.05101.
 
     >>> import torch
@@ -77,7 +76,7 @@ def attach(
 class Attachment:
     """Decay that `attach` has added to one or several optimizers.
 
-    `plan` and `phases` and `stats()` as of `Chain`; `remove()` takes the decay off again. Made by `attach`, not by hand.
+    `plan`, `phases` and `stats()` as of `Chain`; `remove()` takes the decay off again. Made by `attach`.
 
     >>> import torch
     >>> from distwd import RelativeWeightDecay, attach
@@ -107,14 +106,16 @@ class Attachment:
         holders = Holders.of(group, layout, check_replicas)
         self._hosts, self._coupling = list(hosts), coupling
         self._names = {} if named_parameters is None else {id(param): name for name, param in named_parameters}
-        self._keys = free_keys(hosts, len(decays))
-        self._defaults = {key: decay.defaults["weight_decay"] for key, decay in zip(self._keys, decays, strict=True)}
-        places = sentence(decays, coupling, self._keys, [place.label for place in places_of(decays)])
+        self.keys = free_keys(hosts, len(decays))
+        self._defaults = {key: decay.defaults["weight_decay"] for key, decay in zip(self.keys, decays, strict=True)}
+        places = sentence(decays, coupling, self.keys, [place.label for place in places_of(decays)])
         self._conductor = Conductor(
             places, holders, lambda: self._groups, lambda: list(map(self._with_names, self._groups))
         )
         rules = [decay for decay in decays if decay.target != "closure"]
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
+        # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
+        self._each_alone = len(hosts) == 1 or all(decay.need(decay.defaults) is None for decay in decays)
         self._direct = any(decay.target == "params_direct" for decay in rules)
         self._began = False
         self._stepped: set[int] = set()
@@ -135,7 +136,7 @@ class Attachment:
         for host in self._hosts:
             host.state.pop(IDLE, None)  # type: ignore[call-overload]
         for group in self._groups:
-            for key in self._keys:
+            for key in self.keys:
                 group.pop(key, None)
 
     @property
@@ -151,11 +152,6 @@ class Attachment:
     def stats(self) -> dict[str, dict[str, Any]]:
         """The last `metric` and `coefficient` of every relative rule, as `Chain.stats`."""
         return self._conductor.stats()
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys of the hosts' groups that hold λ, one for each rule."""
-        return tuple(self._keys)
 
     @property
     def lent_groups(self) -> frozenset[int]:
@@ -185,14 +181,14 @@ class Attachment:
             host.register_step_pre_hook(self._before),
             host.register_state_dict_pre_hook(lambda _: self._restore()),
             host.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
-            host.register_load_state_dict_pre_hook(lambda _, saved: with_keys(saved, host.param_groups, self._keys)),
+            host.register_load_state_dict_pre_hook(lambda _, saved: with_keys(saved, host.param_groups, self.keys)),
             host.register_load_state_dict_post_hook(mark_idle),
         ]
 
     @torch.no_grad()
     def _before(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
-        first = not self._stepped or id(host) in self._stepped
+        first = self._each_alone or not self._stepped or id(host) in self._stepped
         if first:
             self._begin_round(host)
         self._stepped.add(id(host))
@@ -221,7 +217,7 @@ class Attachment:
 
     def _begin_round(self, host: torch.optim.Optimizer) -> None:
         """A host that steps again begins a new round: the others did not step this time, or the last step raised."""
-        unfinished = len(self._hosts) > 1 and self._follows and bool(self._stepped) and not self._raised
+        unfinished = not self._each_alone and self._follows and bool(self._stepped) and not self._raised
         self._stepped.clear()
         self._restore()
         if unfinished:
@@ -249,8 +245,8 @@ class Attachment:
         if first or self._step is None:
             self._step = self._new_step(host)
             self._conductor.act(self._step, self._conductor.in_step)
-        own = self._batches_of(host)
-        if len(self._hosts) > 1 and (found_inf := getattr(host, "found_inf", None)) is not None:
+        own = _batches_of(host, self._step)
+        if not self._each_alone and (found_inf := getattr(host, "found_inf", None)) is not None:
             skip_where(own, found_inf)
         if self._coupling == "gradient":
             self._put_back_grads += write_gradients(own)
@@ -261,7 +257,7 @@ class Attachment:
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._raised = False
         mark_idle(host)
-        if len(self._stepped) < len(self._hosts):
+        if not self._each_alone and len(self._stepped) < len(self._hosts):
             return
         self._stepped.clear()
         self._restore(stepped=True)
@@ -292,9 +288,11 @@ class Attachment:
         step = self._conductor.new_step({})
         step.grad_scale, step.found_inf = getattr(host, "grad_scale", None), getattr(host, "found_inf", None)
         step.pulls_gradients = self._coupling == "gradient"
+        if self._each_alone:
+            step.batches = _batches_of(host, step)
         return step
 
-    def _batches_of(self, host: torch.optim.Optimizer) -> list[Batch]:
-        assert self._step is not None
-        own = set(map(id, host.param_groups))
-        return [batch for batch in self._step.batches if id(batch.group) in own]
+
+def _batches_of(host: torch.optim.Optimizer, step: Step) -> list[Batch]:
+    own = set(map(id, host.param_groups))
+    return [batch for batch in step.batches if id(batch.group) in own]

@@ -121,9 +121,10 @@ class Conductor:
         return evaluate
 
     def act_unseen(self, step: Step) -> None:
-        """Only what other ranks may wait for: measure, and forget."""
+        """Only what other ranks may wait for: measure, write nothing, and forget."""
         with self._meter.unchanged():
-            self.act(step, self.in_step)
+            for phase in schedule(self.in_step, self._groups()):
+                self._meter.measure(phase, step, self.in_step)
 
     def moves_nothing(self, here: bool = False) -> bool:
         """Whether all gradients are 0, on every rank. Reads them; asks the others if the rules ask them anyway. here: only this rank's."""

@@ -19,8 +19,8 @@ def is_rehearsal(hosts: Sequence[torch.optim.Optimizer], conductor: Conductor, a
     groups = [group for host in hosts for group in host.param_groups]
     if any(set(host.state) - {IDLE} for host in hosts) or any(group.get("lr", 1) != 0 for group in groups):
         return False
-    has_params = any(group["params"] for group in groups)
-    return (has_params or not acted) and conductor.moves_nothing(here=acted)
+    has_gradients = any(param.grad is not None for group in groups for param in group["params"])
+    return (has_gradients or not acted) and conductor.moves_nothing(here=acted)
 
 
 def mark_idle(host: torch.optim.Optimizer) -> None:

@@ -11,9 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh demo
 
-# Two ranks need two GPUs, or none: with one, both would be on the CPU.
+# Each rank wants a GPU of its own; where there is only one, the CPU serves both.
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then
-    echo "launch/demo.sh: one GPU for two ranks: training on the CPU instead"
+    echo "launch/demo.sh: one GPU is too few for two ranks; training on the CPU instead"
     export CUDA_VISIBLE_DEVICES=""
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun would set it, with a warning of six lines
