@@ -30,7 +30,7 @@ from .keys import free_keys, with_keys, write_keys
 from .layout import Layout
 from .plan.plan import Plan
 from .refusals import as_hosts, check_decays, check_groups, check_host
-from .rehearsal import is_rehearsal, mark_idle
+from .rehearsal import is_rehearsal, is_within_a_step, mark_idle
 from .step import Batch, Step
 from .transform import places_of
 
@@ -188,6 +188,8 @@ class Attachment:
     @torch.no_grad()
     def _before(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
+        if is_within_a_step(host):
+            return None
         first = self._each_alone or not self._stepped or id(host) in self._stepped
         if first:
             self._begin_round(host)
@@ -255,6 +257,8 @@ class Attachment:
 
     @torch.no_grad()
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_within_a_step(host):
+            return
         self._raised = False
         mark_idle(host)
         if not self._each_alone and len(self._stepped) < len(self._hosts):
@@ -271,10 +275,7 @@ class Attachment:
             write_after(step, moved_to, self._direct)
 
     def _restore(self, stepped: bool = False) -> None:
-        """Put back what was lent to the hosts, unless others have put something else there since.
-
-        stepped: the host has stepped, so what was written to its gradients was written by the host.
-        """
+        """Put back what was lent to the hosts, unless others than the host (which has `stepped`) have written there since."""
         for group, values in self._put_back.values():
             group.update(values)
         for param, grad, stand_in, version in self._put_back_grads:

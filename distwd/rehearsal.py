@@ -1,8 +1,10 @@
-"""The hidden step with which checkpoints ask an attached-to optimizer for its state; it must change nothing."""
+"""Steps that are not what they seem: the hidden step of checkpoints, and a step within a step."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import torch
 
@@ -28,3 +30,18 @@ def mark_idle(host: torch.optim.Optimizer) -> None:
     keeps_none = isinstance(host, torch.optim.SGD) and not any(group["momentum"] for group in host.param_groups)
     if not keeps_none and not any(group["params"] for group in host.param_groups):
         mark_stateless(host.state, [])
+
+
+def is_within_a_step(host: torch.optim.Optimizer) -> bool:
+    """Whether a step hook of `host` was called by a step that its own step has called.
+
+    torch wraps `step` once for every class; a subclass whose step calls `super().step()` so calls the hooks twice. The stack is
+    asked, and not a counter: a step that raises never comes to its post hook.
+    """
+    wrapper = type(host).step.__code__  # the same code for every class
+    frame: FrameType | None = sys._getframe(1)
+    steps = 0
+    while frame is not None:
+        steps += frame.f_code is wrapper and frame.f_locals.get("self") is host
+        frame = frame.f_back
+    return steps > 1
