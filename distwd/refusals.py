@@ -12,6 +12,8 @@ from .decays.rule import Decay
 from .hosts import needs_closure
 from .keys import attachments_of
 
+_TWICE = "param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice"
+
 
 def check_decays(decays: Sequence[Any]) -> None:
     """Raise ValueError unless there is at least one rule, and only rules."""
@@ -41,11 +43,10 @@ def check_host(host: Any, decays: Sequence[Decay], coupling: str) -> None:
         raise ValueError(
             f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
         )
-    for group in host.param_groups:
-        if isinstance(group.get("weight_decay"), Tensor) and bool(group["weight_decay"] != 0):  # read once, here
-            raise ValueError(
-                f"{name} already has weight_decay={group['weight_decay']}; set it to 0, or it decays twice"
-            )
+    for index, group in enumerate(host.param_groups):
+        decay = group.get("weight_decay")
+        if isinstance(decay, Tensor) and bool(decay != 0):  # read once, here
+            raise ValueError(_TWICE.format(index=index, decay=decay.item()))
     check_groups(host, coupling)
     searching = needs_closure(type(host)) and any(decay.target != "closure" for decay in decays)
     if searching and coupling == "gradient":
@@ -58,7 +59,7 @@ def check_groups(host: torch.optim.Optimizer, coupling: str) -> None:
     for index, group in enumerate(host.param_groups):
         decay = group.get("weight_decay")
         if isinstance(decay, (int, float)) and decay != 0 and id(group) not in lent:
-            raise ValueError(f"param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice")
+            raise ValueError(_TWICE.format(index=index, decay=decay))
         if coupling == "lr" and group.get("lr") is None:
             raise ValueError(f"param_groups[{index}] has no 'lr' to couple with; use coupling='none'")
 
