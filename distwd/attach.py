@@ -28,6 +28,7 @@ from .decays.rule import Decay
 from .hosts import IDLE, without_mark
 from .keys import free_keys, with_keys, write_keys
 from .layout import Layout
+from .naming import Naming
 from .plan.plan import Plan
 from .refusals import as_hosts, check_decays, check_groups, check_host
 from .rehearsal import is_rehearsal, is_within_a_step, mark_idle
@@ -105,13 +106,11 @@ class Attachment:
             check_host(host, decays, coupling)
         holders = Holders.of(group, layout, check_replicas)
         self._hosts, self._coupling = list(hosts), coupling
-        self._names = {} if named_parameters is None else {id(param): name for name, param in named_parameters}
+        self._naming = Naming(named_parameters or (), self._groups)
         self.keys = free_keys(hosts, len(decays))
         self._defaults = {key: decay.defaults["weight_decay"] for key, decay in zip(self.keys, decays, strict=True)}
         places = sentence(decays, coupling, self.keys, [place.label for place in places_of(decays)])
-        self._conductor = Conductor(
-            places, holders, lambda: self._groups, lambda: list(map(self._with_names, self._groups))
-        )
+        self._conductor = Conductor(places, holders, lambda: self._groups, lambda: self._naming.named(self._groups))
         rules = [decay for decay in decays if decay.target != "closure"]
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
@@ -163,12 +162,6 @@ class Attachment:
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return [group for host in self._hosts for group in host.param_groups]
-
-    def _with_names(self, group: dict[str, Any]) -> dict[str, Any]:
-        if "param_names" in group or not self._names:
-            return group
-        names = [self._names.get(id(param)) for param in group["params"]]
-        return group if None in names else {**group, "param_names": names}
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from .hosts import IDLE, Host, SearchHost, mark_stateless, without_mark
 from .keys import with_keys
 from .layout import Layout
 from .lr import LR
+from .plan.entries import Entry
 from .plan.plan import Plan
 from .sentence import refuse_sentence
 from .transform import Transform, places_of
@@ -75,6 +76,7 @@ class Chain(torch.optim.Optimizer):
         self._conductor = Conductor(self._places, self._holders, lambda: self.param_groups)
         self._hosts: dict[int, Host] = {}
         self._search: SearchHost | None = None
+        self._begun: tuple[Entry, ...] | None = None
         self._checked: dict[tuple[int, int], dict[str, Any]] = {}
 
     # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
@@ -84,21 +86,25 @@ class Chain(torch.optim.Optimizer):
         settings = {**self.defaults, **param_group}
         for place in self._places:
             place.transform.check(place.settings(settings))
+        begun = self._begun is not None  # not while the base class adds the first groups
+        if begun:
+            self._follow()
         super().add_param_group(param_group)
         self.state.pop(IDLE, None)  # type: ignore[call-overload]
-        if self._hosts:  # not while the base class adds the first groups
+        if begun:
             self._initialize()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load as torch does. A setting that the saved groups do not have yet stays as it is; the chain counts as having stepped."""
+        """Load as torch does. A setting that the saved groups do not have yet stays as it is; with state comes having stepped."""
         own_marks = set(self.state) & {IDLE}
         super().load_state_dict(with_keys(dict(state_dict), self.param_groups, list(self.defaults)))
-        self._acted = True
+        self._acted = self._acted or bool(state_dict["state"])
         if IDLE in own_marks:
             mark_stateless(self.state, [])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: groups, and state by the position of the parameter."""
+        self._follow()
         return without_mark(super().state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,6 +164,7 @@ class Chain(torch.optim.Optimizer):
     @_disable_dynamo  # collectives, hooks and groups of tensors: a compiled caller breaks its graph here
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_settings()
+        self._follow()
         self._check_step(closure)
         if closure is None and self._is_rehearsal():
             return self._rehearse()
@@ -219,6 +226,20 @@ class Chain(torch.optim.Optimizer):
             host.initialize(members)
         if self._search is None and all(host.begins_whole(self.param_groups) for host in self._hosts.values()):
             mark_stateless(self.state, [param for _, param in members])
+        self._begun = self._conductor.entries
+
+    def _follow(self) -> None:
+        """Begin anew for tensors that others have put in the places of parameters (accelerate does), and forget those.
+
+        With more or fewer places than before nothing is forgotten: DeepSpeed shows one group at a time.
+        """
+        now = self._conductor.entries
+        if now is self._begun or self._begun is None or len(now) != len(self._begun):
+            return
+        held = {entry.tensor for entry in now}
+        for gone in [entry.tensor for entry in self._begun if entry.tensor not in held]:
+            self.state.pop(gone, None)
+        self._initialize()
 
     # --- the hidden step of checkpoints ------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ def write_keys(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) ->
 def with_keys(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
     """A state dict whose groups lack some of `keys`, with the values that the groups have now."""
     saved = state_dict["param_groups"]
-    own = [{key: group[key] for key in keys if key in group} for group in groups]
-    filled = [{**settings, **group} for settings, group in zip(own, saved, strict=False)]
+    filled = [
+        {**group, **{key: now[key] for key in keys if key in now and key not in group}}
+        for now, group in zip(groups, saved, strict=False)
+    ]
     return {**state_dict, "param_groups": filled + saved[len(filled) :]}
