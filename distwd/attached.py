@@ -90,7 +90,7 @@ def write_before(batches: Sequence[Batch], host: torch.optim.Optimizer, coupling
     for batch in batches:
         handed = _handed(batch, host, put_back) if coupling == "lr" else None
         if handed is None:
-            pull_(batch.params, batch.pulls, mask=batch.mask)
+            pull_(batch.params, batch.pulls, mask=batch.mask, scratch=batch.scratch)
         elif id(batch.group) not in put_back:
             kept = {key: batch.group[key] for key in ("weight_decay", "decoupled_weight_decay")}
             put_back[id(batch.group)] = (batch.group, kept)
@@ -174,10 +174,10 @@ def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: b
     """
     for batch, params in zip(step.batches, moved_to, strict=True):
         if batch.absorbed or decayed_at_once:
-            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask)
+            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask, scratch=batch.scratch)
             torch._foreach_copy_(params, batch.params)
         else:
-            drag_(params, batch.params, batch.pulls, batch.mask)
+            drag_(params, batch.params, batch.pulls, batch.mask, scratch=batch.scratch)
 
 
 def skip_where(batches: Sequence[Batch], found_inf: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .kernels.scratch import Scratch
 from .layout import Layout, check_layout
 from .local import local_tensor
 from .meter import Meter
@@ -60,6 +61,7 @@ class Conductor:
         self._holders, self._groups, self._named = holders, groups, named or groups
         self._roster = Roster()
         self._plan: Plan | None = None
+        self._scratch = Scratch()
         self._meter = Meter(lambda: self.plan)
 
     @property
@@ -97,7 +99,7 @@ class Conductor:
 
     def new_step(self, hosts: Mapping[int, Any]) -> Step:
         """A step of the gradients as they are now."""
-        return Step(self.entries, self._groups(), self._meter, hosts)
+        return Step(self.entries, self._groups(), self._meter, hosts, self._scratch)
 
     def act(self, step: Step, places: Sequence[Place]) -> None:
         """Let every transform have its say, measuring before the first that needs it."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernels.pull import Mask, Pull, Rate, fold, pull_
+from .kernels.scratch import Scratch
 from .local import local_like, local_tensor
 from .metrics.moments import wide_dtype
 from .plan.entries import Entry
@@ -31,6 +32,7 @@ class Batch:
     params: list[Tensor]
     grads: list[Tensor]
     update: list[Tensor]
+    scratch: Scratch
     owns_update: bool = False
     flipped: bool = False
     scale: Rate = 1.0
@@ -60,7 +62,7 @@ class Batch:
     def fold(self) -> None:
         """Make `update` the pending update exactly."""
         out = self.update if self.owns_update else [torch.empty_like(u) for u in self.update]
-        fold(self.update, self.params, self.pulls, self.signed_scale, out, self.mask)
+        fold(self.update, self.params, self.pulls, self.signed_scale, out, self.mask, scratch=self.scratch)
         self.absorbed = self.absorbed or bool(self.pulls)
         self.update, self.owns_update, self.flipped, self.scale, self.pulls = out, True, False, 1.0, []
 
@@ -91,19 +93,26 @@ class Step:
     """One step of a chain, over local tensors; no transform writes before it must.
 
     entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place.
+    scratch: where blocks are worked on.
     host: an optimizer that waits for what comes after it. grad_scale: what a GradScaler has multiplied the gradients by.
     found_inf: not 0 where the step will be skipped. pulls_gradients: whether pulls on the update are pulls on gradients.
     old: local parameters as they were, by position, where an optimizer has stepped them already.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]], rates: Rates, hosts: Mapping[int, Any]
+        self,
+        entries: Sequence[Entry],
+        groups: Sequence[dict[str, Any]],
+        rates: Rates,
+        hosts: Mapping[int, Any],
+        scratch: Scratch,
     ) -> None:
         self.entries = entries
         self.groups = groups
         self.rates = rates
         self.hosts = hosts
-        self.batches = list(_batches(entries, groups))
+        self.scratch = scratch
+        self.batches = list(_batches(entries, groups, scratch))
         self.host: Waiting | None = None
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -169,7 +178,7 @@ class Step:
             return
         self._run_host()
         for batch in self.batches:
-            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask)
+            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask, scratch=batch.scratch)
 
 
 def unless(found_inf: Tensor, rate: Rate) -> Tensor:
@@ -182,7 +191,7 @@ def unless(found_inf: Tensor, rate: Rate) -> Tensor:
     return torch.where(found_inf != 0, 0.0, rate)
 
 
-def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]]) -> Iterator[Batch]:
+def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]], scratch: Scratch) -> Iterator[Batch]:
     found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
     for position, entry in enumerate(entries):
         param = entry.tensor
@@ -195,7 +204,7 @@ def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]]) -> Iter
         local, grad = local_tensor(param), local_like(param.grad, param)
         key = (entry.group, local.device, local.dtype)
         if key not in found:
-            found[key] = Batch(groups[entry.group], entry.group, [], [], [], [], [])
+            found[key] = Batch(groups[entry.group], entry.group, [], [], [], [], [], scratch)
         batch = found[key]
         batch.index.append(position)
         batch.whole.append(param)

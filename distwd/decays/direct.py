@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_nonnegative, check_ord
 from ..kernels.pull import Pull, pull_
+from ..kernels.scratch import Scratch
 from ..local import local_tensor
 from ..plan.entries import Entry, entries_of
 from ..plan.pieces import check_tensor
@@ -66,7 +67,7 @@ def decay_weights_(
         batches.setdefault(key, []).append(local)
         strengths[key] = decay
     for key, locals_ in batches.items():
-        pull_(locals_, [Pull(strengths[key], float(ord))])
+        pull_(locals_, [Pull(strengths[key], float(ord))], scratch=Scratch())
 
 
 def _refuse(entries: Sequence[Entry], decays: Sequence[float | Tensor], ord: float) -> None:

@@ -78,9 +78,9 @@ class Decay(Transform):
         if self.target == "update":
             batch.pulls.append(pull)
         elif self.target == "params_direct":
-            pull_(batch.params, [pull], mask=batch.mask)
+            pull_(batch.params, [pull], mask=batch.mask, scratch=batch.scratch)
         else:
-            fold(batch.grads, batch.params, [pull], 1.0, batch.grads, batch.mask)
+            fold(batch.grads, batch.params, [pull], 1.0, batch.grads, batch.mask, scratch=batch.scratch)
 
 
 def _words(decay: Decay) -> list[str]:

@@ -57,7 +57,7 @@ class ElementwiseHost(Host):
             handed = self._handed(batch)
             decays.append(handed or 0.0)
             if handed is None and batch.pulls:
-                pull_(batch.params, batch.pulls)
+                pull_(batch.params, batch.pulls, scratch=batch.scratch)
         targets = [
             batch.whole if _is_as_given(batch) else [local.detach() for local in batch.params] for batch in batches
         ]

@@ -7,15 +7,20 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Elements in a block. On a CPU, what several operations in a row touch should fit into the second-level cache; on a GPU a
-# block should be large enough that launches do not count, and small enough that its temporaries do not either.
-_CPU_BLOCK = 1 << 17
+# Elements in a block. On a CPU, what several operations in a row touch should stay in the cache; but every operation ends
+# in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
+# count, and small enough that its temporaries do not either.
+_CPU_BLOCK = 1 << 18
+_CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
+
+# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations.
+_CPU_SMALL = 1 << 15
 
 
 def block_size(device: torch.device) -> int:
-    """The number of elements worked on at a time on `device`."""
-    return _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
+    """The number of elements worked on at a time on `device`, at most."""
+    return min(_CPU_BLOCK * torch.get_num_threads(), _CPU_MOST) if device.type == "cpu" else _GPU_BLOCK
 
 
 def blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Tensor], ...]]]:
@@ -24,23 +29,32 @@ def blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Ten
     Large tensors come in flat slices, small ones together, empty ones not at all. The pieces are views: writing to them
     writes to the tensors. A tensor that is not contiguous comes whole.
     """
-    size = block_size(lists[0][0].device) if lists[0] else 0
+    device = lists[0][0].device if lists[0] else torch.device("cpu")
+    size = block_size(device)
+    small = _CPU_SMALL if device.type == "cpu" else size
     places: list[int] = []
     filled = 0
     for place, tensors in enumerate(zip(*lists, strict=True)):
         numel = tensors[0].numel()
-        if numel > size and all(tensor.is_contiguous() for tensor in tensors):
+        if numel > small:
             yield from _slices(place, tensors, size)
         elif numel:
+            if filled + numel > size:
+                yield places, _chosen(lists, places)
+                places, filled = [], 0
             places.append(place)
             filled += numel
-            if filled >= size:
-                yield places, tuple([tensors[i] for i in places] for tensors in lists)
-                places, filled = [], 0
     if places:
-        yield places, tuple([tensors[i] for i in places] for tensors in lists)
+        yield places, _chosen(lists, places)
+
+
+def _chosen(lists: tuple[Sequence[Tensor], ...], places: list[int]) -> tuple[list[Tensor], ...]:
+    return tuple([tensors[place] for place in places] for tensors in lists)
 
 
 def _slices(place: int, tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[list[int], tuple[list[Tensor], ...]]]:
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        yield [place], tuple([tensor] for tensor in tensors)
+        return
     for parts in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
         yield [place], tuple([part] for part in parts)

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .scratch import Scratch
 
 # Serial in ATen (its parallel grain is 32768), so that the only ends are ours.
 _POW_PIECE = 1 << 14
 _WHOLE_VECTORS = 64
 
 
-def direction(ps: list[Tensor], ord: float) -> list[Tensor]:
-    """d(p) of each tensor, as new tensors. ord ≥ 1: 1 gives sign(p), 2 gives p."""
+def strength(ps: list[Tensor], ord: float, rate: Any, scratch: Scratch, use: str = "strength") -> list[Tensor]:
+    """rate · d(p) of each tensor, apart from `ps`. ord ≥ 1: for 1, d(p) is sign(p), for 2, p. rate: as foreach takes it.
+
+    scratch, use: where and as what a temporary is kept.
+    """
     if ord == 2:
-        return [p.clone() for p in ps]
-    signs = list(torch._foreach_sign(ps))
+        return scratch.make("mul", use, ps, rate)
     if ord == 1:
-        return signs
-    magnitudes = _power(list(torch._foreach_abs(ps)), ord - 1)
-    torch._foreach_mul_(magnitudes, signs)
-    return magnitudes
+        found = scratch.make("sign", use, ps)
+    else:
+        found = _power(scratch.make("abs", "magnitude", ps), ord - 1, scratch, use)
+        torch._foreach_mul_(found, scratch.make("sign", "sign", ps))
+    torch._foreach_mul_(found, rate)
+    return found
 
 
-def masked_(values: list[Tensor], us: list[Tensor], ps: list[Tensor], sign: int) -> None:
+def masked_(values: list[Tensor], us: list[Tensor], ps: list[Tensor], sign: int, scratch: Scratch) -> None:
     """values ← values · [sign·u·p > 0], in place."""
     # The sign of u, not u itself: a product of two small numbers would vanish.
-    keep = list(torch._foreach_sign(us))
+    keep = scratch.make("sign", "sign", us)
     torch._foreach_mul_(keep, ps)
     if sign < 0:
         torch._foreach_neg_(keep)
@@ -34,16 +42,17 @@ def masked_(values: list[Tensor], us: list[Tensor], ps: list[Tensor], sign: int)
     torch._foreach_mul_(values, keep)
 
 
-def _power(magnitudes: list[Tensor], exponent: float) -> list[Tensor]:
-    """|p|^exponent from |p|; may use the tensors given."""
-    if exponent.is_integer() and exponent <= 8:
-        powers = [m.clone() for m in magnitudes]
-        for _ in range(int(exponent) - 1):
+def _power(magnitudes: list[Tensor], exponent: float, scratch: Scratch, use: str) -> list[Tensor]:
+    """|p|^exponent from |p|, apart from it."""
+    if exponent.is_integer() and 2 <= exponent <= 8:
+        powers = scratch.make("mul", use, magnitudes, magnitudes)
+        for _ in range(int(exponent) - 2):
             torch._foreach_mul_(powers, magnitudes)
         return powers
-    for magnitude in magnitudes:
-        _steady_pow_(magnitude, exponent)
-    return magnitudes
+    powers = scratch.make("abs", use, magnitudes)
+    for power in powers:
+        _steady_pow_(power, exponent)
+    return powers
 
 
 def _steady_pow_(x: Tensor, exponent: float) -> None:

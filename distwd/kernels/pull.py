@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .blocks import blocks
-from .direction import direction, masked_
+from .direction import masked_, strength
+from .scratch import Scratch
 
 # A number for all tensors of a list (float or 0-d tensor), or one for each (1-d tensor).
 Rate = float | Tensor
@@ -55,6 +56,8 @@ def pull_(
     updates: list[Tensor] | None = None,
     scale: Rate = 1.0,
     mask: Mask | None = None,
+    *,
+    scratch: Scratch,
 ) -> None:
     """p ← p − Σ pull(p) − scale·u, in place; every pull is of p as it was before.
 
@@ -65,22 +68,24 @@ def pull_(
     lists = [params] if updates is None else [params, updates]
     mask = _needed(mask, pulls, lists)
     for places, (ps, *rest) in blocks(*lists):
-        ps_wide, *rest_wide = _widened(ps, *rest)
+        ps_wide, *rest_wide = _widened(scratch, ps, *rest)
         block_mask = None if mask is None else Mask(rest_wide[-1], mask.sign)
-        _pull_block_(ps_wide, places, pulls, None if updates is None else rest_wide[0], scale, block_mask)
+        _pull_block_(ps_wide, places, pulls, None if updates is None else rest_wide[0], scale, block_mask, scratch)
         if ps_wide is not ps:
             torch._foreach_copy_(ps, ps_wide)
 
 
-def drag_(targets: list[Tensor], params: list[Tensor], pulls: Sequence[Pull], mask: Mask | None = None) -> None:
+def drag_(
+    targets: list[Tensor], params: list[Tensor], pulls: Sequence[Pull], mask: Mask | None = None, *, scratch: Scratch
+) -> None:
     """t ← t − Σ pull(p), in place: the pulls of one list of tensors, written to another of the same shapes."""
     lists = [targets, params]
     mask = _needed(mask, pulls, lists)
     for places, (ts, *rest) in blocks(*lists) if pulls else ():
-        ts_wide, ps, *masks = _widened(ts, *rest)
+        ts_wide, ps, *masks = _widened(scratch, ts, *rest)
         block_mask = None if mask is None else Mask(masks[0], mask.sign)
         for pull in pulls:
-            torch._foreach_sub_(ts_wide, _strength(pull, ps, places, block_mask))
+            torch._foreach_sub_(ts_wide, _strength(pull, ps, places, block_mask, scratch))
         if ts_wide is not ts:
             torch._foreach_copy_(ts, ts_wide)
 
@@ -92,14 +97,16 @@ def fold(
     scale: Rate,
     out: list[Tensor],
     mask: Mask | None = None,
+    *,
+    scratch: Scratch,
 ) -> None:
     """out ← scale·u + Σ sign·pull(p): what is pending becomes part of the update. `out` may be `updates` itself."""
     lists = [params, out, updates]
     mask = _needed(mask, pulls, lists)
     for places, (ps, outs, *rest) in blocks(*lists):
-        ps_wide, us_wide, *masks = _widened(ps, *rest)
+        ps_wide, us_wide, *masks = _widened(scratch, ps, *rest)
         block_mask = None if mask is None else Mask((masks or [us_wide])[0], mask.sign)
-        torch._foreach_copy_(outs, _folded(us_wide, ps_wide, places, pulls, scale, block_mask))
+        torch._foreach_copy_(outs, _folded(us_wide, ps_wide, places, pulls, scale, block_mask, scratch))
 
 
 def _needed(mask: Mask | None, pulls: Sequence[Pull], lists: list[list[Tensor]]) -> Mask | None:
@@ -111,51 +118,65 @@ def _needed(mask: Mask | None, pulls: Sequence[Pull], lists: list[list[Tensor]])
     return mask
 
 
-def _widened(*lists: list[Tensor]) -> list[list[Tensor]]:
+def _widened(scratch: Scratch, *lists: list[Tensor]) -> list[list[Tensor]]:
     """The lists in float32 if they are narrower, else themselves."""
     if lists[0][0].dtype not in (torch.bfloat16, torch.float16):
         return list(lists)
-    return [[tensor.float() for tensor in tensors] for tensors in lists]
+    return [scratch.copies(f"wide {number}", tensors, torch.float32) for number, tensors in enumerate(lists)]
 
 
 def _folded(
-    us: list[Tensor], ps: list[Tensor], places: list[int], pulls: Sequence[Pull], scale: Rate, mask: Mask | None
+    us: list[Tensor],
+    ps: list[Tensor],
+    places: list[int],
+    pulls: Sequence[Pull],
+    scale: Rate,
+    mask: Mask | None,
+    scratch: Scratch,
 ) -> list[Tensor]:
-    result = us if _is_one(scale) else list(torch._foreach_mul(us, _factor(scale, places, us)))
+    result = us if _is_one(scale) else scratch.make("mul", "folded", us, _factor(scale, places, us))
     for pull in pulls:
         if pull.is_linear and not isinstance(pull.rate, Tensor):
             # With one rounding, as torch's own optimizers add their weight_decay to the gradient.
             result = list(torch._foreach_add(result, ps, alpha=pull.sign * pull.rate))
         else:
-            result = list(torch._foreach_add(result, _strength(pull, ps, places, mask), alpha=pull.sign))
+            result = list(torch._foreach_add(result, _strength(pull, ps, places, mask, scratch), alpha=pull.sign))
     return result
 
 
 def _pull_block_(
-    ps: list[Tensor], places: list[int], pulls: Sequence[Pull], us: list[Tensor] | None, scale: Rate, mask: Mask | None
+    ps: list[Tensor],
+    places: list[int],
+    pulls: Sequence[Pull],
+    us: list[Tensor] | None,
+    scale: Rate,
+    mask: Mask | None,
+    scratch: Scratch,
 ) -> None:
-    bent = [_strength(pull, ps, places, mask) for pull in pulls if not pull.is_linear]
+    bent = [pull for pull in pulls if not pull.is_linear]
+    strengths = [_strength(pull, ps, places, mask, scratch, f"strength {n}") for n, pull in enumerate(bent)]
     linear = [pull.rate for pull in pulls if pull.is_linear]
     if linear:
         torch._foreach_mul_(ps, _factor(1 - sum(linear[1:], start=linear[0]), places, ps))
-    for strength in bent:
-        torch._foreach_sub_(ps, strength)
+    for one in strengths:
+        torch._foreach_sub_(ps, one)
     if us is None:
         return
     if isinstance(scale, Tensor):
-        torch._foreach_sub_(ps, torch._foreach_mul(us, _factor(scale, places, us)))
+        torch._foreach_sub_(ps, scratch.make("mul", "scaled", us, _factor(scale, places, us)))
     else:
         torch._foreach_add_(ps, us, alpha=-scale)
 
 
-def _strength(pull: Pull, ps: list[Tensor], places: list[int], mask: Mask | None) -> list[Tensor]:
-    """rate · mask · d(p) as new tensors of the size of the block."""
-    strength = direction(ps, pull.ord)
-    torch._foreach_mul_(strength, _factor(pull.rate, places, ps))
+def _strength(
+    pull: Pull, ps: list[Tensor], places: list[int], mask: Mask | None, scratch: Scratch, use: str = "strength 0"
+) -> list[Tensor]:
+    """rate · mask · d(p), in temporaries of the size of the block."""
+    found = strength(ps, pull.ord, _factor(pull.rate, places, ps), scratch, use)
     if pull.cautious:
         assert mask is not None, "a cautious pull needs a mask"
-        masked_(strength, mask.us, ps, pull.sign * mask.sign)
-    return strength
+        masked_(found, mask.us, ps, pull.sign * mask.sign, scratch)
+    return found
 
 
 def _factor(rate: Rate, places: list[int], like: list[Tensor]) -> Any:

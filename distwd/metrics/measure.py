@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.scratch import Scratch
 from ..world import World
 from .metric import Metric, Moment
 from .moments import combine, identity, local_moments
@@ -39,12 +40,12 @@ class Request:
     numel: Tensor
 
 
-def measure(requests: Sequence[Request], world: World) -> list[Tensor]:
+def measure(requests: Sequence[Request], world: World, scratch: Scratch) -> list[Tensor]:
     """The requested numbers, [cells] float64 each, with the same bits on every rank. One reduction, however much is asked."""
     partials = [
         Partial(key, moment, values)
         for key, request in enumerate(requests)
-        for moment, values in _local(request).items()
+        for moment, values in _local(request, scratch).items()
     ]
     totals = reduce_partials(partials, world)
     return [
@@ -53,12 +54,12 @@ def measure(requests: Sequence[Request], world: World) -> list[Tensor]:
     ]
 
 
-def _local(request: Request) -> dict[Moment, Tensor]:
+def _local(request: Request, scratch: Scratch) -> dict[Moment, Tensor]:
     """This rank's moments by cell, [cells] on the device of `request.numel`."""
     moments = request.metric.moments
     found: dict[Moment, dict[int, list[Tensor]]] = {moment: {} for moment in moments}
     for part in request.parts:
-        for moment, value in local_moments(part.tensors, moments).items():
+        for moment, value in local_moments(part.tensors, moments, scratch).items():
             value = -value if part.negated and moment.kind == "sum" else value
             found[moment].setdefault(part.cell, []).append(value.to(request.numel.device))
             if part.zeros and moment.of_zeros is not None:

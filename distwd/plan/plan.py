@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..kernels.scratch import Scratch
 from ..layout import Layout, check_layout
 from ..local import local_like
 from ..metrics.measure import Part, Request, measure
@@ -95,7 +96,7 @@ class Plan:
                     raise ValueError(
                         f"{piece.name}: got a local tensor of shape {tuple(local.shape)}, the plan has {piece.local_shape}"
                     )
-            (value,) = measure([self.request(kind, locals_)], self.world)
+            (value,) = measure([self.request(kind, locals_)], self.world, Scratch())
         return value[0].to(self.result_dtype)
 
     @property
