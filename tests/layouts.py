@@ -1,192 +1,104 @@
 """One small model in every layout of the field: how whole tensors come to lie on ranks.
 
-The model's sizes are odd on purpose: over 2, 3 and 4 ranks some shards are uneven and some are empty.
 `place` wraps a model whose parameters have the given whole values; gradients are placed the same way
 (a second model made of the gradients), so nothing here needs a forward pass or a layout's own arithmetic.
-Everything runs on the ranks, except `LAYOUTS`, `whole_model` and `SHAPES`.
+Everything runs on the ranks, except `LAYOUTS`, `MARKED`, `EVERY` and what comes from `tests/model.py`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
-SHAPES: dict[str, tuple[int, ...]] = {
-    "embed.weight": (11, 6),
-    "norm.weight": (6,),
-    "norm.bias": (6,),
-    "up.weight": (10, 6),
-    "up.bias": (10,),
-    "down.weight": (6, 10),
-    "down.bias": (6,),
-    "experts.weight": (4, 5, 3),
-    "head.weight": (7, 6),
-    "head.bias": (7,),
-    "gate.weight": (1,),  # on most ranks an empty shard
-}
-NUM_ELEMENTS = sum(torch.Size(shape).numel() for shape in SHAPES.values())
-
-Whole = Mapping[str, Tensor]
+from tests import wraps
+from tests.model import NUM_ELEMENTS, SHAPES, Net, Whole
+from tests.model import Weight as Weight  # these, and what is used below, are imported from here by the tests
+from tests.model import mesh_of as mesh_of
+from tests.model import submesh as submesh
+from tests.model import whole_model as whole_model
 
 
-class Weight(nn.Module):
-    """A module that holds one parameter and nothing else."""
+class Held(dict[str, nn.Parameter]):
+    """The parameters that a rank holds, by name, and the `layout=` that says what they do not tell."""
 
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
-class Net(nn.Module):
-    """The model: its parameters are copies of the given whole tensors."""
-
-    def __init__(self, whole: Whole):
-        super().__init__()
-        dtype = whole["embed.weight"].dtype
-        self.embed = nn.Embedding(11, 6, dtype=dtype)
-        self.norm = nn.LayerNorm(6, dtype=dtype)
-        self.up = nn.Linear(6, 10, dtype=dtype)
-        self.down = nn.Linear(10, 6, dtype=dtype)
-        self.experts = Weight(torch.empty(4, 5, 3, dtype=dtype))
-        self.head = nn.Linear(6, 7, dtype=dtype)
-        self.gate = Weight(torch.empty(1, dtype=dtype))
-        self.load_state_dict(dict(whole))
-
-
-def whole_model(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, Tensor]:
-    """Seeded whole tensors of the model, of sizes that differ by tensor, so that a mean of means is wrong."""
-    generator = torch.Generator().manual_seed(seed)
-    values = {}
-    for index, (name, shape) in enumerate(SHAPES.items()):
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        values[name] = ((0.25 + index) * scale * noise).to(dtype)
-    return values
-
-
-@functools.cache
-def mesh_of(*sizes: int, names: tuple[str, ...]) -> DeviceMesh:
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
-
-
-@functools.cache
-def submesh(name: str, *sizes: int, names: tuple[str, ...]) -> DeviceMesh:
-    return mesh_of(*sizes, names=names)[name]
-
-
-def _shard_blocks(net: Net, mesh: DeviceMesh, ignored: set[nn.Parameter] | None = None) -> None:
-    for block in (net.up, net.down):
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh, ignored_params=ignored)
-
-
-def _tensor_parallel(net: Net, mesh: DeviceMesh) -> None:
-    parallelize_module(net, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-
-
-def _alone(net: Net) -> None:
-    pass
-
-
-def _fsdp(net: Net) -> None:
-    _shard_blocks(net, mesh_of(dist.get_world_size(), names=("dp",)))
-
-
-def _hsdp(net: Net) -> None:
-    _shard_blocks(net, mesh_of(2, 2, names=("replicate", "shard")))
-
-
-def _hsdp_wide(net: Net) -> None:
-    """Three copies are not a power of two, and rows over one rank are whole."""
-    _shard_blocks(net, mesh_of(3, 1, names=("replicate", "shard")))
-
-
-def _tp(net: Net) -> None:
-    _tensor_parallel(net, mesh_of(2, names=("tp",)))
-
-
-def _fsdp_tp(net: Net) -> None:
-    """The norm, the embedding and the head live on `dp` alone: their copies over `tp` show in no DTensor."""
-    _tensor_parallel(net, submesh("tp", 2, 2, names=("dp", "tp")))
-    _shard_blocks(net, submesh("dp", 2, 2, names=("dp", "tp")))
-
-
-def _ddp(net: Net) -> None:
-    DistributedDataParallel(net)
-
-
-def _mixed(net: Net) -> None:
-    ignored = {net.norm.weight, net.norm.bias, net.head.weight, net.gate.weight}
-    _shard_blocks(net, mesh_of(2, names=("dp",)), ignored)
-
-
-def _experts(net: Net) -> None:
-    """Experts over `ep`, copied over the other axis where their DTensor does not show it; the rest over all four."""
-    mesh = submesh("ep", 2, 2, names=("edp", "ep"))
-    net.experts.weight = nn.Parameter(distribute_tensor(net.experts.weight.detach(), mesh, [Shard(0)]))
-    _shard_blocks(net, mesh_of(4, names=("dp",)), {net.experts.weight})
-
-
-def _experts_fsdp(net: Net) -> None:
-    """Experts over `ep`, then over `edp` too; the rest over all four."""
-    mesh = submesh("ep", 2, 2, names=("edp", "ep"))
-    net.experts.weight = nn.Parameter(distribute_tensor(net.experts.weight.detach(), mesh, [Shard(0)]))
-    fully_shard(net.experts, mesh=submesh("edp", 2, 2, names=("edp", "ep")))
-    _shard_blocks(net, mesh_of(4, names=("dp",)))
+    def __init__(self, params: Mapping[str, nn.Parameter], marks: Mapping[Any, Any]):
+        super().__init__(params)
+        self.marks = dict(marks)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to wrap the model and the number of ranks it needs (0: no process group)."""
+    """A way to wrap the model, the ranks it needs (0: no process group), the stage of this rank, the marks it needs."""
 
     ranks: int
-    wrap: Callable[[Net], None]
-    stages: bool = False
+    wrap: Callable[[Net], nn.Module | None]
+    stage: Callable[[], list[str]] | None = None
+    marks: Callable[[nn.Module], dict] = field(default=lambda model: {})
 
-    def place(self, whole: Whole) -> dict[str, nn.Parameter]:
-        """The parameters this rank holds, by name, with these whole values."""
+    def place(self, whole: Whole) -> Held:
+        """The parameters this rank holds, by the bare model's names, with these whole values."""
         net = Net(whole)
-        self.wrap(net)
-        held = dict(net.named_parameters())
-        if not self.stages:
-            return held
-        # A pipeline of two stages and a rank that holds nothing at all.
-        cut = list(SHAPES).index("down.weight")
-        stage = dist.get_rank()
-        mine = {0: list(SHAPES)[:cut], 1: list(SHAPES)[cut:], 2: []}[stage]
-        return {name: held[name] for name in mine}
+        model = self.wrap(net) or net
+        held = {_bare(name): param for name, param in model.named_parameters()}
+        if self.stage is not None:
+            held = {name: held[name] for name in self.stage()}
+        return Held(held, self.marks(model))
 
 
+def _bare(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+
+
+# What tells everything by itself: names and DTensors.
 LAYOUTS: dict[str, Layout] = {
-    "single": Layout(0, _alone),
-    "fsdp1rank": Layout(1, _fsdp),
-    "fsdp2": Layout(2, _fsdp),
-    "fsdp3": Layout(3, _fsdp),
-    "fsdp4": Layout(4, _fsdp),
-    "hsdp": Layout(4, _hsdp),
-    "hsdp3x1": Layout(3, _hsdp_wide),
-    "tp2": Layout(2, _tp),
-    "fsdp_tp": Layout(4, _fsdp_tp),
-    "ddp2": Layout(2, _ddp),
-    "replicated3": Layout(3, _alone),
-    "mixed": Layout(2, _mixed),
-    "experts": Layout(4, _experts),
-    "experts_fsdp": Layout(4, _experts_fsdp),
-    "stages": Layout(3, _alone, stages=True),
+    "single": Layout(0, wraps.alone),
+    "fsdp1rank": Layout(1, wraps.fsdp),
+    "fsdp2": Layout(2, wraps.fsdp),
+    "fsdp3": Layout(3, wraps.fsdp),
+    "fsdp4": Layout(4, wraps.fsdp),
+    "fsdp_columns": Layout(2, wraps.fsdp_columns),
+    "columns4": Layout(4, wraps.columns),
+    "some_ranks": Layout(3, wraps.some_ranks),
+    "hsdp": Layout(4, wraps.hsdp),
+    "hsdp3x1": Layout(3, wraps.hsdp_wide),
+    "tp2": Layout(2, wraps.tp),
+    "fsdp_tp": Layout(4, wraps.fsdp_tp),
+    "ddp2": Layout(2, wraps.ddp),
+    "replicated3": Layout(3, wraps.alone),
+    "mixed": Layout(2, wraps.mixed),
+    "experts": Layout(4, wraps.experts),
+    "experts_fsdp": Layout(4, wraps.experts_fsdp),
+    "stages": Layout(3, wraps.alone, wraps.two_stages_and_nothing),
+    "stages_interleaved": Layout(2, wraps.alone, wraps.every_other_chunk),
+    "stages_fsdp": Layout(4, wraps.fsdp_of_pair, wraps.stage_of_pair),
+    "stages_tp": Layout(4, wraps.tp_of_pair, wraps.stage_of_pair),
 }
+# What hides its owners in plain tensors, or an axis of its mesh, and needs `layout=`.
+MARKED: dict[str, Layout] = {
+    "experts_hidden": Layout(4, wraps.experts_hidden, marks=wraps.mark_experts),
+    "experts_plain": Layout(4, wraps.experts_plain, marks=wraps.mark_experts_and_gate),
+    "cut_by_hand": Layout(3, wraps.cut_by_hand, marks=wraps.mark_all),
+    "fsdp1_full": Layout(3, wraps.fsdp1("FULL_SHARD", True), marks=wraps.mark_fsdp1),
+    "fsdp1_full_flat": Layout(3, wraps.fsdp1("FULL_SHARD", False), marks=wraps.mark_fsdp1),
+    "fsdp1_grad_op": Layout(2, wraps.fsdp1("SHARD_GRAD_OP", True), marks=wraps.mark_fsdp1),
+    "fsdp1_hybrid": Layout(4, wraps.fsdp1("HYBRID_SHARD", True), marks=wraps.mark_fsdp1),
+    "fsdp1_hybrid_flat": Layout(4, wraps.fsdp1("HYBRID_SHARD", False), marks=wraps.mark_fsdp1),
+    "fsdp1_whole": Layout(2, wraps.fsdp1("NO_SHARD", True), marks=wraps.mark_fsdp1),
+}
+FLAT = ("fsdp1_full_flat", "fsdp1_hybrid_flat")  # where several parameters are one, nothing goes by their names
+EVERY = LAYOUTS | MARKED
+LARGE: dict[str, Layout] = {"hsdp_tp": Layout(8, wraps.hsdp_tp)}  # only a few laws run there
 
 
-def place(layout: str, whole: Whole) -> dict[str, nn.Parameter]:
-    return LAYOUTS[layout].place(whole)
+def place(layout: str, whole: Whole) -> Held:
+    return (EVERY | LARGE)[layout].place(whole)
 
 
 def set_gradients(layout: str, held: Mapping[str, nn.Parameter], whole: Whole) -> None:
@@ -195,7 +107,7 @@ def set_gradients(layout: str, held: Mapping[str, nn.Parameter], whole: Whole) -
     dtype = next(iter(whole.values())).dtype if whole else torch.float32
     placed = place(layout, {name: value.to(dtype) for name, value in full.items()})
     for name, param in held.items():
-        param.grad = placed[name].detach() if name in whole else None
+        param.grad = None if name in SHAPES.keys() - whole.keys() else placed[name].detach()
 
 
 def gather(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,9 +121,12 @@ def gather(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _element_numbers(layout: str) -> list[Tensor]:
-    """For every rank the numbers, in the whole model, of the elements it holds: the layout itself says, by placing them."""
-    numbers = torch.arange(NUM_ELEMENTS, dtype=torch.float64).split(
+def _element_numbers(layout: str, dtype: torch.dtype) -> list[Tensor]:
+    """For every rank the numbers, in the whole model, of the elements it holds: the layout itself says, by placing them.
+
+    Counted from 1: what FSDP1 fills its last pieces up with is 0, and nobody's.
+    """
+    numbers = torch.arange(1, NUM_ELEMENTS + 1, dtype=dtype).split(
         [torch.Size(shape).numel() for shape in SHAPES.values()]
     )
     whole = {name: part.reshape(SHAPES[name]) for name, part in zip(SHAPES, numbers, strict=True)}
@@ -229,9 +144,10 @@ def _flat(held: Mapping[str, Tensor]) -> Tensor:
 
 def view(layout: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As `gather`, in one exchange and without DTensor's help; where this rank holds an element, its own copy counts."""
-    numbers = _element_numbers(layout)
     # A rank that holds nothing has no dtype of its own; float64 carries the bits of all.
     dtype = next((tensor.dtype for tensor in held.values()), torch.float64)
+    # FSDP1 aligns by bytes, so there it is the dtype that says where a parameter is cut.
+    numbers = _element_numbers(layout, dtype if layout.startswith("fsdp1_") else torch.float64)
     parts = [_flat(held).double()]
     if dist.is_initialized():
         padded = torch.zeros(max(map(len, numbers)), dtype=torch.float64)
@@ -239,10 +155,10 @@ def view(layout: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = [torch.empty_like(padded) for _ in numbers]
         dist.all_gather(parts, padded)
     mine = dist.get_rank() if dist.is_initialized() else 0
-    whole = torch.full((NUM_ELEMENTS,), torch.nan, dtype=torch.float64)
+    whole = torch.full((NUM_ELEMENTS + 1,), torch.nan, dtype=torch.float64)
     for rank in [rank for rank in range(len(parts)) if rank != mine] + [mine]:
         whole[numbers[rank]] = parts[rank][: len(numbers[rank])]
-    pieces = whole.to(dtype).split([torch.Size(shape).numel() for shape in SHAPES.values()])
+    pieces = whole[1:].to(dtype).split([torch.Size(shape).numel() for shape in SHAPES.values()])
     return {name: piece.reshape(SHAPES[name]) for name, piece in zip(SHAPES, pieces, strict=True)}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import layouts
-from tests.layouts import LAYOUTS, whole_model
+from tests.layouts import EVERY, LARGE, whole_model
 from tests.oracle import Oracle
 from tests.sentences import SENTENCES, numbers_of, transforms_of
 from tests.wire import Wire
@@ -51,7 +51,7 @@ def train(layout: str, sentence: str, num_steps: int = 3, dtype: torch.dtype = t
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED, dtype))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES[sentence].parts, **adam))
+    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES[sentence].parts, **adam), layout=held.marks)
     return train_chain(chain, layout, held, num_steps)
 
 
@@ -83,7 +83,7 @@ def spread(worlds: Worlds, layout: str, sentence: str, num_steps: int = 3, dtype
     key = (layout, sentence, num_steps, dtype, *sorted(adam.items()))
     if key not in _known:
         fn = functools.partial(train, **adam)
-        _known[key] = worlds.run(LAYOUTS[layout].ranks, fn, layout, sentence, num_steps, dtype)
+        _known[key] = worlds.run((EVERY | LARGE)[layout].ranks, fn, layout, sentence, num_steps, dtype)
     return _known[key]
 
 

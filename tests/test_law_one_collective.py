@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from tests import layouts, runs
-from tests.layouts import LAYOUTS, SHAPES, whole_model
+from tests.layouts import EVERY, FLAT, LAYOUTS, SHAPES, whole_model
 from tests.oracle import Decay, Oracle
 from tests.runs import PARAMS_SEED, differing, grads_of, spread
 from tests.sentences import ADAM, LR, SENTENCES, transforms_of
 from tests.wire import Wire
 
-SPREAD = [name for name, layout in LAYOUTS.items() if layout.ranks > 1]
+SPREAD = [name for name, layout in EVERY.items() if layout.ranks > 1 and name not in FLAT]
 
 
 # Every sentence on two layouts, and one of each kind on every layout.
@@ -96,7 +96,7 @@ def without_gradients(layout: str, missing: dict[int, list[str]]) -> tuple[dict,
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["params_and_grad_share"].parts))
+    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["params_and_grad_share"].parts), layout=held.marks)
     counts = []
     for step in range(3):
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -127,7 +127,7 @@ def test_a_missing_gradient_is_zeros_in_metrics_and_leaves_its_parameter(worlds,
     reference = worlds.run(0, without_gradients, "single", {-1: names})[0][0]
     for name in SHAPES:
         torch.testing.assert_close(reference[name].double(), oracle.params[name], rtol=1e-4, atol=1e-5)
-    for params, counts, seen in worlds.run(LAYOUTS[layout].ranks, without_gradients, layout, {-1: names}):
+    for params, counts, seen in worlds.run(EVERY[layout].ranks, without_gradients, layout, {-1: names}):
         assert differing(params, reference) == []
         assert counts == [1, 1]
         assert seen["still"] >= seen["held"] & set(names)
@@ -137,7 +137,7 @@ def test_a_missing_gradient_is_zeros_in_metrics_and_leaves_its_parameter(worlds,
 @pytest.mark.parametrize("rank", [0, 1])
 def test_gradients_missing_on_one_rank_keep_the_schedule(worlds, layout, rank):
     """The rank says zeros for what it lacks: the others neither wait for it nor pair its numbers with other things."""
-    for _, counts, seen in worlds.run(LAYOUTS[layout].ranks, without_gradients, layout, {rank: SOME}):
+    for _, counts, seen in worlds.run(EVERY[layout].ranks, without_gradients, layout, {rank: SOME}):
         assert counts == [1, 1]
         assert seen["finite"]
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from tests import layouts, runs, wire
-from tests.layouts import LAYOUTS, NUM_ELEMENTS, SHAPES, mesh_of, whole_model
+from tests.layouts import EVERY, LAYOUTS, NUM_ELEMENTS, SHAPES, mesh_of, whole_model
 from tests.oracle import metric_of
 from tests.runs import PARAMS_SEED, alone, differing
 from tests.sentences import SENTENCES, transforms_of
@@ -84,10 +84,32 @@ def wrong_group() -> Iterator[None]:
 
 
 MUTANTS = {
-    "everyone owns everything": (everyone_owns_everything, ["hsdp", "hsdp3x1", "ddp2", "replicated3", "mixed"]),
-    "owners by visible replication": (owners_by_visible_replication, ["fsdp_tp", "experts"]),
-    "no reduction": (no_reduction, ["fsdp2", "fsdp3", "fsdp4", "stages", "tp2"]),
-    "wrong group": (wrong_group, ["fsdp4", "fsdp_tp", "experts_fsdp"]),
+    "everyone owns everything": (
+        everyone_owns_everything,
+        [
+            "hsdp",
+            "hsdp3x1",
+            "ddp2",
+            "replicated3",
+            "mixed",
+            "stages_tp",
+            "experts_plain",
+            "fsdp1_hybrid",
+            "fsdp1_whole",
+        ],
+    ),
+    "owners by visible replication": (
+        owners_by_visible_replication,
+        ["fsdp_tp", "experts", "stages", "stages_tp", "experts_plain", "cut_by_hand", "fsdp1_full"],
+    ),
+    "no reduction": (
+        no_reduction,
+        ["fsdp2", "fsdp3", "fsdp4", "stages", "tp2", "stages_interleaved", "columns4", "some_ranks", "fsdp1_full_flat"],
+    ),
+    "wrong group": (
+        wrong_group,
+        ["fsdp4", "fsdp_tp", "experts_fsdp", "experts_hidden", "stages_fsdp", "stages_tp", "columns4"],
+    ),
 }
 BROKEN = [(mutant, layout) for mutant, (_, broken) in MUTANTS.items() for layout in broken]
 
@@ -99,7 +121,7 @@ def mutated(mutant: str, fn: Callable, *args: object) -> object:
 
 @pytest.mark.parametrize(("mutant", "layout"), BROKEN)
 def test_a_mutant_miscounts_the_elements(worlds, mutant, layout):
-    for ones, *_ in worlds.run(LAYOUTS[layout].ranks, mutated, mutant, sums_on, layout):
+    for ones, *_ in worlds.run(EVERY[layout].ranks, mutated, mutant, sums_on, layout):
         assert ones != NUM_ELEMENTS
 
 
@@ -107,7 +129,7 @@ def test_a_mutant_miscounts_the_elements(worlds, mutant, layout):
 def test_a_mutant_is_far_from_the_oracle(worlds, mutant, layout):
     """On some rank every metric that adds something up is wrong by more than ten times what the law allows."""
     whole = list(whole_model(0).values())
-    ranks = worlds.run(LAYOUTS[layout].ranks, mutated, mutant, metrics_on, layout, 0, 1.0)
+    ranks = worlds.run(EVERY[layout].ranks, mutated, mutant, metrics_on, layout, 0, 1.0)
     sums = [metric for metric in METRICS if metric not in ("linf", float("-inf"))]
     for metric in sums:
         expected = metric_of(whole, metric)
@@ -117,8 +139,20 @@ def test_a_mutant_is_far_from_the_oracle(worlds, mutant, layout):
 @pytest.mark.parametrize(("mutant", "layout"), BROKEN)
 def test_a_mutant_trains_to_other_parameters(worlds, mutant, layout):
     reference = alone(worlds, "mad_of_update")
-    for run in worlds.run(LAYOUTS[layout].ranks, mutated, mutant, runs.train, layout, "mad_of_update"):
+    for run in worlds.run(EVERY[layout].ranks, mutated, mutant, runs.train, layout, "mad_of_update"):
         assert differing(run.params, reference.params) != []
+
+
+def padding_counts(layout: str) -> dict:
+    """What fills up the last pieces of FSDP1 is zeros: it shows in a mean, not in a sum."""
+    with _patched("distwd.plan.pieces.padding_of", lambda padding_of: lambda tensor: 0):
+        return metrics_on(layout, 0, 1.0)
+
+
+def test_padding_that_counts_is_seen(worlds):
+    expected = metric_of(list(whole_model(0).values()), "mad")
+    for measured in worlds.run(3, padding_counts, "fsdp1_full_flat"):
+        assert abs(measured["mad"] - expected) > 10 * ulp(expected)
 
 
 @pytest.mark.parametrize("layout", ["fsdp3", "stages"])
