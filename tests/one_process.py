@@ -73,3 +73,38 @@ def step(chain, params: dict, index: int = 0) -> None:
 
 def equal(ours: dict, theirs: dict) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# --- what ranks did, done again ---
+
+
+def relative(how: str, params) -> tuple:
+    """Adam, and decay relative to updates, parameters and gradients; as a chain, or attached to torch's own.
+
+    Returns what steps, and what has `stats()` and `plan`.
+    """
+    rules = [distwd.RelativeWeightDecay(0.1, norm_input=of) for of in ("update", "params", "grad")]
+    if how == "chain":
+        chain = distwd.Chain(params, distwd.Adam(foreach=True), *rules, distwd.LR(0.01))
+        return chain, chain
+    # torch's own foreach step refuses a list of DTensors and plain tensors.
+    host = torch.optim.AdamW(params, lr=0.01, weight_decay=0.0, foreach=False)
+    return host, distwd.attach(host, *rules)
+
+
+def seen_of(rule) -> dict:
+    """What was measured in the last step, as numbers."""
+    return {name: (told["metric"].item(), told["coefficient"].item()) for name, told in rule.stats().items()}
+
+
+def replay(whole: dict, grads: list[dict], how: str) -> tuple[dict, list[dict]]:
+    """The parameters after steps with these whole gradients in one process, and what was measured in each."""
+    params = {name: torch.nn.Parameter(value.clone()) for name, value in whole.items()}
+    optimizer, rule = relative(how, params.items())
+    seen = []
+    for given in grads:
+        for name, param in params.items():
+            param.grad = given[name].clone()
+        optimizer.step()
+        seen.append(seen_of(rule))
+    return {name: param.detach() for name, param in params.items()}, seen

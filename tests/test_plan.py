@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import distwd
-from tests import layouts, runs
+from tests import layouts, runs, wraps
 from tests.layouts import EVERY, FLAT, NUM_ELEMENTS, SHAPES, whole_model
 from tests.oracle import metric_of
 from tests.runs import PARAMS_SEED, differing
@@ -40,6 +41,22 @@ def plan_on(layout: str) -> dict:
 def elements_of(param: torch.Tensor) -> int:
     """Of the whole: FSDP1 fills its last pieces up."""
     return layouts.local_of(param).numel() - getattr(param, "_shard_numel_padded", 0)
+
+
+def scalars_elsewhere() -> tuple[int, float, list[bool]]:
+    """A scalar and a matrix that live on ranks 1 and 2 only, and a vector everywhere."""
+    mesh = wraps.mesh_without_rank0()
+    tensors = [torch.tensor(3.0), torch.ones(2, 3), torch.ones(4)]
+    there = [distribute_tensor(tensor, mesh, [Replicate()]) for tensor in tensors[:2]]
+    named = list(zip(("scale", "w", "everywhere"), [*there, tensors[2]], strict=True))
+    plan = distwd.Plan.build(named)
+    return plan.numel, plan.metric([tensor for _, tensor in named], "sum").item(), list(plan.owned)
+
+
+def test_a_rank_outside_the_mesh_holds_nothing_of_a_scalar_either(worlds):
+    first, *others = worlds.run(3, scalars_elsewhere)
+    assert first == (11, 13.0, [False, False, True])
+    assert others == [(11, 13.0, [True, True, False]), (11, 13.0, [False, False, False])]
 
 
 @pytest.mark.parametrize("layout", EVERY)

@@ -115,8 +115,8 @@ def short_placement(placement: Placement) -> str:
 
 def _cuts(tensor: DTensor) -> tuple[Intervals, ...]:
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # this rank is not in the mesh and holds nothing
-        return tuple(() for _ in tensor.shape)
+    if coordinate is None:  # this rank is not in the mesh and holds nothing; a scalar needs a dimension to say so
+        return tuple(() for _ in tensor.shape) or ((),)
     cuts = list(_whole(tuple(tensor.shape)))
     # torch cuts from the first mesh dimension to the last, each cutting what the one before left.
     for placement, num_chunks, index in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
