@@ -80,8 +80,9 @@ LAYOUTS: dict[str, Layout] = {
     "stages_fsdp": Layout(4, wraps.fsdp_of_pair, wraps.stage_of_pair),
     "stages_tp": Layout(4, wraps.tp_of_pair, wraps.stage_of_pair),
 }
-# What hides its owners in plain tensors, or an axis of its mesh, and needs `layout=`.
+# What hides its owners in plain tensors, or an axis of its mesh, and needs `layout=`; or has other names than the model.
 MARKED: dict[str, Layout] = {
+    "experts_named": Layout(4, wraps.experts_named),
     "experts_hidden": Layout(4, wraps.experts_hidden, marks=wraps.mark_experts),
     "experts_plain": Layout(4, wraps.experts_plain, marks=wraps.mark_experts_and_gate),
     "cut_by_hand": Layout(3, wraps.cut_by_hand, marks=wraps.mark_all),
@@ -92,7 +93,8 @@ MARKED: dict[str, Layout] = {
     "fsdp1_hybrid_flat": Layout(4, wraps.fsdp1("HYBRID_SHARD", False), marks=wraps.mark_fsdp1),
     "fsdp1_whole": Layout(2, wraps.fsdp1("NO_SHARD", True), marks=wraps.mark_fsdp1),
 }
-FLAT = ("fsdp1_full_flat", "fsdp1_hybrid_flat")  # where several parameters are one, nothing goes by their names
+# Where several parameters are one, or one is several, nothing goes by their names.
+FLAT = ("fsdp1_full_flat", "fsdp1_hybrid_flat", "experts_named")
 EVERY = LAYOUTS | MARKED
 LARGE: dict[str, Layout] = {"hsdp_tp": Layout(8, wraps.hsdp_tp)}  # only a few laws run there
 

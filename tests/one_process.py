@@ -78,18 +78,18 @@ def equal(ours: dict, theirs: dict) -> bool:
 # --- what ranks did, done again ---
 
 
-def relative(how: str, params) -> tuple:
+def relative(how: str, params, layout: dict | None = None) -> tuple:
     """Adam, and decay relative to updates, parameters and gradients; as a chain, or attached to torch's own.
 
     Returns what steps, and what has `stats()` and `plan`.
     """
     rules = [distwd.RelativeWeightDecay(0.1, norm_input=of) for of in ("update", "params", "grad")]
     if how == "chain":
-        chain = distwd.Chain(params, distwd.Adam(foreach=True), *rules, distwd.LR(0.01))
+        chain = distwd.Chain(params, distwd.Adam(foreach=True), *rules, distwd.LR(0.01), layout=layout)
         return chain, chain
     # torch's own foreach step refuses a list of DTensors and plain tensors.
     host = torch.optim.AdamW(params, lr=0.01, weight_decay=0.0, foreach=False)
-    return host, distwd.attach(host, *rules)
+    return host, distwd.attach(host, *rules, layout=layout)
 
 
 def seen_of(rule) -> dict:

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.layouts import submesh
+from tests import layouts
+from tests.layouts import MARKED, submesh, whole_model
 
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD")
 
@@ -118,6 +119,29 @@ def test_unmarked_shards_are_refused_alike_on_every_rank(worlds):
     assert len({told["error"] for told in ranks}) == 1
     for name in ("uneven", "hidden"):
         assert name in ranks[0]["error"]
+
+
+def without_marks(layout: str) -> str:
+    import distwd
+
+    try:
+        distwd.Plan.build(layouts.place(layout, whole_model(0)).items())
+    except distwd.PlanError as error:
+        return str(error)
+    return "accepted"
+
+
+SPEAKING = ("experts_named", "fsdp1_whole")  # names tell the one, and copies the other
+
+
+@pytest.mark.parametrize("layout", MARKED)
+def test_what_needs_a_mark_is_refused_without_it_and_the_mark_is_named(worlds, layout):
+    (told,) = set(worlds.run(MARKED[layout].ranks, without_marks, layout))
+    if layout in SPEAKING:
+        assert told == "accepted"
+    else:
+        assert "Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)}" in told
+        assert "experts.weight" in told or not layout.startswith("experts")
 
 
 def refusals() -> list[str]:

@@ -100,7 +100,7 @@ MUTANTS = {
     ),
     "owners by visible replication": (
         owners_by_visible_replication,
-        ["fsdp_tp", "experts", "stages", "stages_tp", "experts_plain", "cut_by_hand", "fsdp1_full"],
+        ["fsdp_tp", "experts", "stages", "stages_tp", "experts_plain", "experts_named", "cut_by_hand", "fsdp1_full"],
     ),
     "no reduction": (
         no_reduction,

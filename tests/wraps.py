@@ -147,6 +147,15 @@ def experts_plain(net: Net) -> None:
     shard_blocks(net, mesh_of(4, names=("dp",)), {net.experts.weight, net.gate.weight})
 
 
+def experts_named(net: Net) -> None:
+    """Each expert is a parameter of its own, plain, and only those of this rank's half are there, under their own numbers."""
+    rows = net.experts.weight.detach()
+    del net.experts.weight
+    for number in ([0, 1, 2], [3])[ep_group().rank()]:
+        net.experts.register_parameter(str(number), nn.Parameter(rows[number].clone()))
+    shard_blocks(net, mesh_of(4, names=("dp",)), set(net.experts.parameters()))
+
+
 def cut_by_hand(net: Net) -> None:
     """Every parameter is flattened and cut over all ranks, as ZeRO does; many pieces are empty."""
     for name in SHAPES:
@@ -162,7 +171,7 @@ def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[Net], nn.Module]:
     """Units within a unit, on CPU."""
 
     def wrap(net: Net) -> nn.Module:
-        mesh = {"device_mesh": mesh_of(2, 2, names=("replicate", "shard"))} if strategy[0] == "H" else {}
+        mesh = {"device_mesh": mesh_of(2, 2, names=("replicate", "shard"))} if "HYBRID" in strategy else {}
         coat = functools.partial(
             FullyShardedDataParallel,
             sharding_strategy=ShardingStrategy[strategy],
