@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .attached import (
     COUPLINGS,
-    PutBack,
-    PutBackGrads,
+    Lent,
     Snapshot,
     must_follow,
     sentence,
@@ -32,6 +31,7 @@ from .naming import Naming
 from .plan.plan import Plan
 from .refusals import as_hosts, check_decays, check_groups, check_host
 from .rehearsal import is_rehearsal, is_within_a_step, mark_idle
+from .rounding import KEY, Rounding
 from .step import Batch, Step
 from .transform import places_of
 
@@ -44,6 +44,8 @@ def attach(
     layout: Layout | None = None,
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     check_replicas: bool = True,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> Attachment:
     """Add decay to an optimizer that exists, through its own step hooks.
 
@@ -55,7 +57,9 @@ def attach(
         each, in any order, and share one metric and one collective. (Relative rules under a GradScaler, which may skip
         one and not the others: attach to each on its own.)
     decays: rules; λ is kept in the groups' key `distwd_weight_decay`, read at every step, and saved with them.
-    group, layout, check_replicas: as for `Chain`. named_parameters: names, where the optimizer was built without.
+    group, layout, check_replicas: as for `Chain`. rounding, seed: as for `Chain`, of what distwd itself writes to bf16 and
+        fp16 parameters: the decay. How the optimizer rounds its own step, it has done already.
+    named_parameters: names, where the optimizer was built without.
     Raises ValueError if the optimizer decays already or has no step hooks (a wrapper: attach to what it wraps);
     PlanError at the first step as `Chain`.
     Source: the couplings are those of torch.optim.Adam, torch.optim.AdamW and Loshchilov & Hutter, arXiv 1711.05101.
@@ -71,7 +75,8 @@ def attach(
     tensor([ 0.9500, -1.9000])
     >>> attachment.remove()
     """
-    return Attachment(as_hosts(optimizer), decays, coupling, group, layout, named_parameters, check_replicas)
+    holders = Holders.of(group, layout, check_replicas)
+    return Attachment(as_hosts(optimizer), decays, coupling, holders, named_parameters, rounding, seed)
 
 
 class Attachment:
@@ -95,22 +100,26 @@ class Attachment:
         hosts: Sequence[torch.optim.Optimizer],
         decays: Sequence[Decay],
         coupling: str,
-        group: dist.ProcessGroup | None,
-        layout: Layout | None,
+        holders: Holders,
         named_parameters: Iterable[tuple[str, Tensor]] | None,
-        check_replicas: bool,
+        rounding: str,
+        seed: int,
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
         check_decays(decays)
         for host in hosts:
             check_host(host, decays, coupling)
-        holders = Holders.of(group, layout, check_replicas)
         self._hosts, self._coupling = list(hosts), coupling
         self._naming = Naming(named_parameters or (), self._groups)
-        self.keys = free_keys(hosts, len(decays))
-        self._defaults = {key: decay.defaults["weight_decay"] for key, decay in zip(self.keys, decays, strict=True)}
-        places = sentence(decays, coupling, self.keys, [place.label for place in places_of(decays)])
-        self._conductor = Conductor(places, holders, lambda: self._groups, lambda: self._naming.named(self._groups))
+        keys = free_keys(hosts, len(decays))
+        self._rounding = Rounding(rounding, seed, holders.layout, *free_keys(hosts, 1, f"distwd_{KEY}"))
+        lambdas = {key: decay.defaults["weight_decay"] for key, decay in zip(keys, decays, strict=True)}
+        self._defaults = lambdas | self._rounding.defaults
+        self.keys = list(self._defaults)
+        places = sentence(decays, coupling, keys, [place.label for place in places_of(decays)])
+        self._conductor = Conductor(
+            places, holders, lambda: self._groups, self._rounding, lambda: self._naming.named(self._groups)
+        )
         rules = [decay for decay in decays if decay.target != "closure"]
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
@@ -121,8 +130,7 @@ class Attachment:
         self._step: Step | None = None
         self._rehearses = self._raised = self._acted = False
         self._snapshot: Snapshot | None = None
-        self._put_back: PutBack = {}
-        self._put_back_grads: PutBackGrads = []
+        self._lent = Lent()
         write_keys(self._groups, self._defaults)
         self._handles = [handle for host in hosts for handle in self._hook(host)]
 
@@ -155,7 +163,7 @@ class Attachment:
     @property
     def lent_groups(self) -> frozenset[int]:
         """Identities of the groups whose own weight_decay does a rule's work during a step."""
-        return frozenset(self._put_back)
+        return frozenset(self._lent.groups)
 
     # --- what the hosts hold -----------------------------------------------------------------------------------------
 
@@ -244,9 +252,10 @@ class Attachment:
         if not self._each_alone and (found_inf := getattr(host, "found_inf", None)) is not None:
             skip_where(own, found_inf)
         if self._coupling == "gradient":
-            self._put_back_grads += write_gradients(own)
+            self._lent.grads += write_gradients(own)
         else:
-            self._put_back |= write_before(own, host, self._coupling)
+            self._lent.groups |= write_before(own, host, self._coupling)
+        self._rounding.count(host.param_groups)
 
     @torch.no_grad()
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -266,15 +275,11 @@ class Attachment:
             moved_to = self._snapshot.rewind(step, per_lr=self._coupling == "lr")
             self._conductor.act(step, self._conductor.in_step)
             write_after(step, moved_to, self._direct)
+            self._rounding.count(step.groups if not self._each_alone else host.param_groups)
 
     def _restore(self, stepped: bool = False) -> None:
-        """Put back what was lent to the hosts, unless others than the host (which has `stepped`) have written there since."""
-        for group, values in self._put_back.values():
-            group.update(values)
-        for param, grad, stand_in, version in self._put_back_grads:
-            if param.grad is stand_in and (stepped or stand_in._version == version):
-                param.grad = grad
-        self._put_back, self._put_back_grads, self._step = {}, [], None
+        self._lent.take_back(stepped)
+        self._step = None
 
     # --- a step ------------------------------------------------------------------------------------------------------
 

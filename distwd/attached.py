@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .decays.rule import Decay
 from .hosts import ELEMENTWISE, KNOWS_DECOUPLED
 from .hosts.lending import like_whole
 from .kernels.pull import drag_, pull_
+from .kernels.rounding import differences
 from .local import local_tensor
 from .plan.entries import Entry
 from .step import Batch, Step, unless
@@ -87,10 +88,13 @@ PutBack = dict[int, tuple[dict[str, Any], dict[str, Any]]]
 def write_before(batches: Sequence[Batch], host: torch.optim.Optimizer, coupling: str) -> PutBack:
     """Write the pulls, before the host steps; or hand them to it. Returns what to put back into which groups, by identity."""
     put_back: PutBack = {}
+    # The host's kernels know no noise; and what a group is handed decays all of its parameters.
+    with_noise = {id(batch.group) for batch in batches if batch.draws is not None}
     for batch in batches:
-        handed = _handed(batch, host, put_back) if coupling == "lr" else None
+        may_hand = coupling == "lr" and id(batch.group) not in with_noise
+        handed = _handed(batch, host, put_back) if may_hand else None
         if handed is None:
-            pull_(batch.params, batch.pulls, mask=batch.mask, scratch=batch.scratch)
+            pull_(batch.params, batch.pulls, mask=batch.mask, noise=batch.noise, scratch=batch.scratch)
         elif id(batch.group) not in put_back:
             kept = {key: batch.group[key] for key in ("weight_decay", "decoupled_weight_decay")}
             put_back[id(batch.group)] = (batch.group, kept)
@@ -126,6 +130,23 @@ def write_gradients(batches: Sequence[Batch]) -> PutBackGrads:
     return put_back
 
 
+@dataclass(slots=True)
+class Lent:
+    """What hosts have been lent for the length of a step: decay in their groups, and other gradients."""
+
+    groups: PutBack = field(default_factory=dict)
+    grads: PutBackGrads = field(default_factory=list)
+
+    def take_back(self, stepped: bool) -> None:
+        """Put all as it was, unless others than the host (which has `stepped`) have written there since."""
+        for group, values in self.groups.values():
+            group.update(values)
+        for param, grad, stand_in, version in self.grads:
+            if param.grad is stand_in and (stepped or stand_in._version == version):
+                param.grad = grad
+        self.groups, self.grads = {}, []
+
+
 class Snapshot:
     """The local parameters as they were before a host stepped, and afterwards the step it made."""
 
@@ -153,7 +174,7 @@ class Snapshot:
         step.old = self.before
         for batch in step.batches:
             old = [self.before[position] for position in batch.index]
-            batch.update, batch.owns_update, batch.flipped = list(torch._foreach_sub(batch.params, old)), True, True
+            batch.update, batch.owns_update, batch.flipped = differences(batch.params, old), True, True
             moved_to.append(batch.params)
             batch.params = old
             if per_lr:
@@ -174,10 +195,18 @@ def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: b
     """
     for batch, params in zip(step.batches, moved_to, strict=True):
         if batch.absorbed or decayed_at_once:
-            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask, scratch=batch.scratch)
+            pull_(
+                batch.params,
+                batch.pulls,
+                batch.update,
+                batch.signed_scale,
+                batch.mask,
+                batch.noise,
+                scratch=batch.scratch,
+            )
             torch._foreach_copy_(params, batch.params)
         else:
-            drag_(params, batch.params, batch.pulls, batch.mask, scratch=batch.scratch)
+            drag_(params, batch.params, batch.pulls, batch.mask, batch.noise, scratch=batch.scratch)
 
 
 def skip_where(batches: Sequence[Batch], found_inf: Tensor) -> None:

@@ -19,6 +19,7 @@ from .layout import Layout
 from .lr import LR
 from .plan.entries import Entry
 from .plan.plan import Plan
+from .rounding import Rounding
 from .sentence import refuse_sentence
 from .transform import Transform, places_of
 from .wrap import Wrap
@@ -36,6 +37,11 @@ class Chain(torch.optim.Optimizer):
         process. No group is created.
     layout: who holds what, for tensors whose ownership no DTensor tells (see `Plan.build`).
     check_replicas: whether the plan compares the bits of copies (see `Plan.build`).
+    rounding: how parameters in bf16 and fp16 are written: to the "nearest", or "stochastic": to the neighbour above with
+        the probability of the distance from the one below, so that small decays are not lost but right in the mean. The
+        noise is a hash of seed, number of the step, name (or position) of the parameter and place of the element in the whole
+        tensor: the same on every replica, in every run and on any sharding. Its step is a key of the groups.
+    seed: an integer, the same on every rank.
 
     Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms
     bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: groups,
@@ -61,19 +67,23 @@ class Chain(torch.optim.Optimizer):
         group: dist.ProcessGroup | None = None,
         layout: Layout | None = None,
         check_replicas: bool = True,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         refuse_sentence(transforms)
         self._holders = Holders.of(group, layout, check_replicas)
+        self._rounds = (rounding, seed)
         self._places = places_of(transforms)
         self._acted = False
         self._forget()
         defaults = {key: place.transform.defaults[name] for place in self._places for name, key in place.keys.items()}
-        super().__init__(normalised_groups(params, group), defaults)
+        super().__init__(normalised_groups(params, group), {**defaults, **self._rounding.defaults})
         self._initialize()
 
     def _forget(self) -> None:
         """Drop what can be made again; none of it belongs into a copy or a checkpoint."""
-        self._conductor = Conductor(self._places, self._holders, lambda: self.param_groups)
+        self._rounding = Rounding(*self._rounds, self._holders.layout)
+        self._conductor = Conductor(self._places, self._holders, lambda: self.param_groups, self._rounding)
         self._hosts: dict[int, Host] = {}
         self._search: SearchHost | None = None
         self._begun: tuple[Entry, ...] | None = None
@@ -112,7 +122,7 @@ class Chain(torch.optim.Optimizer):
             raise TypeError(
                 "a Chain with group= or layout= cannot be pickled, since process groups cannot; pickle its state_dict()"
             )
-        own = ("_holders", "_places", "_acted")
+        own = ("_holders", "_places", "_acted", "_rounds")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -174,6 +184,7 @@ class Chain(torch.optim.Optimizer):
             step.adopt(moved)
         self._conductor.act(step, self._conductor.in_step)
         step.write()
+        self._rounding.count(self.param_groups)
         self._acted = True
         return loss
 

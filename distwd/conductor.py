@@ -18,6 +18,7 @@ from .phases import describe_phases, num_phases, schedule
 from .plan.entries import Entry, Roster
 from .plan.pieces import check_tensor
 from .plan.plan import Plan, build_plan
+from .rounding import Rounding
 from .step import Step
 from .transform import Place
 from .world import World, check_group
@@ -46,7 +47,8 @@ class Conductor:
     """Leads transforms through the steps of one optimizer, or of several with one model.
 
     in_step, in_closure: what acts in a step, and in every evaluation of a closure. groups: the param groups as they are now.
-    named: the same groups with names for their parameters, where others know them.
+    rounding: how parameters of low precision are written. named: the same groups with names for their parameters, where
+    others know them.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class Conductor:
         places: Sequence[Place],
         holders: Holders,
         groups: Callable[[], Groups],
+        rounding: Rounding,
         named: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         self.in_closure = tuple(place for place in places if getattr(place.transform, "target", "") == "closure")
         self.in_step = tuple(place for place in places if place not in self.in_closure)
         self._holders, self._groups, self._named = holders, groups, named or groups
+        self._rounding = rounding
         self._roster = Roster()
         self._plan: Plan | None = None
         self._scratch = Scratch()
@@ -76,7 +80,8 @@ class Conductor:
         if self._plan is None or not self._plan.fits(entries):
             holders = self._holders
             rules = " | ".join(map(describe_phases, self._schedules()))
-            self._plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules)
+            places = self._rounding.is_stochastic
+            self._plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules, places)
         return self._plan
 
     @property
@@ -91,7 +96,8 @@ class Conductor:
 
     def prepare(self, again: bool) -> None:
         """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed, else unless `again`."""
-        if any(self._schedules()):
+        # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
+        if any(self._schedules()) or (self._rounding.is_stochastic and self._holders.layout):
             _ = self.plan
         elif not again:
             for entry in self.entries:
@@ -99,7 +105,9 @@ class Conductor:
 
     def new_step(self, hosts: Mapping[int, Any]) -> Step:
         """A step of the gradients as they are now."""
-        return Step(self.entries, self._groups(), self._meter, hosts, self._scratch)
+        step = Step(self.entries, self._groups(), self._meter, hosts, self._scratch)
+        self._rounding.begin(step.entries, step.batches, lambda: self.plan)
+        return step
 
     def act(self, step: Step, places: Sequence[Place]) -> None:
         """Let every transform have its say, measuring before the first that needs it."""

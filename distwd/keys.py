@@ -18,10 +18,10 @@ def attachments_of(host: torch.optim.Optimizer) -> list[Any]:
     return [owner for owner in owners if hasattr(owner, "lent_groups")]
 
 
-def free_keys(hosts: Sequence[torch.optim.Optimizer], count: int) -> list[str]:
-    """Group keys for `count` rules that no other attachment of these hosts uses."""
+def free_keys(hosts: Sequence[torch.optim.Optimizer], count: int, key: str = KEY) -> list[str]:
+    """`count` group keys, called `key` or `key`_1, ..., that no other attachment of these hosts uses."""
     taken = {key for host in hosts for other in attachments_of(host) for key in other.keys}
-    names = (KEY if not number else f"{KEY}_{number}" for number in range(count + len(taken)))
+    names = (key if not number else f"{key}_{number}" for number in range(count + len(taken)))
     return [name for name in names if name not in taken][:count]
 
 

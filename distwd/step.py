@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernels.pull import Mask, Pull, Rate, fold, pull_
+from .kernels.rounding import LOW, Draws, Noise
 from .kernels.scratch import Scratch
 from .local import local_like, local_tensor
 from .metrics.moments import wide_dtype
@@ -22,7 +23,7 @@ class Batch:
 
     index: their positions among all parameters. What is pending is scale · (−update if flipped else update) + Σ pulls.
     At first `update` is the gradients themselves (`owns_update` False: not ours to write to). absorbed: whether pulls
-    have become part of `update`.
+    have become part of `update`. draws: noise for what is written to the parameters; None: it is rounded to the nearest.
     """
 
     group: dict[str, Any]
@@ -38,6 +39,17 @@ class Batch:
     scale: Rate = 1.0
     pulls: list[Pull] = field(default_factory=list)
     absorbed: bool = False
+    draws: Draws | None = None
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the parameters are bf16 or fp16."""
+        return self.params[0].dtype in LOW
+
+    @property
+    def noise(self) -> Noise | None:
+        """The noise of the next write to the parameters."""
+        return None if self.draws is None else self.draws.next()
 
     @property
     def is_plain(self) -> bool:
@@ -75,8 +87,8 @@ class Waiting(Protocol):
     def update(self, batches: Sequence[Batch]) -> None:
         """Put the optimizer's update, times each batch's scale, into `batch.update`; the parameters stay."""
 
-    def can_step(self, batches: Sequence[Batch]) -> bool:
-        """Whether the parameters themselves may be stepped with these scales and pulls."""
+    def direct(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Those whose parameters themselves may be stepped, with their scales and pulls."""
 
     def step(self, batches: Sequence[Batch]) -> None:
         """Write pulls and update to the parameters."""
@@ -173,12 +185,24 @@ class Step:
 
     def write(self) -> None:
         """The end of the step: p ← p − Σ pulls − scale·update."""
-        if self.host is not None and self.host.can_step(self.batches):
-            self.host.step(self.batches)
-            return
-        self._run_host()
-        for batch in self.batches:
-            pull_(batch.params, batch.pulls, batch.update, batch.signed_scale, batch.mask, scratch=batch.scratch)
+        rest = self.batches
+        if self.host is not None:
+            direct = list(self.host.direct(self.batches))
+            rest = [batch for batch in self.batches if not any(batch is other for other in direct)]
+            for run, some in ((self.host.step, direct), (self.host.update, rest)):
+                if some:
+                    run(some)
+            self.host = None
+        for batch in rest:
+            pull_(
+                batch.params,
+                batch.pulls,
+                batch.update,
+                batch.signed_scale,
+                batch.mask,
+                batch.noise,
+                scratch=batch.scratch,
+            )
 
 
 def unless(found_inf: Tensor, rate: Rate) -> Tensor:

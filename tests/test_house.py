@@ -24,7 +24,7 @@ LAYERS = [
     ["groups", "layout", "metrics"],
     ["plan"],
     ["numbers", "param_groups", "schedulers", "step"],
-    ["transform"],
+    ["rounding", "transform"],
     ["decays", "hosts", "lr"],
     ["phases", "refusals", "wrap"],
     ["attached", "meter", "sentence"],

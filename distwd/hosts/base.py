@@ -67,8 +67,8 @@ class Host(Inner, ABC):
         """A tensor like what the optimizer will step on for `param`."""
 
     @abstractmethod
-    def can_step(self, batches: Sequence[Batch]) -> bool:
-        """Whether the parameters themselves may be stepped with these scales and pulls."""
+    def direct(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Those whose parameters themselves may be stepped, with their scales and pulls."""
 
     @abstractmethod
     def step(self, batches: Sequence[Batch]) -> None:

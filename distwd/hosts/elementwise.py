@@ -46,9 +46,14 @@ class ElementwiseHost(Host):
     def _stand_in(self, param: Tensor) -> Tensor:
         return local_tensor(param).detach()
 
-    def can_step(self, batches: Sequence[Batch]) -> bool:
-        """Unless a mask has to see the update first, or torch would refuse the learning rate."""
-        return all(not any(pull.cautious for pull in batch.pulls) and self._takes(batch) for batch in batches)
+    def direct(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Unless a mask has to see the update first, torch would refuse the learning rate, or bf16 be rounded otherwise than once."""
+        return [batch for batch in batches if self._takes(batch) and self._may_write(batch)]
+
+    def _may_write(self, batch: Batch) -> bool:
+        if batch.is_low and (batch.draws is not None or (batch.pulls and self._handed(batch) is None)):
+            return False
+        return not any(pull.cautious for pull in batch.pulls)
 
     def step(self, batches: Sequence[Batch]) -> None:
         """p ← p − pulls, then p ← p − scale·update, by the optimizer itself. It may do a decay that it knows, in its own kernel."""
@@ -66,7 +71,8 @@ class ElementwiseHost(Host):
     def update(self, batches: Sequence[Batch]) -> None:
         """batch.update ← what zeros become: −scale·update."""
         targets = [self._zeros_for(batch) for batch in batches]
-        scales = [batch.scale if self._takes(batch) else 1.0 for batch in batches]
+        # bf16 and fp16 hold the update itself better than lr times it, which fp16 may not hold at all.
+        scales = [batch.scale if self._takes(batch) and not batch.is_low else 1.0 for batch in batches]
         self._step_on(targets, batches, scales, [0.0] * len(batches))
         for batch, target, scale in zip(batches, targets, scales, strict=True):
             batch.scale = batch.scale if scale is not batch.scale else 1.0
@@ -98,7 +104,7 @@ class ElementwiseHost(Host):
             steps_on += zip(tensors, batch.whole, strict=True)
             if tensors is not batch.whole:
                 for tensor, update in zip(tensors, batch.update, strict=True):
-                    tensor.grad = update
+                    tensor.grad = update.to(tensor.dtype)
         self._run(groups, steps_on)
         for batch, tensors in zip(batches, targets, strict=True):
             if tensors is not batch.whole:

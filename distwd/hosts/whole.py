@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..kernels.rounding import differences
 from ..step import Batch
 from .base import Host
 from .lending import like_whole
@@ -22,9 +23,9 @@ class WholeHost(Host):
     def _stand_in(self, param: Tensor) -> Tensor:
         return param.detach()
 
-    def can_step(self, batches: Sequence[Batch]) -> bool:
+    def direct(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Only at lr 1 and without decay: whether the step is linear in lr, or reads the parameters, is not known."""
-        return all(batch.is_plain and not batch.flipped for batch in batches)
+        return batches if all(batch.is_plain and not batch.flipped for batch in batches) else []
 
     def step(self, batches: Sequence[Batch]) -> None:
         """Step the parameters with `batch.update` as their gradients."""
@@ -33,7 +34,7 @@ class WholeHost(Host):
         for batch in batches:
             if batch.update is not batch.grads:
                 for param, update in zip(batch.whole, batch.update, strict=True):
-                    param.grad = like_whole(update, param)
+                    param.grad = like_whole(update.to(param.dtype), param)
         self._run(groups, ((param, param) for batch in batches for param in batch.whole))
         for param, grad in zip((param for batch in batches for param in batch.whole), kept, strict=True):
             param.grad = grad
@@ -47,7 +48,8 @@ class WholeHost(Host):
 
 
 def moved_back(params: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    moved = list(torch._foreach_sub(params, old))
+    """How far `params` have come from `old`, where they are put back."""
+    moved = differences(params, old)
     torch._foreach_copy_(params, old)
     return moved
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .blocks import blocks
 from .direction import masked_, strength
+from .rounding import LOW, Noise, write_
 from .scratch import Scratch
 
 # A number for all tensors of a list (float or 0-d tensor), or one for each (1-d tensor).
@@ -56,6 +57,7 @@ def pull_(
     updates: list[Tensor] | None = None,
     scale: Rate = 1.0,
     mask: Mask | None = None,
+    noise: Noise | None = None,
     *,
     scratch: Scratch,
 ) -> None:
@@ -63,7 +65,7 @@ def pull_(
 
     params, updates: local tensors of equal shapes; updates None: there is nothing but the pulls.
     For linear pulls this is one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary; anything
-    else needs temporaries of a block. bf16 and fp16 are computed in float32 and rounded once.
+    else needs temporaries of a block. bf16 and fp16 are computed in float32 and rounded once: as `noise` decides, if given.
     """
     lists = [params] if updates is None else [params, updates]
     mask = _needed(mask, pulls, lists)
@@ -72,10 +74,15 @@ def pull_(
         block_mask = None if mask is None else Mask(rest_wide[-1], mask.sign)
         _pull_block_(ps_wide, places, pulls, None if updates is None else rest_wide[0], scale, block_mask, scratch)
         if ps_wide is not ps:
-            torch._foreach_copy_(ps, ps_wide)
+            write_(ps, ps_wide, places, params, noise)
 
 
 def drag_(
+    targets: list[Tensor],
+    params: list[Tensor],
+    pulls: Sequence[Pull],
+    mask: Mask | None = None,
+    noise: Noise | None = None,
     targets: list[Tensor], params: list[Tensor], pulls: Sequence[Pull], mask: Mask | None = None, *, scratch: Scratch
 ) -> None:
     """t ← t − Σ pull(p), in place: the pulls of one list of tensors, written to another of the same shapes."""
@@ -87,7 +94,7 @@ def drag_(
         for pull in pulls:
             torch._foreach_sub_(ts_wide, _strength(pull, ps, places, block_mask, scratch))
         if ts_wide is not ts:
-            torch._foreach_copy_(ts, ts_wide)
+            write_(ts, ts_wide, places, targets, noise)
 
 
 def fold(
@@ -120,7 +127,7 @@ def _needed(mask: Mask | None, pulls: Sequence[Pull], lists: list[list[Tensor]])
 
 def _widened(scratch: Scratch, *lists: list[Tensor]) -> list[list[Tensor]]:
     """The lists in float32 if they are narrower, else themselves."""
-    if lists[0][0].dtype not in (torch.bfloat16, torch.float16):
+    if lists[0][0].dtype not in LOW:
         return list(lists)
     return [scratch.copies(f"wide {number}", tensors, torch.float32) for number, tensors in enumerate(lists)]
 

@@ -15,7 +15,7 @@ from ..world import World
 from .entries import Entry
 from .exchange import gather_objects, gather_rows
 from .explain import Clue, explain
-from .manifest import NUM_COLUMNS, checksums_of, rows_of, stable_hash
+from .manifest import NUM_COLUMNS, checksums_of, offsets_of, rows_of, stable_hash
 from .owners import Ownership, resolve
 from .pieces import Piece, describe
 
@@ -28,11 +28,12 @@ _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Built:
-    """What `build` found: this rank's pieces, which it owns, the cell of each, and sizes over all ranks."""
+    """What `build` found: this rank's pieces, which it owns, the cell of each, where counted ones begin, and sizes over all ranks."""
 
     pieces: tuple[Piece, ...]
     owned: tuple[bool, ...]
     name_ids: tuple[int, ...]
+    offsets: tuple[int, ...]
     num_groups: int
     numel: Tensor
     group_numel: Tensor
@@ -40,12 +41,14 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """How a plan is asked for: the ranks, the marks of plain tensors, whether to compare bits, and the rules it is for."""
+    """How a plan is asked for: the ranks, the marks of plain tensors, whether to compare bits, the rules it is for, and
+    whether the places of counted pieces are wanted."""
 
     world: World
     layout: Layout
     check_replicas: bool = True
     rules: str = ""
+    offsets: bool = False
 
 
 def build(entries: Sequence[Entry], call: Call) -> Built:
@@ -58,7 +61,8 @@ def build(entries: Sequence[Entry], call: Call) -> Built:
     found = resolve([part[1:] for part in gathered], call.world.rank, num_groups)
     _agree_on_the_pieces(found, entries, told.pieces, call.world)
     owned, name_ids = tuple(found.owned.tolist()), tuple(found.name_ids.tolist())
-    return Built(told.pieces, owned, name_ids, num_groups, found.numel, found.group_numel)
+    offsets = offsets_of(told.pieces, [part[1:] for part in gathered]) if call.offsets else ()
+    return Built(told.pieces, owned, name_ids, offsets, num_groups, found.numel, found.group_numel)
 
 
 @dataclass(frozen=True, slots=True)

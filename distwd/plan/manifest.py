@@ -67,6 +67,25 @@ def _signed(value: int) -> int:
     return value - _MODULUS if value >= _MODULUS // 2 else value
 
 
+def offsets_of(pieces: Sequence[Piece], gathered: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each piece that is known by its number alone, how many elements of the whole come before it; 0 for other pieces.
+
+    gathered: every rank's rows.
+    """
+    counted = [stable_hash(piece.name) for piece in pieces if piece.is_counted]
+    table = torch.cat(list(gathered))[:, [NAME, MEASURE, NUMEL]]
+    rows = table[torch.isin(table[:, 0], torch.tensor(counted, dtype=torch.int64))].tolist()
+    numel = {(name, measure): size for name, measure, size in rows}
+    num_pieces = max((piece.shape[0] for piece in pieces if piece.is_counted), default=0)
+    measures = [_signed(_R(0, number + 1) - _R(0, number)) for number in range(num_pieces)]
+    return tuple(
+        sum(numel[stable_hash(piece.name), measure] for measure in measures[: piece.cuts[0][0][0]])
+        if piece.is_counted
+        else 0
+        for piece in pieces
+    )
+
+
 def checksums_of(locals_: Sequence[Tensor]) -> list[int]:
     """A number for the bits of each tensor, read from the devices together; block by block, so without a copy."""
     if not locals_:

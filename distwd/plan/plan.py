@@ -157,6 +157,10 @@ class Plan:
             self._index[key] = torch.tensor([self.cells[position] for position in positions], device=device)
         return self._index[key]
 
+    def offset_of(self, position: int) -> int:
+        """Elements of the whole before a piece that is known by its number, if the plan was built to tell."""
+        return self._built.offsets[position]
+
     def fits(self, entries: Sequence[Entry]) -> bool:
         """Whether `entries` still have the names, groups, shapes and placements that this plan was built for, in whatever storage."""
         return len(entries) == len(self.entries) and all(map(_fits, entries, self.entries, self._stamps))
@@ -171,10 +175,11 @@ def build_plan(
     layout: Layout | None = None,
     check_replicas: bool = True,
     rules: str = "",
+    offsets: bool = False,
 ) -> Plan:
-    """`Plan.build` for entries; rules: a text that must be the same on every rank."""
+    """`Plan.build` for entries; rules: a text that must be the same on every rank; offsets: whether `offset_of` will be asked."""
     check_layout(layout or {})
-    call = Call(World.of(group), layout or {}, check_replicas, rules)
+    call = Call(World.of(group), layout or {}, check_replicas, rules, offsets)
     built = build(entries, call)
     stamps = tuple(_stamp(entry.tensor) for entry in entries)
     return Plan(call.world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built, stamps)

@@ -1,0 +1,133 @@
+"""rounding=: how a chain or an attachment writes bf16 and fp16 parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .checks import check_choice
+from .kernels.rounding import Draws, Extent, Noise, Ramp
+from .layout import Layout, find_mark
+from .plan.entries import Entry
+from .plan.manifest import stable_hash
+from .plan.pieces import Piece, describe
+from .plan.plan import Plan
+from .step import Batch
+
+ROUNDINGS = ("nearest", "stochastic")
+KEY = "rounding_step"
+_MASK = (1 << 64) - 1
+
+
+class Rounding:
+    """To the nearest; or stochastic, with noise that is a hash of seed, step, write, parameter and place in the whole tensor.
+
+    The number of the step is a key of the param groups, so that it is saved and loaded with them; there is none for "nearest".
+    key: its name, and what keeps two attachments of one optimizer apart.
+    """
+
+    def __init__(self, kind: str, seed: int, layout: Layout, key: str = KEY) -> None:
+        """Raises ValueError for another kind, or a seed that is not an integer."""
+        check_choice("rounding", kind, ROUNDINGS)
+        check_seed(seed)
+        self.kind, self.seed, self.key = kind, seed, key
+        self._layout = layout
+        self._ramp = Ramp()
+        self._keys: dict[str, int] = {}
+        self._extents: dict[int, tuple[Entry, Any, Extent]] = {}
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether noise decides."""
+        return self.kind == "stochastic"
+
+    @property
+    def defaults(self) -> dict[str, int]:
+        """The group key that counts steps, at its beginning."""
+        return {self.key: 0} if self.is_stochastic else {}
+
+    def begin(self, entries: Sequence[Entry], batches: Sequence[Batch], plan: Callable[[], Plan]) -> None:
+        """Give every batch of low precision its noise for a step. plan: asked for only where a layout marks pieces."""
+        if not self.is_stochastic:
+            return
+        for batch in batches:
+            if batch.is_low:
+                _refuse_capture(batch.params[0])
+                batch.draws = Draws(self._maker(entries, batch, plan))
+
+    def count(self, groups: Sequence[dict[str, Any]]) -> None:
+        """A step has been taken."""
+        if self.is_stochastic:
+            for group in groups:
+                group[self.key] = group.get(self.key, 0) + 1
+
+    def _maker(self, entries: Sequence[Entry], batch: Batch, plan: Callable[[], Plan]) -> Callable[[int], Noise]:
+        step = batch.group.get(self.key, 0)
+        extents = [self._extent(position, entries[position], plan) for position in batch.index]
+        own, shared = [self._own_key(entries[position].name) for position in batch.index], self._own_key("")
+
+        def make(write: int) -> Noise:
+            tick = _mixed(_mixed(step) + write)
+            return Noise(extents, [_mixed(key ^ tick) for key in own], _mixed(shared ^ tick), self._ramp)
+
+        return make
+
+    def _own_key(self, name: str) -> int:
+        if name not in self._keys:
+            self._keys[name] = stable_hash((self.seed, self.key, name)) & _MASK
+        return self._keys[name]
+
+    def _extent(self, position: int, entry: Entry, plan: Callable[[], Plan]) -> Extent:
+        """Kept for as long as the parameter is cut the same way."""
+        tensor = entry.tensor
+        cut = tensor._spec if isinstance(tensor, DTensor) else tensor.shape
+        kept = self._extents.get(position)
+        if kept is None or kept[0] is not entry or (kept[1] is not cut and kept[1] != cut):
+            found = find_mark(entry.name, tensor, self._layout)
+            piece = describe(entry.name, tensor, None if found is None else found[1])
+            offset = plan().offset_of(position) if piece.is_counted else 0
+            kept = self._extents[position] = (entry, cut, extent_of(piece, offset))
+        return kept[2]
+
+
+def extent_of(piece: Piece, offset: int = 0) -> Extent:
+    """Where the elements of a piece stand in the whole. offset: of a piece that is known by its number only."""
+    if piece.is_counted:
+        return Extent(((offset, math.prod(piece.local_shape)),))
+    strides = [1] * (len(piece.shape) + 1)
+    for dim in reversed(range(len(piece.shape))):
+        strides[dim] = strides[dim + 1] * piece.shape[dim]
+    is_cut = [cut != ((0, size),) for cut, size in zip(piece.cuts, piece.shape, strict=True)]
+    last = max((dim for dim, cut in enumerate(is_cut) if cut), default=-1)
+    if last < 0:
+        return Extent(((0, strides[0]),))
+    unit = strides[last + 1]
+    runs = tuple((start * unit, (stop - start) * unit) for start, stop in piece.cuts[last])
+    return Extent(runs, tuple((piece.cuts[dim], strides[dim + 1]) for dim in range(last)))
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError for what is not an integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} is not usable: pass an integer, the same on every rank")
+
+
+def _mixed(value: int) -> int:
+    """A hash of 64 bits to 32: the step of splitmix64 (Steele, Lea, Flood 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (value ^ (value >> 31)) & 0xFFFFFFFF
+
+
+def _refuse_capture(like: Tensor) -> None:
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            'rounding="stochastic" cannot be captured in a CUDA graph: every replay would draw the same noise; '
+            'step outside of the graph, or use rounding="nearest"'
+        )
