@@ -94,7 +94,7 @@ def write_before(batches: Sequence[Batch], host: torch.optim.Optimizer, coupling
         may_hand = coupling == "lr" and id(batch.group) not in with_noise
         handed = _handed(batch, host, put_back) if may_hand else None
         if handed is None:
-            pull_(batch.params, batch.pulls, mask=batch.mask, noise=batch.noise, scratch=batch.scratch)
+            pull_(batch.params, batch.pulls, mask=batch.mask, scratch=batch.scratch, noise=batch.noise)
         elif id(batch.group) not in put_back:
             kept = {key: batch.group[key] for key in ("weight_decay", "decoupled_weight_decay")}
             put_back[id(batch.group)] = (batch.group, kept)
@@ -206,7 +206,7 @@ def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: b
             )
             torch._foreach_copy_(params, batch.params)
         else:
-            drag_(params, batch.params, batch.pulls, batch.mask, batch.noise, scratch=batch.scratch)
+            drag_(params, batch.params, batch.pulls, batch.mask, scratch=batch.scratch, noise=batch.noise)
 
 
 def skip_where(batches: Sequence[Batch], found_inf: Tensor) -> None:

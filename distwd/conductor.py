@@ -80,6 +80,7 @@ class Conductor:
         if self._plan is None or not self._plan.fits(entries):
             holders = self._holders
             rules = " | ".join(map(describe_phases, self._schedules()))
+            rules += self._rounding.words
             places = self._rounding.is_stochastic
             self._plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules, places)
         return self._plan

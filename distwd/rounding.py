@@ -47,6 +47,11 @@ class Rounding:
         return self.kind == "stochastic"
 
     @property
+    def words(self) -> str:
+        """What ranks must agree on."""
+        return f" | stochastic rounding, seed {self.seed}" if self.is_stochastic else ""
+
+    @property
     def defaults(self) -> dict[str, int]:
         """The group key that counts steps, at its beginning."""
         return {self.key: 0} if self.is_stochastic else {}
@@ -57,8 +62,7 @@ class Rounding:
             return
         for batch in batches:
             if batch.is_low:
-                _refuse_capture(batch.params[0])
-                batch.draws = Draws(self._maker(entries, batch, plan))
+                batch.draws = self.draws(entries, batch.index, batch.group.get(self.key, 0), plan)
 
     def count(self, groups: Sequence[dict[str, Any]]) -> None:
         """A step has been taken."""
@@ -66,23 +70,26 @@ class Rounding:
             for group in groups:
                 group[self.key] = group.get(self.key, 0) + 1
 
-    def _maker(self, entries: Sequence[Entry], batch: Batch, plan: Callable[[], Plan]) -> Callable[[int], Noise]:
-        step = batch.group.get(self.key, 0)
-        extents = [self._extent(position, entries[position], plan) for position in batch.index]
-        own, shared = [self._own_key(entries[position].name) for position in batch.index], self._own_key("")
+    def draws(
+        self, entries: Sequence[Entry], index: Sequence[int], step: int, plan: Callable[[], Plan] | None = None
+    ) -> Draws:
+        """The noise of step number `step` for the entries at `index`."""
+        _refuse_capture(entries[index[0]].tensor)
+        extents = [self._extent(position, entries[position], plan) for position in index]
+        own, shared = [self._own_key(entries[position].name) for position in index], self._own_key("")
 
         def make(write: int) -> Noise:
             tick = _mixed(_mixed(step) + write)
             return Noise(extents, [_mixed(key ^ tick) for key in own], _mixed(shared ^ tick), self._ramp)
 
-        return make
+        return Draws(make)
 
     def _own_key(self, name: str) -> int:
         if name not in self._keys:
             self._keys[name] = stable_hash((self.seed, self.key, name)) & _MASK
         return self._keys[name]
 
-    def _extent(self, position: int, entry: Entry, plan: Callable[[], Plan]) -> Extent:
+    def _extent(self, position: int, entry: Entry, plan: Callable[[], Plan] | None) -> Extent:
         """Kept for as long as the parameter is cut the same way."""
         tensor = entry.tensor
         cut = tensor._spec if isinstance(tensor, DTensor) else tensor.shape
@@ -90,7 +97,7 @@ class Rounding:
         if kept is None or kept[0] is not entry or (kept[1] is not cut and kept[1] != cut):
             found = find_mark(entry.name, tensor, self._layout)
             piece = describe(entry.name, tensor, None if found is None else found[1])
-            offset = plan().offset_of(position) if piece.is_counted else 0
+            offset = plan().offset_of(position) if piece.is_counted and plan is not None else 0
             kept = self._extents[position] = (entry, cut, extent_of(piece, offset))
         return kept[2]
 

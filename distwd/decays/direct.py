@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..checks import check_nonnegative, check_ord
 from ..kernels.pull import Pull, pull_
+from ..kernels.rounding import LOW
 from ..kernels.scratch import Scratch
 from ..local import local_tensor
 from ..plan.entries import Entry, entries_of
 from ..plan.pieces import check_tensor
+from ..rounding import Rounding
 from .weight_decay import WeightDecay
 
 
@@ -41,11 +43,16 @@ def decay_weights_(
     params: Iterable[Tensor | tuple[str, Tensor]],
     weight_decay: float | Tensor | Sequence[float | Tensor],
     ord: float = 2,
+    *,
+    rounding: str = "nearest",
+    seed: int | None = None,
 ) -> None:
     """Decay parameters in place, now:  p ← p − λ·sign(p)·|p|^(ord−1).
 
     params: tensors, DTensors or (name, tensor) pairs, any mix of meshes and float dtypes; only local shards are touched, no communication.
     weight_decay: λ ≥ 0, one number (float or 0-d tensor), or one per parameter; per call, not scaled by a learning rate. ord: ≥ 1.
+    rounding: of bf16 and fp16, "nearest" or "stochastic", as in `Chain`; plain tensors count as wholes. seed: for "stochastic", an integer,
+        the same on every rank and another at every call (the number of the step, say): the noise depends on nothing else that changes.
     Raises ValueError for λ < 0, ord < 1, a tensor that cannot be decayed or is listed twice, before anything is changed.
     Source: torchzero's `decay_weights_`.
 
@@ -59,15 +66,20 @@ def decay_weights_(
     entries = entries_of(params)
     decays = list(weight_decay) if isinstance(weight_decay, Sequence) else [weight_decay] * len(entries)
     _refuse(entries, decays, ord)
-    batches: dict[Any, list[Tensor]] = {}
-    strengths: dict[Any, float | Tensor] = {}
-    for entry, decay in zip(entries, decays, strict=True):
+    if seed is None and rounding == "stochastic":
+        raise ValueError(
+            "decay_weights_ with rounding='stochastic' needs a seed, and another at every call; pass seed="
+        )
+    rounds = Rounding(rounding, seed or 0, {}, "decay_weights_")
+    batches: dict[Any, list[int]] = {}
+    for position, (entry, decay) in enumerate(zip(entries, decays, strict=True)):
         local = local_tensor(entry.tensor)
         key = (local.device, local.dtype, id(decay) if isinstance(decay, Tensor) else decay)
-        batches.setdefault(key, []).append(local)
-        strengths[key] = decay
-    for key, locals_ in batches.items():
-        pull_(locals_, [Pull(strengths[key], float(ord))], scratch=Scratch())
+        batches.setdefault(key, []).append(position)
+    for (_, dtype, _), index in batches.items():
+        noise = rounds.draws(entries, index, 0).next() if rounds.is_stochastic and dtype in LOW else None
+        locals_ = [local_tensor(entries[i].tensor) for i in index]
+        pull_(locals_, [Pull(decays[index[0]], float(ord))], scratch=Scratch(), noise=noise)
 
 
 def _refuse(entries: Sequence[Entry], decays: Sequence[float | Tensor], ord: float) -> None:

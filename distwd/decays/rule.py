@@ -78,7 +78,7 @@ class Decay(Transform):
         if self.target == "update":
             batch.pulls.append(pull)
         elif self.target == "params_direct":
-            pull_(batch.params, [pull], mask=batch.mask, noise=batch.noise, scratch=batch.scratch)
+            pull_(batch.params, [pull], mask=batch.mask, scratch=batch.scratch, noise=batch.noise)
         else:
             fold(batch.grads, batch.params, [pull], 1.0, batch.grads, batch.mask, scratch=batch.scratch)
 

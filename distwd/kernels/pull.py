@@ -57,9 +57,9 @@ def pull_(
     updates: list[Tensor] | None = None,
     scale: Rate = 1.0,
     mask: Mask | None = None,
-    noise: Noise | None = None,
     *,
     scratch: Scratch,
+    noise: Noise | None = None,
 ) -> None:
     """p ← p − Σ pull(p) − scale·u, in place; every pull is of p as it was before.
 
@@ -82,8 +82,9 @@ def drag_(
     params: list[Tensor],
     pulls: Sequence[Pull],
     mask: Mask | None = None,
+    *,
+    scratch: Scratch,
     noise: Noise | None = None,
-    targets: list[Tensor], params: list[Tensor], pulls: Sequence[Pull], mask: Mask | None = None, *, scratch: Scratch
 ) -> None:
     """t ← t − Σ pull(p), in place: the pulls of one list of tensors, written to another of the same shapes."""
     lists = [targets, params]

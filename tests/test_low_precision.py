@@ -1,0 +1,288 @@
+"""bf16 and fp16 parameters: decay and update are rounded once; with noise, small decays are right in the mean."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import distwd
+from tests import runs
+from tests.layouts import whole_model
+from tests.one_process import equal
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LOW = [BF16, FP16]
+
+
+# --- one rounding ---------------------------------------------------------------------------------------------------
+
+
+def nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 rounded once."""
+    return exact.to(dtype)
+
+
+def stepped(dtype: torch.dtype, *transforms, **kwargs) -> tuple[dict, dict, dict]:
+    """Parameters before and after a step in `dtype`, and by how much the optimizer alone would move them, times 1/lr."""
+    before = whole_model(7, dtype)
+    params = {name: torch.nn.Parameter(value.clone()) for name, value in before.items()}
+    chain = distwd.Chain(params.items(), *transforms, **kwargs)
+    alone = {name: torch.nn.Parameter(torch.zeros_like(value)) for name, value in before.items()}
+    host = torch.optim.Adam(alone.values(), lr=1.0, eps=1e-3)
+    for name in before:
+        params[name].grad = alone[name].grad = runs.grads_of(0, dtype)[name]
+    chain.step()
+    host.step()
+    return before, {n: p.detach() for n, p in params.items()}, {n: p.detach() for n, p in alone.items()}
+
+
+RULES = {
+    "after lr": lambda: [distwd.LR(0.01), distwd.WeightDecay(0.003)],
+    "cubic": lambda: [distwd.WeightDecay(0.1, 3), distwd.LR(0.01)],
+    "cautious": lambda: [distwd.CautiousWeightDecay(0.3), distwd.LR(0.01)],
+    "two": lambda: [distwd.WeightDecay(0.3), distwd.WeightDecay(0.1, 1), distwd.LR(0.01)],
+}
+
+
+def pulled(name: str, p: Tensor, u: Tensor) -> Tensor:
+    """What the rules of RULES take off in a step, in float64."""
+    return {
+        "after lr": lambda: 0.003 * p,
+        "cubic": lambda: 0.001 * p.abs() * p,
+        "cautious": lambda: 0.003 * p * (u * p > 0),
+        "two": lambda: 0.003 * p + 0.001 * p.sign(),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_decay_and_update_are_rounded_once(dtype, name):
+    """Against float64, rounded once, of what the optimizer leaves; two roundings are seen to differ."""
+    before, after, moved = stepped(dtype, distwd.Adam(eps=1e-3), *RULES[name]())
+    num_twice = num = 0
+    for each, p in before.items():
+        p, u = p.double(), -moved[each].double()
+        pull = pulled(name, p, u)
+        once = nearest(p - pull - 0.01 * u, dtype)
+        twice = nearest(nearest(p - pull, dtype).double() - 0.01 * u, dtype)
+        # What float32 rounds on the way can only matter within its own rounding of a tie.
+        differs = after[each] != once
+        tie = (after[each].double() + once.double()) / 2 - (p - pull - 0.01 * u)
+        assert (tie[differs].abs() <= 2.0**-22 * p[differs].abs().clamp(min=1e-3)).all()
+        num_twice, num = num_twice + int((twice != once).sum()), num + p.numel()
+    assert num_twice > num / 50
+
+
+def test_a_small_update_and_a_small_decay_add_up():
+    """Each alone is less than half a step of bf16 at 1, both together are more."""
+    w = torch.nn.Parameter(torch.ones(3, dtype=BF16))
+    w.grad = torch.ones_like(w)
+    distwd.Chain([w], distwd.Wrap(torch.optim.SGD), distwd.LR(0.0015), distwd.WeightDecay(0.0015)).step()
+    assert (w < 1).all()
+
+
+def test_fp16_updates_below_its_smallest_numbers_count():
+    """lr·u may have no fp16 of its own: u is kept, and multiplied by lr in float32."""
+    w = torch.nn.Parameter(torch.full((4,), 2.0**-14, dtype=FP16))
+    w.grad = torch.full_like(w, 0.75)
+    lr = 2.0**-24
+    distwd.Chain([w], distwd.Wrap(torch.optim.SGD), distwd.LR(lr), distwd.WeightDecay(2.0**-12)).step()
+    expected = nearest(torch.tensor(2.0**-14 * (1 - 2.0**-12) - 0.75 * lr, dtype=torch.float64), FP16)
+    assert (w == expected).all()
+
+
+def test_groups_of_full_precision_step_as_ever():
+    """bf16 beside float32 in one chain: the float32 group has the bits of a chain of its own."""
+
+    def trained(low: bool) -> Tensor:
+        pairs = {"wide": whole_model(7)["up.weight"]} | ({"low": whole_model(7, BF16)["down.weight"]} if low else {})
+        params = {name: torch.nn.Parameter(value.clone()) for name, value in pairs.items()}
+        chain = distwd.Chain(
+            params.items(), distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(0.01), rounding="stochastic"
+        )
+        for step in range(3):
+            for param in params.values():
+                param.grad = (param * (step + 1)).detach()
+            chain.step()
+        return params["wide"].detach()
+
+    assert torch.equal(trained(low=True), trained(low=False))
+
+
+# --- in the mean ----------------------------------------------------------------------------------------------------
+
+
+def curve(make, num_steps: int = 100, dtype: torch.dtype = BF16) -> float:
+    """The mean of many ones after steps without gradient, lr·λ = 1e-4."""
+    w = torch.nn.Parameter(torch.ones(20_000, dtype=dtype))
+    optimizer = make(w)
+    for _ in range(num_steps):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    return w.detach().double().mean().item()
+
+
+def attached(host):
+    def make(w, **kwargs):
+        optimizer = host(w)
+        distwd.attach(optimizer, distwd.WeightDecay(0.1), **kwargs)
+        return optimizer
+
+    return make
+
+
+MAKERS = {
+    "fused": lambda w, **kw: distwd.Chain([w], distwd.Adam(fused=True), distwd.WeightDecay(0.1), distwd.LR(1e-3), **kw),
+    "foreach": lambda w, **kw: distwd.Chain([w], distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(1e-3), **kw),
+    "direct": lambda w, **kw: distwd.Chain([w], distwd.DirectWeightDecay(1e-4), distwd.Adam(), distwd.LR(1e-3), **kw),
+    "relative": lambda w, **kw: distwd.Chain(
+        [w],
+        distwd.Adam(),
+        distwd.RelativeWeightDecay(0.1, norm_input="params", metric="l0"),
+        distwd.LR(1e-3 / 20_000),
+        **kw,
+    ),
+    "tensor lr": lambda w, **kw: distwd.Chain(
+        [w], distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(torch.tensor(1e-3)), **kw
+    ),
+    "attach": attached(lambda w: torch.optim.AdamW([w], lr=1e-3, weight_decay=0)),
+    "attach fused": attached(lambda w: torch.optim.AdamW([w], lr=1e-3, weight_decay=0, fused=True)),
+    "attach behind": attached(lambda w: torch.optim.ASGD([w], lr=1e-3, lambd=0)),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_nearest_loses_the_decay_and_noise_keeps_it_in_the_mean(name):
+    assert curve(MAKERS[name]) == 1.0
+    # One element's noise of a step is at most 2^-8·√p(1−p) with p = 1e-4·2^8; over all and all steps:
+    spread = 2.0**-8 * math.sqrt(1e-4 * 2**8 * 100 / 20_000)
+    expected = (1 - 1e-4) ** 100
+    assert abs(curve(lambda w: MAKERS[name](w, rounding="stochastic")) - expected) < 4 * spread
+    assert 1 - expected > 20 * spread
+
+
+def test_fp16_decays_in_the_mean_too():
+    def make(w, rounding="nearest"):
+        return distwd.Chain(
+            [w], distwd.Wrap(torch.optim.SGD), distwd.WeightDecay(0.1), distwd.LR(1e-3), rounding=rounding
+        )
+
+    assert curve(make, dtype=FP16) == 1.0
+    spread = 2.0**-11 * math.sqrt(1e-4 * 2**11 * 100 / 20_000)
+    assert abs(curve(lambda w: make(w, "stochastic"), dtype=FP16) - (1 - 1e-4) ** 100) < 4 * spread
+
+
+def test_a_skipped_step_writes_nothing():
+    """A fused host under a GradScaler skips by itself, and the decay with it."""
+    for behind in ({}, {"norm_input": "update"}):
+        w = torch.nn.Parameter(whole_model(7, BF16)["up.weight"].clone())
+        optimizer = torch.optim.AdamW([w], lr=0.1, weight_decay=0, fused=True)
+        distwd.attach(
+            optimizer, distwd.RelativeWeightDecay(0.1, **{"norm_input": "params", **behind}), rounding="stochastic"
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale((w * torch.inf).sum()).backward()
+        scaler.step(optimizer)
+        assert torch.equal(w, whole_model(7, BF16)["up.weight"])
+
+
+# --- the number of the step -----------------------------------------------------------------------------------------
+
+
+def bf16_parameters() -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(value) for name, value in whole_model(7, BF16).items()}
+
+
+def chain_of(params, **kwargs) -> distwd.Chain:
+    return distwd.Chain(
+        params.items(), distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(0.01), **{"rounding": "stochastic", **kwargs}
+    )
+
+
+def go_on(chain, params, num_steps: int) -> dict:
+    for _ in range(num_steps):
+        for param in params.values():
+            param.grad = torch.full_like(param, 1e-3)
+        chain.step()
+    return {name: param.detach().clone() for name, param in params.items()}
+
+
+def test_a_chain_to_the_nearest_saves_what_it_always_saved():
+    words = distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(0.01)
+    plain = distwd.Chain(bf16_parameters().items(), *words).state_dict()["param_groups"][0]
+    assert chain_of(bf16_parameters(), rounding="nearest").state_dict()["param_groups"][0] == plain
+    assert "rounding_step" not in plain
+    assert chain_of(bf16_parameters()).state_dict()["param_groups"][0] == {**plain, "rounding_step": 0}
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda chain: pickle.loads(pickle.dumps(chain))], ids=["copy", "pickle"]
+)
+def test_a_twin_draws_the_same_noise(twin):
+    params = bf16_parameters()
+    chain = chain_of(params, seed=3)
+    go_on(chain, params, 2)
+    other = twin(chain)
+    twins = dict(zip(params, other.param_groups[0]["params"], strict=True))
+    assert equal(go_on(chain, params, 2), go_on(other, twins, 2))
+
+
+def test_a_checkpoint_without_a_step_number_loads():
+    params = bf16_parameters()
+    chain = chain_of(params)
+    chain.load_state_dict(chain_of(bf16_parameters(), rounding="nearest").state_dict())
+    assert chain.param_groups[0]["rounding_step"] == 0
+    go_on(chain, params, 2)
+    assert chain.param_groups[0]["rounding_step"] == 2
+
+
+def test_two_attachments_draw_noise_of_their_own_and_leave_no_key():
+    params = bf16_parameters()
+    sgd = torch.optim.SGD(params.values(), lr=0.1)
+    before = set(sgd.param_groups[0])
+    both = [distwd.attach(sgd, distwd.WeightDecay(0.1), rounding="stochastic") for _ in range(2)]
+    go_on(sgd, params, 2)
+    assert {key: sgd.param_groups[0][key] for key in ("distwd_rounding_step", "distwd_rounding_step_1")} == {
+        "distwd_rounding_step": 2,
+        "distwd_rounding_step_1": 2,
+    }
+    for attachment in both:
+        attachment.remove()
+    assert set(sgd.param_groups[0]) == before
+
+
+# --- decay_weights_ -------------------------------------------------------------------------------------------------
+
+
+def test_decay_weights_rounds_by_the_seed_that_it_is_given():
+    def decayed(**kwargs) -> Tensor:
+        w = torch.ones(50_000, dtype=BF16)
+        distwd.decay_weights_([("w", w)], 1e-4, **kwargs)
+        return w
+
+    first, again, other = (decayed(rounding="stochastic", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert abs(first.double().mean().item() - (1 - 1e-4)) < 4 * 2.0**-8 * math.sqrt(1e-4 * 2**8 / 50_000)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [{"rounding": "up"}, {"rounding": "stochastic", "seed": 1.5}, {"seed": True}])
+def test_what_is_no_rounding_is_refused(bad):
+    w = torch.nn.Parameter(torch.ones(2))
+    for call in (
+        lambda: distwd.Chain([w], distwd.LR(0.1), **bad),
+        lambda: distwd.attach(torch.optim.SGD([w], lr=0.1), distwd.WeightDecay(0.1), **bad),
+        lambda: distwd.decay_weights_([w], 0.1, **bad),
+    ):
+        with pytest.raises(ValueError, match=r"rounding|seed"):
+            call()
+    with pytest.raises(ValueError, match="another at every call"):
+        distwd.decay_weights_([w], 0.1, rounding="stochastic")

@@ -1,0 +1,174 @@
+"""Stochastic rounding as arithmetic: without bias, in every range of bf16 and fp16, by the element's place in the whole."""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import distwd
+from distwd.kernels import blocks, rounding
+from distwd.kernels.rounding import Extent, Noise, Ramp, dithered
+from distwd.plan.pieces import Piece
+from distwd.rounding import extent_of
+from tests.layouts import whole_model
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LOW = [BF16, FP16]
+NUM = 1 << 16
+CPU = torch.device("cpu")
+
+
+def bits(num: int, key: int = 7, own: int = 99) -> Tensor:
+    return Noise([Extent(((0, num),))], [own], key, Ramp()).bits([(0, 0, num)], CPU)
+
+
+# --- without bias ---------------------------------------------------------------------------------------------------
+
+# Of fp16: ordinary, near the smallest ordinary, subnormal, below the smallest subnormal. bf16 has its own far below.
+VALUES = [1.001, -3.3, 1000.7, 6.2e-5, 6.05e-5, -5.1e-6, 7e-8, 2e-8, 1.3e-38, 3e-40]
+
+
+def mean_error(value: float, dtype: torch.dtype, write=dithered) -> float:
+    """How far the mean over many elements is from the value, in standard errors of a fair rounding."""
+    x = torch.full((NUM,), value)
+    rounded = write(x, bits(NUM), dtype)
+    assert torch.equal(rounded.to(dtype).float(), rounded)
+    down, up = neighbours(x[0], dtype)
+    assert ((rounded == down) | (rounded == up)).all()
+    share = (x[0].double() - down) / (up - down)
+    error = rounded.double().mean() - x[0].double()
+    fair = (up - down) * (share * (1 - share) / NUM).sqrt()
+    return 0.0 if error == 0 else float(error / fair)
+
+
+def neighbours(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The numbers of `dtype` around `value`, in float64, found by walking."""
+    near = value.to(dtype)
+    ends = [near, *(torch.nextafter(near, torch.tensor(end, dtype=dtype)) for end in (-math.inf, math.inf))]
+    wide = [end.double() for end in ends]
+    down = max(end for end in wide if end <= value.double())
+    return down, min(end for end in wide if end >= value.double() and (end > down or end == value.double()))
+
+
+def truncated(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    return dithered(x, torch.zeros_like(noise), dtype)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_the_mean_is_the_value(value, dtype):
+    assert abs(mean_error(value, dtype)) < 4
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_truncation_is_seen(dtype):
+    assert abs(mean_error(1.001, dtype, truncated)) > 40
+    assert abs(mean_error(6.05e-5, dtype, truncated)) > 40
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_what_the_dtype_holds_stays(dtype):
+    """Every number that bf16 or fp16 has, infinities and NaNs too."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    rounded = dithered(every.float(), bits(1 << 16), dtype).to(dtype)
+    assert torch.equal(rounded.isnan(), every.isnan())
+    assert torch.equal(rounded.nan_to_num(0.0, math.inf, -math.inf), every.nan_to_num(0.0, math.inf, -math.inf))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_beyond_the_largest_number_the_nearest_decides(dtype):
+    largest = torch.finfo(dtype).max
+    beyond = torch.tensor([largest * (1 + 2.0**-13), largest * (1 + 2.0**-8)]).clamp(max=torch.finfo().max)
+    for sign in (1, -1):
+        rounded = dithered((sign * beyond).repeat_interleave(NUM), bits(2 * NUM), dtype).to(dtype)
+        assert torch.equal(rounded, (sign * beyond).to(dtype).repeat_interleave(NUM))
+
+
+def test_a_nan_of_any_bits_stays_one():
+    """All ones, as a GPU makes it: adding to its bits would come out as zero."""
+    odd = torch.full((NUM,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    assert all(dithered(odd, bits(NUM), dtype).isnan().all() for dtype in LOW)
+
+
+def chi_square(numbers: Tensor, num_kinds: int) -> float:
+    """In standard deviations above what is expected of uniform numbers."""
+    counts = torch.bincount(numbers.long().flatten(), minlength=num_kinds).double()
+    expected = counts.sum() / num_kinds
+    return float((((counts - expected) ** 2 / expected).sum() - (num_kinds - 1)) / math.sqrt(2 * (num_kinds - 1)))
+
+
+@pytest.mark.parametrize("shift", [0, 8, 16])
+def test_every_byte_is_uniform(shift):
+    found = [chi_square((bits(NUM, key, own) >> shift) & 255, 256) for key, own in ((7, 99), (8, 99), (7, 100))]
+    assert max(map(abs, found)) < 4
+
+
+@pytest.mark.parametrize("lag", [1, 2, 64, 256, 4096])
+def test_neighbours_know_nothing_of_each_other(lag):
+    for shift in (0, 12):
+        x = (bits(NUM) >> shift) & 15
+        assert abs(chi_square(x[lag:] * 16 + x[:-lag], 256)) < 4
+
+
+def test_steps_and_tensors_know_nothing_of_each_other():
+    x = (bits(NUM) >> 12) & 15
+    for other in (bits(NUM, key=0xC2B2AE35), bits(NUM, own=0x27D4EB2F)):
+        assert abs(chi_square(x * 16 + ((other >> 12) & 15), 256)) < 4
+    assert chi_square(x * 16 + x, 256) > 100
+
+
+# --- by the place in the whole --------------------------------------------------------------------------------------
+
+CUTS = {
+    "whole": ((6, 5, 4), (((0, 6),), ((0, 5),), ((0, 4),))),
+    "rows": ((6, 5, 4), (((2, 5),), ((0, 5),), ((0, 4),))),
+    "strided rows": ((12, 5), (((0, 2), (5, 9), (11, 12)), ((0, 5),))),
+    "columns": ((6, 50), (((0, 6),), ((13, 29),))),
+    "middle": ((6, 5, 4), (((0, 6),), ((1, 3),), ((0, 4),))),
+    "strided columns of strided rows": ((9, 30), (((0, 2), (4, 8)), ((3, 5), (9, 19)))),
+    "every dimension": ((6, 5, 4), (((1, 2), (4, 6)), ((0, 2), (3, 4)), ((1, 2), (3, 4)))),
+    "scalar": ((), ()),
+}
+
+
+def piece_of(shape: tuple, cuts: tuple) -> tuple[Piece, Tensor]:
+    """A piece, and the places of its elements, found by cutting the whole."""
+    places = torch.arange(math.prod(shape)).reshape(shape)
+    for dim, cut in enumerate(cuts):
+        places = torch.cat([places.narrow(dim, start, stop - start) for start, stop in cut], dim)
+    return Piece("w", shape, BF16, cuts, tuple(places.shape), "", ()), places.flatten()
+
+
+@pytest.mark.parametrize("block", [3, 7, 1000])
+@pytest.mark.parametrize("name", CUTS)
+def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
+    """Any stretch of any piece, however far the ramp reaches."""
+    piece, places = piece_of(*CUTS[name])
+    whole = bits(math.prod(piece.shape))
+    with mock.patch.object(rounding, "block_size", return_value=block):
+        noise = Noise([extent_of(piece)], [99], 7, Ramp())
+        for start in range(len(places)):
+            for stop in range(start + 1, len(places) + 1):
+                assert torch.equal(noise.bits([(0, start, stop)], CPU), whole[places[start:stop]])
+
+
+@pytest.mark.parametrize("block", [5, 64, 1 << 20])
+def test_blocks_do_not_show(block):
+    """A tensor in one block, in slices, and one that is not contiguous."""
+
+    def decayed() -> list[Tensor]:
+        params = [(f"w{i}", torch.nn.Parameter(v)) for i, v in enumerate(tensors)]
+        distwd.decay_weights_(params, 1e-3, rounding="stochastic", seed=1)
+        return [p.detach() for _, p in params]
+
+    tensors = [v.clone() for v in whole_model(3, BF16).values()] + [torch.ones(7, 9, dtype=BF16).t()]
+    reference = decayed()
+    tensors = [v.clone() for v in whole_model(3, BF16).values()] + [torch.ones(9, 7, dtype=BF16)]
+    sizes = mock.patch.object(blocks, "block_size", return_value=block)
+    with sizes, mock.patch.object(rounding, "block_size", return_value=block):
+        assert all(torch.equal(a, b) for a, b in zip(decayed(), reference, strict=True))
+    assert not torch.equal(reference[-1], torch.ones(9, 7, dtype=BF16))
