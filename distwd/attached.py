@@ -201,8 +201,8 @@ def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: b
                 batch.update,
                 batch.signed_scale,
                 batch.mask,
-                batch.noise,
                 scratch=batch.scratch,
+                noise=batch.noise,
             )
             torch._foreach_copy_(params, batch.params)
         else:

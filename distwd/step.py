@@ -200,8 +200,8 @@ class Step:
                 batch.update,
                 batch.signed_scale,
                 batch.mask,
-                batch.noise,
                 scratch=batch.scratch,
+                noise=batch.noise,
             )
 
 

@@ -168,7 +168,7 @@ def test_blocks_do_not_show(block):
     tensors = [v.clone() for v in whole_model(3, BF16).values()] + [torch.ones(7, 9, dtype=BF16).t()]
     reference = decayed()
     tensors = [v.clone() for v in whole_model(3, BF16).values()] + [torch.ones(9, 7, dtype=BF16)]
-    sizes = mock.patch.object(blocks, "block_size", return_value=block)
+    sizes = mock.patch.multiple(blocks, block_size=lambda device: block, _CPU_SMALL=block)
     with sizes, mock.patch.object(rounding, "block_size", return_value=block):
         assert all(torch.equal(a, b) for a, b in zip(decayed(), reference, strict=True))
     assert not torch.equal(reference[-1], torch.ones(9, 7, dtype=BF16))

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import tempfile
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from tests import layouts, runs, wire
-from tests.layouts import LAYOUTS, SHAPES, Net, submesh, whole_model
+from tests.layouts import LAYOUTS, SHAPES, submesh, whole_model
 from tests.runs import PARAMS_SEED, differing
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -262,67 +252,3 @@ def quiet_steps(layout: str, words: str) -> list[list[str]]:
 def test_noise_asks_nobody_and_reads_nothing(worlds, layout, words, num_calls):
     for calls in worlds.run(LAYOUTS[layout].ranks, quiet_steps, layout, words):
         assert [len(each) for each in calls] == [num_calls] * 2
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------------
-
-FORMS = {"plain": StateDictOptions(), "flattened": StateDictOptions(flatten_optimizer_state_dict=True)}
-
-
-def model_on(layout: str, seed: int, through: str):
-    net = Net(whole_model(seed, BF16))
-    LAYOUTS[layout].wrap(net)
-    held = dict(net.named_parameters())
-    if through == "chain":
-        return net, held, chain_over(held.items())
-    import distwd
-
-    optimizer = torch.optim.SGD(held.values(), lr=0.02, foreach=False)
-    distwd.attach(optimizer, distwd.WeightDecay(0.05), named_parameters=held.items(), rounding="stochastic")
-    return net, held, optimizer
-
-
-def straight_on(layout: str, through: str, form: str, save_to: str) -> dict[str, Tensor]:
-    """Three steps, save, three more."""
-    net, held, optimizer = model_on(layout, PARAMS_SEED, through)
-    steps(optimizer, layout, held, range(3))
-    state = {"model": get_model_state_dict(net), "optim": get_optimizer_state_dict(net, optimizer, options=FORMS[form])}
-    dcp.save(state, checkpoint_id=save_to)
-    return steps(optimizer, layout, held, range(3, 6))
-
-
-def resumed(layout: str, through: str, form: str, load_from: str, num_steps: int = 3) -> dict[str, Tensor]:
-    net, held, optimizer = model_on(layout, PARAMS_SEED + 1, through)
-    options = FORMS[form]
-    state = {"model": get_model_state_dict(net), "optim": get_optimizer_state_dict(net, optimizer, options=options)}
-    dcp.load(state, checkpoint_id=load_from)
-    set_model_state_dict(net, state["model"])
-    set_optimizer_state_dict(net, optimizer, state["optim"], options=options)
-    return steps(optimizer, layout, held, range(3, 3 + num_steps))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("through", ["chain", "attach"])
-def test_a_checkpoint_goes_on_elsewhere_with_the_same_noise(worlds, through, form):
-    with tempfile.TemporaryDirectory() as folder:
-        straight = worlds.run(4, straight_on, "fsdp4", through, form, folder)[0]
-        for layout in ("fsdp2", "fsdp_tp"):
-            for params in worlds.run(LAYOUTS[layout].ranks, resumed, layout, through, form, folder):
-                assert differing(params, straight) == [], layout
-
-
-def inert() -> tuple[bool, int]:
-    """Whether the step number survives state-dict calls before and after steps; and what it is after two."""
-    net, held, chain = model_on("fsdp2", PARAMS_SEED, "chain")
-    seen = []
-    for number in (0, 2):
-        before = copy.deepcopy(chain.state_dict()["param_groups"])
-        saved = get_optimizer_state_dict(net, chain)
-        set_optimizer_state_dict(net, chain, saved)
-        seen.append(chain.state_dict()["param_groups"] == before)
-        steps(chain, "fsdp2", held, range(number, number + 2)) if number == 0 else None
-    return all(seen), chain.param_groups[0]["rounding_step"]
-
-
-def test_the_step_number_counts_real_steps_only(worlds):
-    assert worlds.run(2, inert) == [(True, 2)] * 2
