@@ -22,7 +22,7 @@ from .attached import (
     write_gradients,
 )
 from .checks import check_choice
-from .conductor import Conductor, Holders
+from .conductor import Conductor, Holders, in_step
 from .decays.rule import Decay
 from .hosts import IDLE, without_mark
 from .keys import free_keys, with_keys, write_keys
@@ -186,7 +186,7 @@ class Attachment:
             host.register_load_state_dict_post_hook(mark_idle),
         ]
 
-    @torch.no_grad()
+    @in_step
     def _before(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
         if is_within_a_step(host):
@@ -196,12 +196,12 @@ class Attachment:
             self._begin_round(host)
         self._stepped.add(id(host))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if first:
+            self._rehearses = is_rehearsal(self._hosts, self._conductor, closure is not None)
         if closure is not None:
             return with_closure(args, kwargs, self._evaluating(host, closure, first))
         if self._conductor.in_closure:
             raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
-        if first:
-            self._rehearses = is_rehearsal(self._hosts, self._conductor, self._acted)
         self._act_before(host, first)
         return None
 
@@ -257,7 +257,7 @@ class Attachment:
             self._lent.groups |= write_before(own, host, self._coupling)
         self._rounding.count(host.param_groups)
 
-    @torch.no_grad()
+    @in_step
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_within_a_step(host):
             return

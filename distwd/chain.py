@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .conductor import Conductor, Holders
+from .conductor import Conductor, Holders, in_step
 from .groups import normalised_groups
 from .hosts import IDLE, Host, SearchHost, mark_stateless, without_mark
 from .keys import with_keys
@@ -166,17 +166,17 @@ class Chain(torch.optim.Optimizer):
         """
         return self._conductor.stats()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
         return self._take_step(closure)
 
     @_disable_dynamo  # collectives, hooks and groups of tensors: a compiled caller breaks its graph here
+    @in_step
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_settings()
         self._follow()
         self._check_step(closure)
-        if closure is None and self._is_rehearsal():
+        if self._is_rehearsal(closure):
             return self._rehearse()
         loss, moved = self._evaluate(closure)
         step = self._conductor.new_step(self._hosts)
@@ -254,15 +254,17 @@ class Chain(torch.optim.Optimizer):
 
     # --- the hidden step of checkpoints ------------------------------------------------------------------------------
 
-    def _is_rehearsal(self) -> bool:
+    def _is_rehearsal(self, closure: Callable[[], Any] | None) -> bool:
         """Whether this step only asks for the state to exist: nothing has been stepped yet, every lr is 0 and so is every gradient.
 
         torch.distributed.checkpoint and others step an optimizer so; a decay that is not scaled by lr would change parameters.
         """
-        keys = [place.keys["lr"] for place in self._places if isinstance(place.transform, LR)]
-        if self._acted or any(group[key] != 0 for group in self.param_groups for key in keys):
+        if self._conductor.has_agreed:
             return False
-        return bool(keys) and self._conductor.moves_nothing()
+        keys = [place.keys["lr"] for place in self._places if isinstance(place.transform, LR)]
+        acted = self._acted or closure is not None or not keys
+        idle = not acted and all(bool(group[key] == 0) for group in self.param_groups for key in keys)
+        return self._conductor.only_rehearses(idle)
 
     def _rehearse(self) -> None:
         step = self._conductor.new_step(self._hosts)

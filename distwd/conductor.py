@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,8 @@ class Conductor:
         self._roster = Roster()
         self._plan: Plan | None = None
         self._scratch = Scratch()
+        self._planned: tuple[Any, Any] | None = None  # the schedules that all ranks had when the plan was built
+        self._agreed = self._told = False  # whether all ranks are known to train; whether this one has left word
         self._meter = Meter(lambda: self.plan)
 
     @property
@@ -78,12 +81,19 @@ class Conductor:
         """Who holds what; built together with the other ranks when first asked for, and when it does not fit any more."""
         entries = self.entries
         if self._plan is None or not self._plan.fits(entries):
-            holders = self._holders
-            rules = " | ".join(map(describe_phases, self._schedules()))
-            rules += self._rounding.words
-            places = self._rounding.is_stochastic
-            self._plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules, places)
+            self._plan = self._build(entries)
         return self._plan
+
+    def _build(self, entries: tuple[Entry, ...]) -> Plan:
+        holders, schedules = self._holders, self._schedules()
+        rules = " | ".join(map(describe_phases, schedules)) + self._rounding.words
+        if self._plan is not None:
+            self._plan.meet(entries, rules)
+            self._plan = None  # they all are here, whatever comes of it
+        places = self._rounding.is_stochastic
+        plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules, places)
+        self._planned = schedules
+        return plan
 
     @property
     def phases(self) -> int:
@@ -97,9 +107,13 @@ class Conductor:
 
     def prepare(self, again: bool) -> None:
         """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed, else unless `again`."""
+        self.take_back()
+        schedules = self._schedules()
         # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
-        if any(self._schedules()) or (self._rounding.is_stochastic and self._holders.layout):
-            _ = self.plan
+        if any(schedules) or (self._rounding.is_stochastic and self._holders.layout):
+            # Other numbers than before are other collectives: that, too, all ranks have to do together.
+            if self.plan is not None and self._planned != schedules:
+                self._plan = self._build(self.entries)
         elif not again:
             for entry in self.entries:
                 check_tensor(entry.name, entry.tensor)
@@ -137,14 +151,63 @@ class Conductor:
             for phase in schedule(self.in_step, self._groups()):
                 self._meter.measure(phase, step, self.in_step)
 
-    def moves_nothing(self, here: bool = False) -> bool:
-        """Whether all gradients are 0, on every rank. Reads them; asks the others if the rules ask them anyway. here: only this rank's."""
-        grads = [local_tensor(entry.tensor.grad) for entry in self.entries if entry.tensor.grad is not None]
-        moving = torch.tensor(any(bool(grad.count_nonzero() > 0) for grad in grads))
-        if self.phases and not here:
+    def only_rehearses(self, idle: bool) -> bool:
+        """Whether every rank is `idle` and has no gradient but 0: then the others are asked, if the rules ask them anyway.
+
+        Asked in every step until one is real, and answered the same on every rank. So no rank can ask alone, whatever differs
+        between them; from then on nobody is asked again, and nothing read.
+        """
+        if self._agreed:
+            return False
+        moving = torch.tensor(not (idle and self.moves_nothing()))
+        if self.phases:
             moving = any_rank(moving, World.of(self._holders.group))
-        return not bool(moving)
+        self._agreed = bool(moving)
+        return not self._agreed
+
+    def moves_nothing(self) -> bool:
+        """Whether all gradients of this rank are 0. Reads them."""
+        grads = [local_tensor(entry.tensor.grad) for entry in self.entries if entry.tensor.grad is not None]
+        return not any(bool(grad.count_nonzero() > 0) for grad in grads)
+
+    @property
+    def has_agreed(self) -> bool:
+        """Whether a real step has been taken, on all ranks."""
+        return self._agreed
+
+    def tell(self, error: Exception) -> None:
+        """Leave word for ranks that will wait for this one in vain."""
+        if self._plan is not None and self._plan.world.board is not None:
+            self._plan.world.board.say(f"{type(error).__name__}: {error}")
+            self._told = True
+
+    def take_back(self) -> None:
+        """A step is tried again: what was told of the last one is past."""
+        if self._told and self._plan is not None and self._plan.world.board is not None:
+            self._plan.world.board.wipe()
+        self._told = False
 
     def _schedules(self) -> tuple[Any, Any]:
         groups = self._groups()
         return schedule(self.in_step, groups), schedule(self.in_closure, groups)
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def in_step(method: Method) -> Method:
+    """A method that acts in a step of what has a `_conductor`: nothing is recorded for autograd, and an error is told to ranks that wait.
+
+    Inference mode is left: tensors made in it could not be written to in the next step outside of it.
+    """
+
+    @functools.wraps(method)
+    def acting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as error:
+                self._conductor.tell(error)
+                raise
+
+    return cast(Method, acting)

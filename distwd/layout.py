@@ -99,11 +99,18 @@ def padding_of(tensor: Tensor) -> int:
 
 
 def find_mark(name: str, tensor: Tensor, layout: Layout) -> tuple[int, Mark] | None:
-    """The first pattern that matches, by its number, and its mark."""
+    """The first pattern that matches, by its number, and its mark. Raises ValueError where a predicate raises anything."""
     for number, (pattern, mark) in enumerate(layout.items()):
-        if fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern(name, tensor):
+        if fnmatchcase(name, pattern) if isinstance(pattern, str) else _asked(pattern, name, tensor):
             return number, mark
     return None
+
+
+def _asked(predicate: Callable[[str, Tensor], bool], name: str, tensor: Tensor) -> bool:
+    try:
+        return bool(predicate(name, tensor))
+    except Exception as error:  # it is the user's: anything may come out of it, on one rank alone
+        raise ValueError(f"layout: {predicate!r} raised {type(error).__name__} for {name}: {error}") from error
 
 
 def check_layout(layout: Layout) -> None:

@@ -12,17 +12,19 @@ from .conductor import Conductor
 from .hosts import IDLE, mark_stateless
 
 
-def is_rehearsal(hosts: Sequence[torch.optim.Optimizer], conductor: Conductor, acted: bool) -> bool:
+def is_rehearsal(hosts: Sequence[torch.optim.Optimizer], conductor: Conductor, has_closure: bool) -> bool:
     """Whether this step only asks the hosts for their state, as torch.distributed.checkpoint does: none yet, lr 0, gradients 0.
 
-    acted: whether a step has been taken before. Then only hosts that never keep state are asked again; this rank's gradients
-    decide, and what other ranks may wait for must be measured all the same.
+    After the first real step only hosts that never keep state are asked again; this rank's gradients decide, and what
+    other ranks may wait for must be measured all the same.
     """
     groups = [group for host in hosts for group in host.param_groups]
-    if any(set(host.state) - {IDLE} for host in hosts) or any(group.get("lr", 1) != 0 for group in groups):
-        return False
+    has_state = any(set(host.state) - {IDLE} for host in hosts)
+    idle = not (has_closure or has_state or any(group.get("lr", 1) != 0 for group in groups))
+    if not conductor.has_agreed:
+        return conductor.only_rehearses(idle)
     has_gradients = any(param.grad is not None for group in groups for param in group["params"])
-    return (has_gradients or not acted) and conductor.moves_nothing(here=acted)
+    return idle and has_gradients and conductor.moves_nothing()
 
 
 def mark_idle(host: torch.optim.Optimizer) -> None:

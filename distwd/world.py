@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .board import Board
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -16,6 +18,7 @@ class World:
 
     group: their process group, None for this process alone. rank, size: of this process within it.
     serves: device types that the group's backends can send from; device: where to put a tensor of another type first.
+    board: where ranks that have a plan together leave word for one another.
     """
 
     group: dist.ProcessGroup | None
@@ -23,6 +26,7 @@ class World:
     size: int
     serves: tuple[str, ...]
     device: torch.device
+    board: Board | None = None
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> World:
@@ -38,6 +42,10 @@ class World:
     def sendable(self, tensor: Tensor) -> Tensor:
         """`tensor` on a device that the group serves: where it is, if possible."""
         return tensor if tensor.device.type in self.serves else tensor.to(self.device)
+
+    def words(self) -> str:
+        """Why other ranks cannot go on, where they have left word: to ask when a collective has failed."""
+        return "" if self.board is None else self.board.read()
 
 
 def check_group(group: Any) -> None:

@@ -20,6 +20,7 @@ DOCUMENTED = re.findall(r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/api.md").rea
 # From the ground up. A unit imports from the units below it (and from itself), never from those above.
 LAYERS = [
     ["_version", "audit", "checks", "errors", "kernels", "scheduling"],
+    ["board"],
     ["keys", "local", "naming", "world"],
     ["groups", "layout", "metrics"],
     ["plan"],

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import PlanError
 from ..world import World
 from .metric import Moment
 
@@ -78,5 +79,10 @@ def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, world: World) -> Tensor:
     if world.size > 1:
         tensor = world.sendable(tensor)
-        dist.all_reduce(tensor, op=op, group=world.group)
+        try:
+            dist.all_reduce(tensor, op=op, group=world.group)
+        except RuntimeError as error:  # a rank that died, raised or does something else, after the group's timeout
+            if words := world.words():
+                raise PlanError(words) from error
+            raise
     return tensor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..board import Board
 from ..errors import PlanError
 from ..layout import Layout, find_mark
 from ..local import local_tensor
@@ -20,15 +22,16 @@ from .owners import Ownership, resolve
 from .pieces import Piece, describe
 
 # The first row of every rank is about the rank itself: does it object, which rules, are its tensors named, how many
-# groups it has, how many patterns its layout has, and which of those have matched, as bits.
-_OBJECTS, _RULES, _NAMED, _GROUPS, _PATTERNS, _MATCHED = range(6)
+# groups it has, its other arguments, which patterns of its layout have matched, as bits, and a number for the plan.
+_OBJECTS, _RULES, _NAMED, _GROUPS, _ARGUMENTS, _MATCHED, _NUMBER = range(NUM_COLUMNS)
 _MAX_PATTERNS = 62  # as bits of one number
 _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Built:
-    """What `build` found: this rank's pieces, which it owns, the cell of each, where counted ones begin, and sizes over all ranks."""
+    """What `build` found: this rank's pieces, which it owns, the cell of each, where counted ones begin, sizes over all ranks,
+    and a board for these."""
 
     pieces: tuple[Piece, ...]
     owned: tuple[bool, ...]
@@ -37,6 +40,7 @@ class Built:
     num_groups: int
     numel: Tensor
     group_numel: Tensor
+    board: Board | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,11 @@ class Call:
     rules: str = ""
     offsets: bool = False
 
+    @property
+    def arguments(self) -> str:
+        """What must be the same on every rank besides the rules."""
+        return f"check_replicas={self.check_replicas}, a layout of {len(self.layout)} patterns"
+
 
 def build(entries: Sequence[Entry], call: Call) -> Built:
     """Describe this rank's entries, exchange with the world, find owners; PlanError on every rank if anything is wrong."""
@@ -62,7 +71,9 @@ def build(entries: Sequence[Entry], call: Call) -> Built:
     _agree_on_the_pieces(found, entries, told.pieces, call.world)
     owned, name_ids = tuple(found.owned.tolist()), tuple(found.name_ids.tolist())
     offsets = offsets_of(told.pieces, [part[1:] for part in gathered]) if call.offsets else ()
-    return Built(told.pieces, owned, name_ids, offsets, num_groups, found.numel, found.group_numel)
+    # A number that no other plan has, the same on every rank: the first one's.
+    board = Board.of(call.world.group, int(headers[0, _NUMBER]))
+    return Built(told.pieces, owned, name_ids, offsets, num_groups, found.numel, found.group_numel, board)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +94,12 @@ def _tell(entries: Sequence[Entry], call: Call) -> _Told:
         pieces = tuple(_describe_all(entries, call.layout, matched))
         checksums = _checksums(entries, call)
         rows = rows_of(pieces, [entry.group for entry in entries], checksums, _named(entries) != _UNNAMED)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         objection = str(error)
     num_groups = 1 + max((entry.group for entry in entries), default=0)
     mask = sum(1 << number for number in matched)
-    header = [objection is not None, stable_hash(call.rules), _named(entries), num_groups, len(call.layout), mask, 0]
+    number, arguments = uuid.uuid4().int >> 65, stable_hash(call.arguments)
+    header = [objection is not None, stable_hash(call.rules), _named(entries), num_groups, arguments, mask, number]
     return _Told(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))
 
 
@@ -132,8 +144,9 @@ def _agree_on_the_call(headers: Tensor, objection: str | None, call: Call) -> No
     kinds = headers[headers[:, _NAMED] != _EMPTY, _NAMED].unique()
     if len(kinds) > 1:
         raise PlanError("some ranks gave names and others did not; pass model.named_parameters() on every rank")
-    if len(headers[:, _PATTERNS].unique()) > 1:
-        raise PlanError("the ranks have layouts of different lengths; pass the same patterns on every rank")
+    if len(headers[:, _ARGUMENTS].unique()) > 1:
+        texts = gather_objects(call.arguments, call.world)
+        raise PlanError("the ranks do not have the same arguments: " + _on_ranks(texts, call.world))
     matched = headers[:, _MATCHED].tolist()
     idle = [
         repr(pattern) for number, pattern in enumerate(call.layout) if not any(mask >> number & 1 for mask in matched)
@@ -160,7 +173,7 @@ def _agree_on_the_pieces(found: Ownership, entries: Sequence[Entry], pieces: Seq
         return
     wrong = set(found.mismatched) | set(found.uncovered) | set(found.drifted)
     clues = [
-        Clue(name_id, piece, entry.named)
+        Clue(name_id, piece, entry.named, entry.group)
         for name_id, piece, entry in zip(found.name_ids.tolist(), pieces, entries, strict=True)
         if name_id in wrong
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import PlanError
 from ..world import World
 
 
@@ -26,12 +29,26 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value, group=world.group)
+    with _together(world):
+        dist.all_gather_object(values, value, group=world.group)
     return values
 
 
 def _gather(tensor: Tensor, world: World) -> list[Tensor]:
     tensor = world.sendable(tensor)
     parts = [torch.empty_like(tensor) for _ in range(world.size)]
-    dist.all_gather(parts, tensor, group=world.group)
+    with _together(world):
+        dist.all_gather(parts, tensor, group=world.group)
     return parts
+
+
+@contextmanager
+def _together(world: World) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PlanError(
+            f"rank {world.rank} of {world.size} has come to build a plan, and another rank of the group has not ({error}). "
+            "Every rank needs the same rules (one with absolute decay only never builds a plan) and the same group=, and "
+            "must ask for the plan when the others do; or a rank has died."
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .entries import Entry
 from .owners import Ownership
 from .pieces import Piece
 
@@ -18,6 +19,7 @@ class Clue:
     name_id: int
     piece: Piece
     named: bool
+    group: int
 
 
 def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
@@ -31,8 +33,33 @@ def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
     return "\n".join([section for section in sections if section] + ([] if named else [_NAMES_FIX]))
 
 
+def explain_change(planned: Sequence[Entry], now: Sequence[Entry], rules: str) -> str:
+    """Why a plan does not fit any more; rules: what is asked for now."""
+    before, after = ({entry.name: entry for entry in entries} for entries in (planned, now))
+    changes = {
+        "new": [name for name in after if name not in before],
+        "gone": [name for name in before if name not in after],
+        "in another group": [name for name in after if name in before and after[name].group != before[name].group],
+    }
+    told = [
+        f"{word}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
+        for word, names in changes.items()
+        if names
+    ]
+    what = (
+        f"parameters have changed ({'; '.join(told)})"
+        if told
+        else f"shapes, placements or rules have changed (now {rules})"
+    )
+    return f"its {what}, and not on every rank. {_CHANGE_FIX}"
+
+
+_CHANGE_FIX = (
+    "Change groups (add_param_group), shapes, placements and metrics between the same steps on every rank, with an empty "
+    "group where a rank has nothing to add."
+)
 _MISMATCH_FIX = (
-    "give different parameters different names, and build every rank's model alike; shards in plain tensors need a "
+    "give different parameters different names, and build every rank's model and param groups alike; shards in plain tensors need a "
     "layout: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} for others."
 )
 _COVER_FIX = (
@@ -52,7 +79,7 @@ _NAMES_FIX = (
 
 
 def _section(
-    wrong: Sequence[int], clues: Sequence[Sequence[Clue]], problem: str, tell: Callable[[Piece], str], fix: str
+    wrong: Sequence[int], clues: Sequence[Sequence[Clue]], problem: str, tell: Callable[[Clue], str], fix: str
 ) -> str:
     if not wrong:
         return ""
@@ -61,7 +88,7 @@ def _section(
     return "\n".join([f"{problem}:", *lines, *more, f"  What to do: {fix}"])
 
 
-def _account(name_id: int, clues: Sequence[Sequence[Clue]], tell: Callable[[Piece], str]) -> str:
+def _account(name_id: int, clues: Sequence[Sequence[Clue]], tell: Callable[[Clue], str]) -> str:
     """`w: rank 0, 1: ... | rank 2: ...`"""
     ranks: dict[str, list[int]] = {}
     name = "?"
@@ -69,16 +96,20 @@ def _account(name_id: int, clues: Sequence[Sequence[Clue]], tell: Callable[[Piec
         for clue in some:
             if clue.name_id == name_id:
                 name = clue.piece.name
-                ranks.setdefault(tell(clue.piece), []).append(rank)
+                ranks.setdefault(tell(clue), []).append(rank)
     told = " | ".join(f"rank {', '.join(map(str, who))}: {what}" for what, who in ranks.items())
     return f"{name}: {told}"
 
 
-def _meaning(piece: Piece) -> str:
+def _meaning(clue: Clue) -> str:
+    piece = clue.piece
     mesh = f" on ranks {list(piece.mesh)}" if piece.mesh else ""
-    return f"{list(piece.shape)} {str(piece.dtype).removeprefix('torch.')} {piece.placements}{mesh}"
+    return (
+        f"{list(piece.shape)} {str(piece.dtype).removeprefix('torch.')} {piece.placements}{mesh}, in group {clue.group}"
+    )
 
 
-def _cut(piece: Piece) -> str:
+def _cut(clue: Clue) -> str:
+    piece = clue.piece
     cuts = ", ".join("+".join(f"{start}:{stop}" for start, stop in cut) or "nothing" for cut in piece.cuts)
     return f"[{cuts}] of {list(piece.shape)} ({piece.placements})"

@@ -27,7 +27,8 @@ def rows_of(pieces: Sequence[Piece], groups: Sequence[int], checksums: Sequence[
 
 def _row(piece: Piece, group: int, checksum: int, named: bool) -> list[int]:
     # Without names, position is all there is to match by; then equal positions must also live on equal meshes.
-    meta = (piece.shape, piece.is_counted, str(piece.dtype), () if named else piece.mesh)
+    # In another group it would be added to another number.
+    meta = (piece.shape, piece.is_counted, str(piece.dtype), () if named else piece.mesh, group)
     whole, measure = _measure_of_whole(piece), _measure(piece)
     return [stable_hash(piece.name), stable_hash(meta), whole, measure, piece.numel, group, checksum]
 

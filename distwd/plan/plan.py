@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..metrics.moments import wide_dtype
 from ..world import World
 from .build import Built, Call, build
 from .entries import Entry, entries_of
+from .explain import explain_change
 from .pieces import Piece
 from .table import format_plan
 
@@ -165,6 +166,11 @@ class Plan:
         """Whether `entries` still have the names, groups, shapes and placements that this plan was built for, in whatever storage."""
         return len(entries) == len(self.entries) and all(map(_fits, entries, self.entries, self._stamps))
 
+    def meet(self, entries: Sequence[Entry], rules: str) -> None:
+        """Wait until every rank is about to build another plan. Raises PlanError if some are not: they go on with this one."""
+        if self.world.board is not None:
+            self.world.board.meet(explain_change(self.entries, entries, rules))
+
     def __str__(self) -> str:
         return format_plan(self.world, self.entries, self.pieces, self.owned, self.numel)
 
@@ -182,7 +188,8 @@ def build_plan(
     call = Call(World.of(group), layout or {}, check_replicas, rules, offsets)
     built = build(entries, call)
     stamps = tuple(_stamp(entry.tensor) for entry in entries)
-    return Plan(call.world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built, stamps)
+    world = replace(call.world, board=built.board)
+    return Plan(world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built, stamps)
 
 
 def _stamp(tensor: Tensor) -> Any:

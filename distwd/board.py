@@ -1,0 +1,77 @@
+"""A board in a process group's store, where a rank says why it cannot go on. Host memory only; a step that goes well never looks."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from .errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Board:
+    """Where the ranks of one plan leave word for those whose collective fails.
+
+    store: of the process group, for this plan alone. patience: how long a rank waits for the others at a meeting, half the
+    group's timeout: whoever waits for this rank in a collective meanwhile still waits when the meeting has failed.
+    """
+
+    store: Store
+    rank: int
+    size: int
+    patience: timedelta
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, number: int) -> Board | None:
+        """The board of the plan called `number`; None where there is nobody else, or the backend has no timeout (a fake one)."""
+        if group is None or group.size() == 1:
+            return None
+        backend = group._get_backend(torch.device(group._device_types[0].type))
+        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+        if timeout is None:
+            return None
+        store = PrefixStore(f"distwd/{number}", group.get_group_store())
+        return cls(store, group.rank(), group.size(), timeout / 2)
+
+    def say(self, reason: str) -> None:
+        """Leave word; another word of this rank is replaced."""
+        with contextlib.suppress(RuntimeError):  # a store that died with its rank: nobody is left to read
+            self.store.set(_word(self.rank), reason)
+
+    def wipe(self) -> None:
+        """Take this rank's word back."""
+        with contextlib.suppress(RuntimeError):
+            self.store.delete_key(_word(self.rank))
+
+    def read(self) -> str:
+        """`rank 1: why; rank 2: why`, or "" if nobody has left word."""
+        words: list[str] = []
+        with contextlib.suppress(RuntimeError):
+            there = [rank for rank in range(self.size) if self.store.check([_word(rank)])]
+            words = [f"rank {rank}: {self.store.get(_word(rank)).decode()}" for rank in there]
+        return "; ".join(words)
+
+    def meet(self, reason: str) -> None:
+        """Wait until every rank has come here. Raises PlanError with the reasons of those that came, if some did not.
+
+        An exchange that others do not expect would pair up with whatever collective they are in.
+        """
+        self.say(reason)
+        if self.store.add("met", 1) == self.size:
+            self.store.set("go", "")
+        try:
+            self.store.wait(["go"], self.patience)
+        except RuntimeError as error:
+            # Whoever takes its name off the list again cannot be counted by one that comes later.
+            if self.store.add("met", -1) + 1 < self.size:
+                raise PlanError(self.read()) from error
+        self.wipe()
+
+
+def _word(rank: int) -> str:
+    return f"word of rank {rank}"
