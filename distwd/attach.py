@@ -272,9 +272,10 @@ class Attachment:
             assert self._snapshot is not None
             step = self._new_step(host)
             step.grad_scale = None  # a fused kernel has unscaled the gradients
-            moved_to = self._snapshot.rewind(step, per_lr=self._coupling == "lr")
-            self._conductor.act(step, self._conductor.in_step)
-            write_after(step, moved_to, self._direct)
+            with self._snapshot.restored_on_error(step.entries):
+                moved_to = self._snapshot.rewind(step, per_lr=self._coupling == "lr")
+                self._conductor.act(step, self._conductor.in_step)
+                write_after(step, moved_to, self._direct)
             self._rounding.count(step.groups if not self._each_alone else host.param_groups)
 
     def _restore(self, stepped: bool = False) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -164,6 +165,16 @@ class Snapshot:
             ):
                 buffer = torch.empty_like(local, requires_grad=False)
             self.before[position] = buffer.copy_(local)
+
+    @contextmanager
+    def restored_on_error(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """Undo the host's step on the parameters where its decay fails, as when another rank has died."""
+        try:
+            yield
+        except Exception:
+            for position, entry in enumerate(entries):
+                local_tensor(entry.tensor).copy_(self.before[position])
+            raise
 
     def rewind(self, step: Step, per_lr: bool) -> list[list[Tensor]]:
         """Make `step` one before the host's: its parameters the old ones, its update what the host did (over lr, if asked).

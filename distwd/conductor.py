@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from .errors import PlanError, Stranded
 from .kernels.scratch import Scratch
 from .layout import Layout, check_layout
 from .local import local_tensor
@@ -136,8 +137,12 @@ class Conductor:
         """The closure, with the decays of target="closure" added to the gradients after every evaluation."""
 
         def evaluate() -> Any:
-            with torch.enable_grad():
-                loss = closure()
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            except Exception as error:  # through a host's step, and no hook sees it
+                self.tell(error)
+                raise
             if self.in_closure:
                 with torch.no_grad():
                     self.act(self.new_step({}), self.in_closure)
@@ -176,8 +181,12 @@ class Conductor:
         return self._agreed
 
     def tell(self, error: Exception) -> None:
-        """Leave word for ranks that will wait for this one in vain."""
-        if self._plan is not None and self._plan.world.board is not None:
+        """Leave word for ranks that will wait for this one in vain. Of the plan they all know, and of being left alone."""
+        if (
+            not isinstance(error, (PlanError, Stranded))
+            and self._plan is not None
+            and self._plan.world.board is not None
+        ):
             self._plan.world.board.say(f"{type(error).__name__}: {error}")
             self._told = True
 

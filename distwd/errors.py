@@ -1,4 +1,4 @@
-"""The one error of the plan."""
+"""The one error of the plan, and that of a rank which waited in vain."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ class PlanError(ValueError):
     >>> issubclass(PlanError, ValueError)
     True
     """
+
+
+class Stranded(RuntimeError):
+    """A collective failed, since another rank died, raised, or did not take part; the backend's own error is its cause."""

@@ -39,9 +39,12 @@ class RankError(AssertionError):
 
 
 class World:
-    """`ranks` processes with one process group; `ranks=0` is one process without any."""
+    """`ranks` processes with one process group; `ranks=0` is one process without any.
 
-    def __init__(self, ranks: int):
+    wire_timeout: seconds after which a collective without its partners fails.
+    """
+
+    def __init__(self, ranks: int, wire_timeout: float = WIRE_TIMEOUT):
         self.ranks = ranks
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
@@ -51,7 +54,7 @@ class World:
         self._pipes, self._processes = [], []
         for rank in range(max(ranks, 1)):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, ranks, store, wire_timeout, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -141,7 +144,7 @@ class Worlds:
         self._open.clear()
 
 
-def _serve(rank: int, ranks: int, store: str, pipe: multiprocessing.connection.Connection) -> None:
+def _serve(rank: int, ranks: int, store: str, wire_timeout: float, pipe: multiprocessing.connection.Connection) -> None:
     """The life of one rank: join the group, answer calls, leave together."""
     import torch
     import torch.distributed as dist
@@ -150,7 +153,7 @@ def _serve(rank: int, ranks: int, store: str, pipe: multiprocessing.connection.C
     # What distwd warns of is a failure here, as it is in the pytest process.
     warnings.filterwarnings("error", module=r"distwd(\.|$)")
     if ranks:
-        wait = datetime.timedelta(seconds=WIRE_TIMEOUT)
+        wait = datetime.timedelta(seconds=wire_timeout)
         meeting = dist.FileStore(store, ranks)
         dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks, timeout=wait)
     while True:

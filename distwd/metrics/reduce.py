@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import PlanError, Stranded
 from ..world import World
 from .metric import Moment
 
@@ -84,5 +84,7 @@ def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, world: World) -> Te
         except RuntimeError as error:  # a rank that died, raised or does something else, after the group's timeout
             if words := world.words():
                 raise PlanError(words) from error
-            raise
+            raise Stranded(
+                f"rank {world.rank}: another rank has died, or has not taken the step that this one takes: {error}"
+            ) from error
     return tensor

@@ -48,7 +48,7 @@ def _together(world: World) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PlanError(
-            f"rank {world.rank} of {world.size} has come to build a plan, and another rank of the group has not ({error}). "
+            f"rank {world.rank} of {world.size} has come to build a plan, and another rank of the group has not. "
             "Every rank needs the same rules (one with absolute decay only never builds a plan) and the same group=, and "
             "must ask for the plan when the others do; or a rank has died."
         ) from error
