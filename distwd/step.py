@@ -202,7 +202,10 @@ class Step:
                 batch.mask,
                 scratch=batch.scratch,
                 noise=batch.noise,
+                clear=batch.owns_update,
             )
+        for host in self.hosts.values():
+            host.cleared(rest)
 
 
 def unless(found_inf: Tensor, rate: Rate) -> Tensor:

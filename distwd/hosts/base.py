@@ -78,6 +78,9 @@ class Host(Inner, ABC):
     def update(self, batches: Sequence[Batch]) -> None:
         """Put the optimizer's update into `batch.update`; the parameters stay."""
 
+    def cleared(self, batches: Sequence[Batch]) -> None:
+        """Learn that the updates of `batches` have been written, and are zeros now where they were ours."""
+
     def _run(self, groups: list[dict[str, Any]], steps_on: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Run the inner step; steps_on: (tensor that is stepped, parameter whose state is used)."""
         lent = [

@@ -37,6 +37,7 @@ class ElementwiseHost(Host):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._zeros: dict[int, Tensor] = {}
+        self._clean: set[int] = set()
 
     def begins_whole(self, groups: Sequence[dict[str, Any]]) -> bool:
         """All but SGD with dampening, whose buffer begins as the first gradient."""
@@ -118,9 +119,18 @@ class ElementwiseHost(Host):
             kept = self._zeros.get(position)
             if kept is None or kept.shape != local.shape or kept.dtype != local.dtype or kept.device != local.device:
                 kept = self._zeros[position] = torch.empty_like(local, requires_grad=False)
+                self._clean.discard(position)
             zeros.append(kept)
-        torch._foreach_zero_(zeros)
+        if dirty := [zero for position, zero in zip(batch.index, zeros, strict=True) if position not in self._clean]:
+            torch._foreach_zero_(dirty)
+        self._clean.difference_update(batch.index)
         return zeros
+
+    def cleared(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            for position, update in zip(batch.index, batch.update, strict=True):
+                if update is self._zeros.get(position):
+                    self._clean.add(position)
 
 
 def _is_as_given(batch: Batch) -> bool:

@@ -30,16 +30,15 @@ def strength(ps: list[Tensor], ord: float, rate: Any, scratch: Scratch, use: str
     return found
 
 
-def masked_(values: list[Tensor], us: list[Tensor], ps: list[Tensor], sign: int, scratch: Scratch) -> None:
-    """values ← values · [sign·u·p > 0], in place."""
+def masked(ps: list[Tensor], us: list[Tensor], sign: int, scratch: Scratch) -> list[Tensor]:
+    """[sign·u·p > 0] · p, apart from `ps`. Its direction is the masked one, as d(0) = 0."""
     # The sign of u, not u itself: a product of two small numbers would vanish.
-    keep = scratch.make("sign", "sign", us)
-    torch._foreach_mul_(keep, ps)
-    if sign < 0:
-        torch._foreach_neg_(keep)
-    torch._foreach_clamp_min_(keep, 0.0)
-    torch._foreach_sign_(keep)
-    torch._foreach_mul_(values, keep)
+    signs = scratch.make("sign", "sign", us)
+    kept = scratch.make("mul", "masked", ps, signs)
+    clamp_ = torch._foreach_clamp_min_ if sign > 0 else torch._foreach_clamp_max_
+    clamp_(kept, 0.0)
+    torch._foreach_mul_(kept, signs)
+    return kept
 
 
 def _power(magnitudes: list[Tensor], exponent: float, scratch: Scratch, use: str) -> list[Tensor]:

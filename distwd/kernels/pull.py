@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .blocks import blocks
-from .direction import masked_, strength
+from .direction import masked, strength
 from .rounding import LOW, Noise, write_
 from .scratch import Scratch
 
@@ -60,21 +60,26 @@ def pull_(
     *,
     scratch: Scratch,
     noise: Noise | None = None,
+    clear: bool = False,
 ) -> None:
     """p ← p − Σ pull(p) − scale·u, in place; every pull is of p as it was before.
 
     params, updates: local tensors of equal shapes; updates None: there is nothing but the pulls.
     For linear pulls this is one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary; anything
     else needs temporaries of a block. bf16 and fp16 are computed in float32 and rounded once: as `noise` decides, if given.
+    clear: leave zeros in `updates`, which costs least while a block is in the cache.
     """
     lists = [params] if updates is None else [params, updates]
     mask = _needed(mask, pulls, lists)
+    factors = Factors.of(pulls, scale, params)
     for places, (ps, *rest) in blocks(*lists):
         ps_wide, *rest_wide = _widened(scratch, ps, *rest)
         block_mask = None if mask is None else Mask(rest_wide[-1], mask.sign)
-        _pull_block_(ps_wide, places, pulls, None if updates is None else rest_wide[0], scale, block_mask, scratch)
+        _pull_block_(ps_wide, places, factors, None if updates is None else rest_wide[0], block_mask, scratch)
         if ps_wide is not ps:
             write_(ps, ps_wide, places, params, noise)
+        if clear:
+            torch._foreach_zero_(rest[0])
 
 
 def drag_(
@@ -152,39 +157,59 @@ def _folded(
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The numbers of p ← keep·p − Σ bent pulls − scale·u, as they are multiplied; made once for all blocks."""
+
+    keep: Rate | None
+    bent: list[Pull]
+    scale: Rate
+
+    @classmethod
+    def of(cls, pulls: Sequence[Pull], scale: Rate, params: list[Tensor]) -> Factors:
+        """keep: 1 − Σ rate of the linear pulls, rounded after the sum."""
+        linear = [pull.rate for pull in pulls if pull.is_linear]
+        keep = _fitted(1 - sum(linear[1:], start=linear[0]), params) if linear else None
+        bent = [replace(pull, rate=_fitted(pull.rate, params)) for pull in pulls if not pull.is_linear]
+        return cls(keep, bent, _fitted(scale, params))
+
+
 def _pull_block_(
     ps: list[Tensor],
     places: list[int],
-    pulls: Sequence[Pull],
+    factors: Factors,
     us: list[Tensor] | None,
-    scale: Rate,
     mask: Mask | None,
     scratch: Scratch,
 ) -> None:
-    bent = [pull for pull in pulls if not pull.is_linear]
-    strengths = [_strength(pull, ps, places, mask, scratch, f"strength {n}") for n, pull in enumerate(bent)]
-    linear = [pull.rate for pull in pulls if pull.is_linear]
-    if linear:
-        torch._foreach_mul_(ps, _factor(1 - sum(linear[1:], start=linear[0]), places, ps))
+    strengths = [_strength(pull, ps, places, mask, scratch, f"strength {n}") for n, pull in enumerate(factors.bent)]
+    if factors.keep is not None:
+        torch._foreach_mul_(ps, _factor(factors.keep, places, ps))
     for one in strengths:
         torch._foreach_sub_(ps, one)
     if us is None:
         return
-    if isinstance(scale, Tensor):
-        torch._foreach_sub_(ps, scratch.make("mul", "scaled", us, _factor(scale, places, us)))
+    if isinstance(factors.scale, Tensor):
+        torch._foreach_sub_(ps, scratch.make("mul", "scaled", us, _factor(factors.scale, places, us)))
     else:
-        torch._foreach_add_(ps, us, alpha=-scale)
+        torch._foreach_add_(ps, us, alpha=-factors.scale)
 
 
 def _strength(
     pull: Pull, ps: list[Tensor], places: list[int], mask: Mask | None, scratch: Scratch, use: str = "strength 0"
 ) -> list[Tensor]:
     """rate · mask · d(p), in temporaries of the size of the block."""
-    found = strength(ps, pull.ord, _factor(pull.rate, places, ps), scratch, use)
     if pull.cautious:
         assert mask is not None, "a cautious pull needs a mask"
-        masked_(found, mask.us, ps, pull.sign * mask.sign, scratch)
-    return found
+        ps = masked(ps, mask.us, pull.sign * mask.sign, scratch)
+    return strength(ps, pull.ord, _factor(pull.rate, places, ps), scratch, use)
+
+
+def _fitted(rate: Rate, params: list[Tensor]) -> Rate:
+    """The rate where `params` are and in the dtype that they are computed in."""
+    if not isinstance(rate, Tensor) or not params:
+        return rate
+    return rate.to(params[0].device, torch.float32 if params[0].dtype in LOW else params[0].dtype)
 
 
 def _factor(rate: Rate, places: list[int], like: list[Tensor]) -> Any:
