@@ -22,16 +22,17 @@ from .owners import Ownership, resolve
 from .pieces import Piece, describe
 
 # The first row of every rank is about the rank itself: does it object, which rules, are its tensors named, how many
-# groups it has, its other arguments, which patterns of its layout have matched, as bits, and a number for the plan.
+# groups it has, its other arguments, which patterns of its layout have matched (bits), and a number for the plan.
 _OBJECTS, _RULES, _NAMED, _GROUPS, _ARGUMENTS, _MATCHED, _NUMBER = range(NUM_COLUMNS)
 _MAX_PATTERNS = 62  # as bits of one number
+_NARROW = 1 << _MAX_PATTERNS  # the bit beside them: some tensors here are not float64
 _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Built:
-    """What `build` found: this rank's pieces, which it owns, the cell of each, where counted ones begin, sizes over all ranks,
-    and a board for these."""
+    """What `build` found: this rank's pieces, which it owns, the cell of each, where counted ones begin; over all ranks, sizes
+    and whether everything is float64; and a board for these ranks."""
 
     pieces: tuple[Piece, ...]
     owned: tuple[bool, ...]
@@ -40,6 +41,7 @@ class Built:
     num_groups: int
     numel: Tensor
     group_numel: Tensor
+    is_wide: bool
     board: Board | None
 
 
@@ -71,9 +73,11 @@ def build(entries: Sequence[Entry], call: Call) -> Built:
     _agree_on_the_pieces(found, entries, told.pieces, call.world)
     owned, name_ids = tuple(found.owned.tolist()), tuple(found.name_ids.tolist())
     offsets = offsets_of(told.pieces, [part[1:] for part in gathered]) if call.offsets else ()
+    # Not by this rank's own tensors: a metric has the same bits on a rank that holds others, or none.
+    is_wide = len(found.names) > 0 and not any(mask & _NARROW for mask in headers[:, _MATCHED].tolist())
     # A number that no other plan has, the same on every rank: the first one's.
     board = Board.of(call.world.group, int(headers[0, _NUMBER]))
-    return Built(told.pieces, owned, name_ids, offsets, num_groups, found.numel, found.group_numel, board)
+    return Built(told.pieces, owned, name_ids, offsets, num_groups, found.numel, found.group_numel, is_wide, board)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ def _tell(entries: Sequence[Entry], call: Call) -> _Told:
         objection = str(error)
     num_groups = 1 + max((entry.group for entry in entries), default=0)
     mask = sum(1 << number for number in matched)
+    mask |= _NARROW if any(piece.dtype != torch.float64 for piece in pieces) else 0
     number, arguments = uuid.uuid4().int >> 65, stable_hash(call.arguments)
     header = [objection is not None, stable_hash(call.rules), _named(entries), num_groups, arguments, mask, number]
     return _Told(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))

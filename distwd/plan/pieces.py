@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from ..local import local_tensor
 from ..world import World
 
 Intervals = tuple[tuple[int, int], ...]
+Axis = tuple[Placement, int, int]  # what it does to the tensor, its ranks, which of them is here
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ def _told_by_tensor(name: str, tensor: Tensor) -> Piece:
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
     if not isinstance(tensor, DTensor):
         return Piece(name, shape, tensor.dtype, _whole(shape), local, "plain", ())
-    cuts = _cuts(tensor)
-    if _product(local) and tuple(_length(cut) for cut in cuts) != local:
+    cuts = _cuts(tensor, local)
+    if _product(local) and not _fits(cuts, local):
         raise ValueError(
             f"{name}: the local tensor has shape {local}, but {tensor.placements} on a mesh of shape "
             f"{tuple(tensor.device_mesh.shape)} gives {tuple(_length(cut) for cut in cuts)}; "
@@ -113,13 +114,24 @@ def short_placement(placement: Placement) -> str:
     return f"S({placement.dim})" if isinstance(placement, Shard) else "R"
 
 
-def _cuts(tensor: DTensor) -> tuple[Intervals, ...]:
+def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the mesh and holds nothing; a scalar needs a dimension to say so
         return tuple(() for _ in tensor.shape) or ((),)
-    cuts = list(_whole(tuple(tensor.shape)))
     # torch cuts from the first mesh dimension to the last, each cutting what the one before left.
-    for placement, num_chunks, index in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
+    axes = list(zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True))
+    written = _cut_along(axes, tuple(tensor.shape))
+    if not any(isinstance(placement, _StridedShard) for placement in tensor.placements):
+        return written
+    # FSDP2 over TP cuts last along its first axis, and writes that as a _StridedShard. Where TP's pieces are uneven, the two
+    # are not the same; then the local tensor tells which it is, and that the whole is covered is checked later.
+    nested = _cut_along(_as_fsdp_cuts(axes), tuple(tensor.shape))
+    return nested if _fits(nested, local) or not _fits(written, local) else written
+
+
+def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals, ...]:
+    cuts = list(_whole(shape))
+    for placement, num_chunks, index in axes:
         if isinstance(placement, _StridedShard):
             parts = (
                 _chunk(cuts[placement.dim], int(placement.split_factor), k) for k in range(int(placement.split_factor))
@@ -128,6 +140,30 @@ def _cuts(tensor: DTensor) -> tuple[Intervals, ...]:
         elif isinstance(placement, Shard):
             cuts[placement.dim] = _chunk(cuts[placement.dim], num_chunks, index)
     return tuple(cuts)
+
+
+def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
+    """The axes in the order in which they cut: a _StridedShard(dim, k) after those that make k pieces of `dim`, if there are such."""
+    order: list[Axis] = []
+    for axis in reversed(axes):
+        place = _place_after(axis[0], order)
+        order.insert(place or 0, axis if place is None else (Shard(axis[0].dim), *axis[1:]))  # type: ignore[attr-defined]
+    return order
+
+
+def _place_after(placement: Placement, order: Sequence[Axis]) -> int | None:
+    pieces = 1
+    for place, (other, num_chunks, _) in enumerate(order, start=1):
+        if isinstance(placement, _StridedShard) and isinstance(other, Shard) and other.dim == placement.dim:
+            pieces *= num_chunks
+            if pieces == placement.split_factor:
+                return place
+    return None
+
+
+def _fits(cuts: Sequence[Intervals], local: tuple[int, ...]) -> bool:
+    lengths = tuple(map(_length, cuts))
+    return lengths == local or _product(lengths) == _product(local) == 0
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[Intervals, ...]:

@@ -102,9 +102,8 @@ class Plan:
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """The dtype of metrics: float32, or float64 for a model in float64."""
-        all_wide = bool(self.pieces) and all(piece.dtype == torch.float64 for piece in self.pieces)
-        return torch.float64 if all_wide else torch.float32
+        """The dtype of metrics, the same on every rank: float32, or float64 for a model in float64."""
+        return torch.float64 if self._built.is_wide else torch.float32
 
     def request(
         self, metric: Metric, locals_: Sequence[Tensor | None], scope: str = "all", negated: bool = False
