@@ -110,16 +110,14 @@ class Attachment:
         for host in hosts:
             check_host(host, decays, coupling)
         self._hosts, self._coupling = list(hosts), coupling
-        self._naming = Naming(named_parameters or (), self._groups)
+        self._naming = Naming(named_parameters or (), self._shown())
         keys = free_keys(hosts, len(decays))
         self._rounding = Rounding(rounding, seed, holders.layout, *free_keys(hosts, 1, f"distwd_{KEY}"))
         lambdas = {key: decay.defaults["weight_decay"] for key, decay in zip(keys, decays, strict=True)}
         self._defaults = lambdas | self._rounding.defaults
         self.keys = list(self._defaults)
         places = sentence(decays, coupling, keys, [place.label for place in places_of(decays)])
-        self._conductor = Conductor(
-            places, holders, lambda: self._groups, self._rounding, lambda: self._naming.named(self._groups)
-        )
+        self._conductor = Conductor(places, holders, self._shown, self._rounding, self._naming.named)
         rules = [decay for decay in decays if decay.target != "closure"]
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
@@ -129,9 +127,9 @@ class Attachment:
         self._stepped: set[int] = set()
         self._step: Step | None = None
         self._rehearses = self._raised = self._acted = False
-        self._snapshot: Snapshot | None = None
+        self._snapshot = Snapshot()
         self._lent = Lent()
-        write_keys(self._groups, self._defaults)
+        write_keys(self._conductor.groups, self._defaults)
         self._handles = [handle for host in hosts for handle in self._hook(host)]
 
     def remove(self) -> None:
@@ -142,7 +140,7 @@ class Attachment:
         self._handles = []
         for host in self._hosts:
             host.state.pop(IDLE, None)  # type: ignore[call-overload]
-        for group in self._groups:
+        for group in self._conductor.groups:
             for key in self.keys:
                 group.pop(key, None)
 
@@ -167,8 +165,7 @@ class Attachment:
 
     # --- what the hosts hold -----------------------------------------------------------------------------------------
 
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
+    def _shown(self) -> list[dict[str, Any]]:
         return [group for host in self._hosts for group in host.param_groups]
 
     # --- hooks -------------------------------------------------------------------------------------------------------
@@ -230,12 +227,11 @@ class Attachment:
             )
         for each in self._hosts:
             check_groups(each, self._coupling)
-        write_keys(self._groups, self._defaults)
+        write_keys(self._conductor.groups, self._defaults)
         self._conductor.prepare(again=self._began)
         self._began, self._rehearses, self._raised = True, False, True  # until the post hook says otherwise
         if self._follows:
-            kept = {} if self._snapshot is None else self._snapshot.before
-            self._snapshot = Snapshot(self._conductor.entries, kept)
+            self._snapshot.take(self._conductor.playing())
 
     def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
         if self._rehearses and not self._acted:
@@ -269,7 +265,6 @@ class Attachment:
         self._restore(stepped=True)
         self._acted = self._acted or not self._rehearses
         if self._follows and not self._rehearses:
-            assert self._snapshot is not None
             step = self._new_step(host)
             step.grad_scale = None  # a fused kernel has unscaled the gradients
             with self._snapshot.restored_on_error(step.entries):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -151,20 +151,24 @@ class Lent:
 class Snapshot:
     """The local parameters as they were before a host stepped, and afterwards the step it made."""
 
-    def __init__(self, entries: Sequence[Entry], kept: Mapping[int, Tensor]) -> None:
-        """kept: buffers of an earlier snapshot by position, used again where they fit."""
+    def __init__(self) -> None:
         self.before: dict[int, Tensor] = {}
-        for position, entry in enumerate(entries):
-            local = local_tensor(entry.tensor)
-            buffer = kept.get(position)
-            if (
-                buffer is None
-                or buffer.shape != local.shape
-                or buffer.dtype != local.dtype
-                or buffer.device != local.device
-            ):
-                buffer = torch.empty_like(local, requires_grad=False)
-            self.before[position] = buffer.copy_(local)
+        self._buffers: dict[int, Tensor] = {}
+
+    def take(self, entries: Iterable[tuple[int, Entry]]) -> None:
+        """Copy the parameters of these (position, entry) pairs, into the buffers of earlier snapshots where they fit."""
+        self.before = {position: self._copy(position, local_tensor(entry.tensor)) for position, entry in entries}
+
+    def _copy(self, position: int, local: Tensor) -> Tensor:
+        buffer = self._buffers.get(position)
+        if (
+            buffer is None
+            or buffer.shape != local.shape
+            or buffer.dtype != local.dtype
+            or buffer.device != local.device
+        ):
+            buffer = self._buffers[position] = torch.empty_like(local, requires_grad=False)
+        return buffer.copy_(local)
 
     @contextmanager
     def restored_on_error(self, entries: Sequence[Entry]) -> Iterator[None]:
@@ -172,8 +176,8 @@ class Snapshot:
         try:
             yield
         except Exception:
-            for position, entry in enumerate(entries):
-                local_tensor(entry.tensor).copy_(self.before[position])
+            for position, old in self.before.items():
+                local_tensor(entries[position].tensor).copy_(old)
             raise
 
     def rewind(self, step: Step, per_lr: bool) -> list[list[Tensor]]:

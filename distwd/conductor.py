@@ -10,9 +10,11 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from .decays.rule import Decay
 from .errors import PlanError, Stranded
 from .kernels.scratch import Scratch
 from .layout import Layout, check_layout
+from .ledger import Groups, Ledger
 from .local import local_tensor
 from .meter import Meter
 from .metrics.reduce import any_rank
@@ -24,8 +26,6 @@ from .rounding import Rounding
 from .step import Step
 from .transform import Place
 from .world import World, check_group
-
-Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Conductor:
     """Leads transforms through the steps of one optimizer, or of several with one model.
 
     in_step, in_closure: what acts in a step, and in every evaluation of a closure. groups: the param groups as they are now.
-    rounding: how parameters of low precision are written. named: the same groups with names for their parameters, where
+    rounding: how parameters of low precision are written. named: what gives groups names for their parameters, where
     others know them.
     """
 
@@ -59,11 +59,12 @@ class Conductor:
         holders: Holders,
         groups: Callable[[], Groups],
         rounding: Rounding,
-        named: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
+        named: Callable[[Groups], Sequence[Mapping[str, Any]]] = lambda groups: groups,
     ) -> None:
         self.in_closure = tuple(place for place in places if getattr(place.transform, "target", "") == "closure")
         self.in_step = tuple(place for place in places if place not in self.in_closure)
-        self._holders, self._groups, self._named = holders, groups, named or groups
+        self._holders, self._named = holders, named
+        self._ledger = Ledger(groups)
         self._rounding = rounding
         self._roster = Roster()
         self._plan: Plan | None = None
@@ -73,9 +74,19 @@ class Conductor:
         self._meter = Meter(lambda: self.plan)
 
     @property
+    def groups(self) -> Groups:
+        """All param groups, also in a step that is shown only some."""
+        return self._ledger.read()
+
+    @property
     def entries(self) -> tuple[Entry, ...]:
         """All parameters, as the groups hold them now."""
-        return self._roster.read(self._named())
+        return self._roster.read(self._named(self.groups))
+
+    def playing(self) -> list[tuple[int, Entry]]:
+        """The parameters of the groups that are shown now, with their positions among all."""
+        in_play = self._ledger.in_play()
+        return [(position, entry) for position, entry in enumerate(self.entries) if entry.group in in_play]
 
     @property
     def plan(self) -> Plan:
@@ -109,6 +120,7 @@ class Conductor:
     def prepare(self, again: bool) -> None:
         """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed, else unless `again`."""
         self.take_back()
+        self._refuse_parts()
         schedules = self._schedules()
         # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
         if any(schedules) or (self._rounding.is_stochastic and self._holders.layout):
@@ -119,15 +131,30 @@ class Conductor:
             for entry in self.entries:
                 check_tensor(entry.name, entry.tensor)
 
+    def _refuse_parts(self) -> None:
+        """Refuse a number over all groups in a step that is shown only some; on every rank alike, since all step alike."""
+        in_play, num_groups = self._ledger.in_play(), len(self.groups)
+        if len(in_play) == num_groups:
+            return
+        for place in (*self.in_step, *self.in_closure):
+            for group in self.groups:
+                need = place.transform.need(place.settings(group)) if isinstance(place.transform, Decay) else None
+                if need is not None and need.scope == "all":
+                    raise ValueError(
+                        f"this step is of {len(in_play)} of the optimizer's {num_groups} param groups (DeepSpeed's ZeRO-1 and 2 "
+                        f"step one group at a time), so {place.label} never sees the whole model: give it scope='group' "
+                        "(or 'tensor'), or put all parameters into one group"
+                    )
+
     def new_step(self, hosts: Mapping[int, Any]) -> Step:
         """A step of the gradients as they are now."""
-        step = Step(self.entries, self._groups(), self._meter, hosts, self._scratch)
+        step = Step(self.entries, self.groups, self._meter, hosts, self._scratch, self._ledger.in_play())
         self._rounding.begin(step.entries, step.batches, lambda: self.plan)
         return step
 
     def act(self, step: Step, places: Sequence[Place]) -> None:
         """Let every transform have its say, measuring before the first that needs it."""
-        phases = {phase.position: phase for phase in schedule(places, self._groups())}
+        phases = {phase.position: phase for phase in schedule(places, self.groups)}
         for position, place in enumerate(places):
             if position in phases:
                 self._meter.measure(phases[position], step, places)
@@ -153,7 +180,7 @@ class Conductor:
     def act_unseen(self, step: Step) -> None:
         """Only what other ranks may wait for: measure, write nothing, and forget."""
         with self._meter.unchanged():
-            for phase in schedule(self.in_step, self._groups()):
+            for phase in schedule(self.in_step, self.groups):
                 self._meter.measure(phase, step, self.in_step)
 
     def only_rehearses(self, idle: bool) -> bool:
@@ -197,7 +224,7 @@ class Conductor:
         self._told = False
 
     def _schedules(self) -> tuple[Any, Any]:
-        groups = self._groups()
+        groups = self.groups
         return schedule(self.in_step, groups), schedule(self.in_closure, groups)
 
 

@@ -52,7 +52,10 @@ class Meter:
         asked = {index for index, _ in phase.asks}
         for place in places:
             if place.index in asked:
-                self._readings[place.label] = _read(place, step.groups, numbers)
+                # Groups that are not in play keep the numbers of their own last step.
+                kept = {i: old for i, old in self._readings.get(place.label, {}).items() if i not in step.in_play}
+                kept = kept if len(step.in_play) < len(step.groups) else {}
+                self._readings[place.label] = kept | _read(place, step, numbers)
 
     def rate(self, place: Place, batch: Batch, settings: Mapping[str, Any]) -> Rate:
         """λ for an absolute rule; for a relative one the coefficient, as a tensor: one number, or one by parameter."""
@@ -95,12 +98,12 @@ class Meter:
         return told[0] if one and readings[0].need.scope == "all" else told
 
 
-def _read(place: Place, groups: Sequence[Mapping[str, Any]], numbers: Mapping[Need, Tensor]) -> dict[int, Reading]:
-    """By param group; groups with equal settings share one reading."""
+def _read(place: Place, step: Step, numbers: Mapping[Need, Tensor]) -> dict[int, Reading]:
+    """By param group in play; groups with equal settings share one reading."""
     shared: dict[Any, Reading] = {}
     readings = {}
-    for index, group in enumerate(groups):
-        settings = place.settings(group)
+    for index in sorted(step.in_play):
+        settings = place.settings(step.groups[index])
         need, decay = place.transform.need(settings), settings["weight_decay"]  # type: ignore[attr-defined]
         key = (need, id(decay) if isinstance(decay, Tensor) else decay)
         if key not in shared:

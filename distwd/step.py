@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -108,6 +108,7 @@ class Step:
     scratch: where blocks are worked on.
     host: an optimizer that waits for what comes after it. grad_scale: what a GradScaler has multiplied the gradients by.
     found_inf: not 0 where the step will be skipped. pulls_gradients: whether pulls on the update are pulls on gradients.
+    in_play: the indices of the groups that are stepped; the others are as if they had no parameters. None: all groups.
     old: local parameters as they were, by position, where an optimizer has stepped them already.
     """
 
@@ -118,13 +119,16 @@ class Step:
         rates: Rates,
         hosts: Mapping[int, Any],
         scratch: Scratch,
+        in_play: frozenset[int] | None = None,
     ) -> None:
         self.entries = entries
         self.groups = groups
         self.rates = rates
         self.hosts = hosts
         self.scratch = scratch
-        self.batches = list(_batches(entries, groups, scratch))
+        self.in_play = frozenset(range(len(groups))) if in_play is None else in_play
+        playing = ((position, entry) for position, entry in enumerate(entries) if entry.group in self.in_play)
+        self.batches = list(_batches(playing, groups, scratch))
         self.host: Waiting | None = None
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -146,7 +150,7 @@ class Step:
     def source(self, of: str) -> tuple[list[Tensor | None], bool]:
         """The local tensors that a metric of `of` is taken of, by parameter (None: no gradient), and whether to negate them."""
         if of == "params":
-            return [self.old[i] if i in self.old else local_tensor(e.tensor) for i, e in enumerate(self.entries)], False
+            return [self._param(position) for position in range(len(self.entries))], False
         if of == "update":
             self.fold()
             # One sign for all: groups whose lr is not 1 have just been folded, the others may still be flipped.
@@ -156,6 +160,12 @@ class Step:
             for position, tensor in zip(batch.index, batch.grads if of == "grad" else batch.update, strict=True):
                 found[position] = tensor
         return found, of == "update" and any(batch.flipped for batch in self.batches)
+
+    def _param(self, position: int) -> Tensor | None:
+        entry = self.entries[position]
+        if entry.group not in self.in_play:
+            return None
+        return self.old[position] if position in self.old else local_tensor(entry.tensor)
 
     def fold(self, exact: bool = False) -> None:
         """Make `batch.update` the update at this place: run a waiting optimizer, add what is pending.
@@ -218,9 +228,11 @@ def unless(found_inf: Tensor, rate: Rate) -> Tensor:
     return torch.where(found_inf != 0, 0.0, rate)
 
 
-def _batches(entries: Sequence[Entry], groups: Sequence[dict[str, Any]], scratch: Scratch) -> Iterator[Batch]:
+def _batches(
+    entries: Iterable[tuple[int, Entry]], groups: Sequence[dict[str, Any]], scratch: Scratch
+) -> Iterator[Batch]:
     found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
-    for position, entry in enumerate(entries):
+    for position, entry in entries:
         param = entry.tensor
         if param.grad is None:
             continue

@@ -21,7 +21,7 @@ DOCUMENTED = re.findall(r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/api.md").rea
 LAYERS = [
     ["_version", "audit", "checks", "errors", "kernels", "scheduling"],
     ["board"],
-    ["keys", "local", "naming", "world"],
+    ["keys", "ledger", "local", "naming", "world"],
     ["groups", "layout", "metrics"],
     ["plan"],
     ["numbers", "param_groups", "schedulers", "step"],

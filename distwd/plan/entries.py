@@ -36,7 +36,9 @@ def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[Entry, ...]:
     for index, group in enumerate(groups):
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         decay = _decay(group)
-        names = group.get("param_names") or [None] * len(members)
+        names = group.get("param_names") or []
+        if len(names) != len(members):  # DeepSpeed puts one flat tensor in their place and leaves the names
+            names = [None] * len(members)
         for name, member in zip(names, members, strict=True):
             if isinstance(member, tuple):
                 name, member = member
