@@ -64,7 +64,8 @@ _MISMATCH_FIX = (
 )
 _COVER_FIX = (
     "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that "
-    "holds a piece of it."
+    "holds a piece of it. With Sharded(group) every rank of the group has a piece, if need be an empty tensor; where that cannot be "
+    "(Megatron's distributed optimizer), leave the layout out and give the pieces names of their own, such as f'{name} on rank {rank}'."
 )
 _DRIFT_FIX = (
     "if they are shards in plain tensors, say so: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} "
