@@ -13,6 +13,7 @@ from .attached import (
     COUPLINGS,
     Lent,
     Snapshot,
+    batches_of,
     must_follow,
     sentence,
     skip_where,
@@ -32,7 +33,7 @@ from .plan.plan import Plan
 from .refusals import as_hosts, check_decays, check_groups, check_host
 from .rehearsal import is_rehearsal, is_within_a_step, mark_idle
 from .rounding import KEY, Rounding
-from .step import Batch, Step
+from .step import Step
 from .transform import places_of
 
 
@@ -46,6 +47,7 @@ def attach(
     check_replicas: bool = True,
     rounding: str = "nearest",
     seed: int = 0,
+    track_unchanged: bool = False,
 ) -> Attachment:
     """Add decay to an optimizer that exists, through its own step hooks.
 
@@ -58,7 +60,7 @@ def attach(
         one and not the others: attach to each on its own.)
     decays: rules; λ is kept in the groups' key `distwd_weight_decay`, read at every step, and saved with them.
     group, layout, check_replicas: as for `Chain`. rounding, seed: as for `Chain`, of what distwd itself writes to bf16 and
-        fp16 parameters: the decay. How the optimizer rounds its own step, it has done already.
+        fp16 parameters: the decay. How the optimizer rounds its own step, it has done already. track_unchanged: as for `Chain`.
     named_parameters: names, where the optimizer was built without.
     Raises ValueError if the optimizer decays already or has no step hooks (a wrapper: attach to what it wraps);
     PlanError at the first step as `Chain`.
@@ -76,13 +78,13 @@ def attach(
     >>> attachment.remove()
     """
     holders = Holders.of(group, layout, check_replicas)
-    return Attachment(as_hosts(optimizer), decays, coupling, holders, named_parameters, rounding, seed)
+    return Attachment(as_hosts(optimizer), decays, coupling, holders, named_parameters, rounding, seed, track_unchanged)
 
 
 class Attachment:
     """Decay that `attach` has added to one or several optimizers.
 
-    `plan`, `phases` and `stats()` as of `Chain`; `remove()` takes the decay off again. Made by `attach`.
+    `plan`, `phases`, `stats()` and `print` as of `Chain`; `remove()` takes the decay off again. Made by `attach`.
 
     >>> import torch
     >>> from distwd import RelativeWeightDecay, attach
@@ -104,20 +106,21 @@ class Attachment:
         named_parameters: Iterable[tuple[str, Tensor]] | None,
         rounding: str,
         seed: int,
+        track_unchanged: bool,
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
         check_decays(decays)
         for host in hosts:
             check_host(host, decays, coupling)
-        self._hosts, self._coupling = list(hosts), coupling
+        self._hosts, self._decays, self._coupling = list(hosts), tuple(decays), coupling
         self._naming = Naming(named_parameters or (), self._shown())
         keys = free_keys(hosts, len(decays))
-        self._rounding = Rounding(rounding, seed, holders.layout, *free_keys(hosts, 1, f"distwd_{KEY}"))
+        rounds = Rounding(rounding, seed, holders.layout, *free_keys(hosts, 1, f"distwd_{KEY}"))
         lambdas = {key: decay.defaults["weight_decay"] for key, decay in zip(keys, decays, strict=True)}
-        self._defaults = lambdas | self._rounding.defaults
+        self._defaults = lambdas | rounds.defaults
         self.keys = list(self._defaults)
         places = sentence(decays, coupling, keys, [place.label for place in places_of(decays)])
-        self._conductor = Conductor(places, holders, self._shown, self._rounding, self._naming.named)
+        self._conductor = Conductor(places, holders, self._shown, rounds, track_unchanged, self._naming.named)
         rules = [decay for decay in decays if decay.target != "closure"]
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
@@ -162,6 +165,14 @@ class Attachment:
     def lent_groups(self) -> frozenset[int]:
         """Identities of the groups whose own weight_decay does a rule's work during a step."""
         return frozenset(self._lent.groups)
+
+    def __repr__(self) -> str:
+        hosts = " and ".join(type(host).__name__ for host in self._hosts)
+        rules = ", ".join(repr(decay) for decay in self._decays)
+        return f"Attachment({hosts}, {rules}, coupling={self._coupling!r})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self._conductor.audit()}"
 
     # --- what the hosts hold -----------------------------------------------------------------------------------------
 
@@ -234,24 +245,21 @@ class Attachment:
             self._snapshot.take(self._conductor.playing())
 
     def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
-        if self._rehearses and not self._acted:
-            return
-        if self._rehearses:
+        if self._rehearses and self._acted:
             self._conductor.act_unseen(self._new_step(host))
-            return
-        if self._follows:
+        if self._rehearses or self._follows:
             return
         if first or self._step is None:
             self._step = self._new_step(host)
             self._conductor.act(self._step, self._conductor.in_step)
-        own = _batches_of(host, self._step)
+        own = batches_of(host, self._step)
         if not self._each_alone and (found_inf := getattr(host, "found_inf", None)) is not None:
             skip_where(own, found_inf)
         if self._coupling == "gradient":
             self._lent.grads += write_gradients(own)
         else:
             self._lent.groups |= write_before(own, host, self._coupling)
-        self._rounding.count(host.param_groups)
+        self._conductor.finish(self._step, host.param_groups)
 
     @in_step
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -271,23 +279,16 @@ class Attachment:
                 moved_to = self._snapshot.rewind(step, per_lr=self._coupling == "lr")
                 self._conductor.act(step, self._conductor.in_step)
                 write_after(step, moved_to, self._direct)
-            self._rounding.count(step.groups if not self._each_alone else host.param_groups)
+            self._conductor.finish(step, host.param_groups if self._each_alone else step.groups)
 
     def _restore(self, stepped: bool = False) -> None:
         self._lent.take_back(stepped)
         self._step = None
-
-    # --- a step ------------------------------------------------------------------------------------------------------
 
     def _new_step(self, host: torch.optim.Optimizer) -> Step:
         step = self._conductor.new_step({})
         step.grad_scale, step.found_inf = getattr(host, "grad_scale", None), getattr(host, "found_inf", None)
         step.pulls_gradients = self._coupling == "gradient"
         if self._each_alone:
-            step.batches = _batches_of(host, step)
+            step.batches = batches_of(host, step)
         return step
-
-
-def _batches_of(host: torch.optim.Optimizer, step: Step) -> list[Batch]:
-    own = set(map(id, host.param_groups))
-    return [batch for batch in step.batches if id(batch.group) in own]

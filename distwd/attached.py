@@ -13,7 +13,7 @@ from torch import Tensor
 from .decays.rule import Decay
 from .hosts import ELEMENTWISE, KNOWS_DECOUPLED
 from .hosts.lending import like_whole
-from .kernels.pull import drag_, pull_
+from .kernels.pull import count, drag_
 from .kernels.rounding import differences
 from .local import local_tensor
 from .plan.entries import Entry
@@ -95,8 +95,10 @@ def write_before(batches: Sequence[Batch], host: torch.optim.Optimizer, coupling
         may_hand = coupling == "lr" and id(batch.group) not in with_noise
         handed = _handed(batch, host, put_back) if may_hand else None
         if handed is None:
-            pull_(batch.params, batch.pulls, mask=batch.mask, scratch=batch.scratch, noise=batch.noise)
-        elif id(batch.group) not in put_back:
+            batch.pull_(batch.pulls)
+            continue
+        count(batch.params, batch.pulls, batch.tally, batch.scratch)
+        if id(batch.group) not in put_back:
             kept = {key: batch.group[key] for key in ("weight_decay", "decoupled_weight_decay")}
             put_back[id(batch.group)] = (batch.group, kept)
             batch.group.update(weight_decay=handed, decoupled_weight_decay=True)
@@ -210,18 +212,24 @@ def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: b
     """
     for batch, params in zip(step.batches, moved_to, strict=True):
         if batch.absorbed or decayed_at_once:
-            pull_(
+            batch.pull_(batch.pulls, batch.update, batch.signed_scale)
+            torch._foreach_copy_(params, batch.params)
+        else:
+            drag_(
+                params,
                 batch.params,
                 batch.pulls,
-                batch.update,
-                batch.signed_scale,
                 batch.mask,
                 scratch=batch.scratch,
                 noise=batch.noise,
+                tally=batch.tally,
             )
-            torch._foreach_copy_(params, batch.params)
-        else:
-            drag_(params, batch.params, batch.pulls, batch.mask, scratch=batch.scratch, noise=batch.noise)
+
+
+def batches_of(host: torch.optim.Optimizer, step: Step) -> list[Batch]:
+    """What a step holds of one host."""
+    own = set(map(id, host.param_groups))
+    return [batch for batch in step.batches if id(batch.group) in own]
 
 
 def skip_where(batches: Sequence[Batch], found_inf: Tensor) -> None:

@@ -101,12 +101,12 @@ def _whole_shape(param: Tensor, flattened: Mapping[int, tuple[int, ...]], name: 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One parameter: its name, whole shape, index of its group, decay λ, other hyperparameters in words, and the rule that chose them."""
+    """One parameter: its name, whole shape, index of its group, λ of each decay, other hyperparameters in words, and the rule in words."""
 
     name: str
     shape: tuple[int, ...]
     group: int
-    decay: float
+    decays: tuple[float, ...]
     also: str
     rule: str
 
@@ -127,8 +127,8 @@ def format_audit(lines: Sequence[Line]) -> str:
     rows = [_HEAD, *map(_row, kinds.values())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    decayed = _sum(line for line in lines if line.decay)
-    spared = _sum(line for line in lines if not line.decay)
+    decayed = _sum(line for line in lines if any(line.decays))
+    spared = _sum(line for line in lines if not any(line.decays))
     return "\n".join([*table, f"decayed: {decayed}; not decayed: {spared}"])
 
 
@@ -137,7 +137,8 @@ def _row(alike: Sequence[Line]) -> tuple[str, ...]:
     name = first.name if len(alike) == 1 else _NUMBER.sub("*", first.name)
     shape = "×".join(map(str, first.shape)) or "scalar"
     elements = f"{sum(line.numel for line in alike):,}"
-    return (str(first.group), f"{first.decay:g}", name, shape, str(len(alike)), elements, first.also or "-", first.rule)
+    decays = "; ".join(f"{decay:g}" for decay in first.decays) or "-"
+    return (str(first.group), decays, name, shape, str(len(alike)), elements, first.also or "-", first.rule)
 
 
 def _sum(lines: Iterable[Line]) -> str:

@@ -42,11 +42,14 @@ class Chain(torch.optim.Optimizer):
         noise is a hash of seed, number of the step, name (or position) of the parameter and place of the element in the whole
         tensor: the same on every replica, in every run and on any sharding. Its step is a key of the groups.
     seed: an integer, the same on every rank.
+    track_unchanged: whether `stats()` tells of how many elements the decay made no difference. That costs computing what
+        is written a second time.
 
     Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms
     bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: groups,
     schedulers, hooks, closures, state_dict, checkpoints. Absolute decay never communicates; relative decay costs one
     all-reduce per phase (`phases` tells how many).
+    `print(optimizer)` tells what is decayed, by how much and by which rule, without a word to other ranks.
     Raises ValueError for what cannot work, naming it; PlanError at the first step if the ranks do not agree on who
     holds what. Source: the form is torchzero's and optax's.
 
@@ -69,10 +72,11 @@ class Chain(torch.optim.Optimizer):
         check_replicas: bool = True,
         rounding: str = "nearest",
         seed: int = 0,
+        track_unchanged: bool = False,
     ) -> None:
         refuse_sentence(transforms)
         self._holders = Holders.of(group, layout, check_replicas)
-        self._rounds = (rounding, seed)
+        self._rounds, self._tracks = (rounding, seed), track_unchanged
         self._places = places_of(transforms)
         self._acted = False
         self._forget()
@@ -83,7 +87,9 @@ class Chain(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop what can be made again; none of it belongs into a copy or a checkpoint."""
         self._rounding = Rounding(*self._rounds, self._holders.layout)
-        self._conductor = Conductor(self._places, self._holders, lambda: self.param_groups, self._rounding)
+        self._conductor = Conductor(
+            self._places, self._holders, lambda: self.param_groups, self._rounding, self._tracks
+        )
         self._hosts: dict[int, Host] = {}
         self._search: SearchHost | None = None
         self._begun: tuple[Entry, ...] | None = None
@@ -122,7 +128,7 @@ class Chain(torch.optim.Optimizer):
             raise TypeError(
                 "a Chain with group= or layout= cannot be pickled, since process groups cannot; pickle its state_dict()"
             )
-        own = ("_holders", "_places", "_acted", "_rounds")
+        own = ("_holders", "_places", "_acted", "_rounds", "_tracks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,6 +152,10 @@ class Chain(torch.optim.Optimizer):
         words = [f"  {place.label}: {place.transform!r}" for place in self._places]
         return "\n".join(["Chain(", *words, ")", super().__repr__()])
 
+    def __str__(self) -> str:
+        words = [f"  {place.label}: {place.transform!r}" for place in self._places]
+        return "\n".join(["Chain(", *words, ")", self._conductor.audit()])
+
     # --- what distwd adds --------------------------------------------------------------------------------------------
 
     @property
@@ -163,6 +173,8 @@ class Chain(torch.optim.Optimizer):
 
         0-d tensors, not synchronised. For scope="all" one of each (by group index where groups have settings of their own),
         for "group" by group index, for "tensor" by the names of the parameters that this rank holds. {} before the first step.
+        With track_unchanged=True also "unchanged_here", by group index: the share of the elements that *this rank* wrote in
+        the last step which have the bits that they would have without the decay.
         """
         return self._conductor.stats()
 
@@ -184,7 +196,7 @@ class Chain(torch.optim.Optimizer):
             step.adopt(moved)
         self._conductor.act(step, self._conductor.in_step)
         step.write()
-        self._rounding.count(self.param_groups)
+        self._conductor.finish(step, self.param_groups)
         self._acted = True
         return loss
 

@@ -10,9 +10,11 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from .accounts import audit_of
 from .decays.rule import Decay
 from .errors import PlanError, Stranded
 from .kernels.scratch import Scratch
+from .kernels.tally import Tally
 from .layout import Layout, check_layout
 from .ledger import Groups, Ledger
 from .local import local_tensor
@@ -49,8 +51,8 @@ class Conductor:
     """Leads transforms through the steps of one optimizer, or of several with one model.
 
     in_step, in_closure: what acts in a step, and in every evaluation of a closure. groups: the param groups as they are now.
-    rounding: how parameters of low precision are written. named: what gives groups names for their parameters, where
-    others know them.
+    rounding: how parameters of low precision are written. tracks: whether to count what the decay leaves unchanged.
+    named: what gives groups names for their parameters, where others know them.
     """
 
     def __init__(
@@ -59,13 +61,15 @@ class Conductor:
         holders: Holders,
         groups: Callable[[], Groups],
         rounding: Rounding,
+        tracks: bool,
         named: Callable[[Groups], Sequence[Mapping[str, Any]]] = lambda groups: groups,
     ) -> None:
         self.in_closure = tuple(place for place in places if getattr(place.transform, "target", "") == "closure")
         self.in_step = tuple(place for place in places if place not in self.in_closure)
         self._holders, self._named = holders, named
         self._ledger = Ledger(groups)
-        self._rounding = rounding
+        self._rounding, self._tracks = rounding, tracks
+        self._tallies: dict[int, Tally] = {}
         self._roster = Roster()
         self._plan: Plan | None = None
         self._scratch = Scratch()
@@ -113,9 +117,18 @@ class Conductor:
         world = World.of(self._holders.group)
         return sum(num_phases(phases, world) for phases in self._schedules())
 
+    def audit(self) -> str:
+        """What is decayed, by how much, and by which rule."""
+        places, world = (*self.in_closure, *self.in_step), World.of(self._holders.group)
+        return audit_of(self.entries, self.groups, places, self._holders.layout, world)
+
     def stats(self) -> dict[str, dict[str, Any]]:
-        """The last metric and coefficient of every relative rule."""
-        return self._meter.stats()
+        """The last metric and coefficient of every relative rule, and what the decay left unchanged, by group."""
+        told: dict[str, Any] = self._meter.stats()
+        if self._tracks:
+            written = sorted((index, tally) for index, tally in self._tallies.items() if tally.num_written)
+            told["unchanged_here"] = {index: tally.share() for index, tally in written}
+        return told
 
     def prepare(self, again: bool) -> None:
         """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed, else unless `again`."""
@@ -150,7 +163,17 @@ class Conductor:
         """A step of the gradients as they are now."""
         step = Step(self.entries, self.groups, self._meter, hosts, self._scratch, self._ledger.in_play())
         self._rounding.begin(step.entries, step.batches, lambda: self.plan)
+        if self._tracks:
+            tallies = {batch.group_index: Tally() for batch in step.batches}
+            for batch in step.batches:
+                batch.tally = tallies[batch.group_index]
         return step
+
+    def finish(self, step: Step, groups: Groups) -> None:
+        """A step has been written, for these groups."""
+        self._rounding.count(groups)
+        if self._tracks:
+            self._tallies |= {batch.group_index: batch.tally for batch in step.batches if batch.tally is not None}
 
     def act(self, step: Step, places: Sequence[Place]) -> None:
         """Let every transform have its say, measuring before the first that needs it."""
@@ -159,6 +182,7 @@ class Conductor:
             if position in phases:
                 self._meter.measure(phases[position], step, places)
             place.transform.apply(step, place)
+        self._rounding.warn(step.batches, on_gradients=step.pulls_gradients)
 
     def decaying(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with the decays of target="closure" added to the gradients after every evaluation."""

@@ -248,7 +248,7 @@ def _line(held: Held, group: int, settings: Mapping[str, Any], rules: Sequence[R
     if number != DEFAULT and "weight_decay" not in rules[number].settings:
         words += f" (weight_decay by {by_default})"
     also = " ".join(f"{key}={value}" for key, value in settings.items() if key != "weight_decay")
-    return Line(held.name, held.shape, group, float(settings["weight_decay"]), also, words)
+    return Line(held.name, held.shape, group, (float(settings["weight_decay"]),), also, words)
 
 
 def _notes(survey: Survey, world: World) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .checks import check_choice
-from .kernels.rounding import Draws, Extent, Noise, Ramp
+from .kernels.pull import Pull
+from .kernels.rounding import LOW, Draws, Extent, Noise, Ramp
 from .layout import Layout, find_mark
 from .plan.entries import Entry
 from .plan.manifest import stable_hash
@@ -40,6 +43,7 @@ class Rounding:
         self._ramp = Ramp()
         self._keys: dict[str, int] = {}
         self._extents: dict[int, tuple[Entry, Any, Extent]] = {}
+        self._warned = False
 
     @property
     def is_stochastic(self) -> bool:
@@ -69,6 +73,17 @@ class Rounding:
         if self.is_stochastic:
             for group in groups:
                 group[self.key] = group.get(self.key, 0) + 1
+
+    def warn(self, batches: Sequence[Batch], on_gradients: bool) -> None:
+        """Warn, once, of an absolute decay of which a bf16 or fp16 parameter shows nothing; reads no tensor.
+
+        on_gradients: whether what is pending goes to the gradients.
+        """
+        for batch in () if self._warned or self.is_stochastic else batches:
+            for pulls in (batch.at_once, [] if on_gradients else batch.pulls):
+                self._warned = self._warned or warn_if_lost(
+                    f"param_groups[{batch.group_index}]", pulls, batch.params[0].dtype
+                )
 
     def draws(
         self, entries: Sequence[Entry], index: Sequence[int], step: int, plan: Callable[[], Plan] | None = None
@@ -116,6 +131,33 @@ def extent_of(piece: Piece, offset: int = 0) -> Extent:
     unit = strides[last + 1]
     runs = tuple((start * unit, (stop - start) * unit) for start, stop in piece.cuts[last])
     return Extent(runs, tuple((piece.cuts[dim], strides[dim + 1]) for dim in range(last)))
+
+
+def warn_if_lost(what: str, pulls: Sequence[Pull], dtype: torch.dtype) -> bool:
+    """Whether pulls of known size are too small for `dtype`, written to the nearest; then that is a warning where distwd was called."""
+    known = [pull.rate for pull in pulls if pull.ord == 2 and isinstance(pull.rate, (int, float))]
+    rate = sum(known) if len(known) == len(pulls) else 0.0
+    # Below a power of two numbers are eps/2 of it apart; elsewhere they are further apart than that part of themselves.
+    half_a_step = torch.finfo(dtype).eps / 4
+    if dtype not in LOW or not 0 < rate < half_a_step:
+        return False
+    name = str(dtype).removeprefix("torch.")
+    warnings.warn(
+        f"{what}: the decay takes {rate:.3g} of a {name} parameter per step, less than half a step between {name} numbers "
+        f"({half_a_step:.3g} of the parameter): on its own it is rounded away every time, and beside an update it counts only "
+        "where the update carries the parameter past a border. rounding='stochastic' keeps it in the mean; float32 parameters keep it.",
+        UserWarning,
+        stacklevel=_level_of_the_user(),
+    )
+    return True
+
+
+def _level_of_the_user() -> int:
+    """The `stacklevel` with which our caller warns at the first line outside of distwd and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("distwd.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_seed(seed: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .kernels.pull import Mask, Pull, Rate, fold, pull_
 from .kernels.rounding import LOW, Draws, Noise
 from .kernels.scratch import Scratch
+from .kernels.tally import Tally
 from .local import local_like, local_tensor
 from .metrics.moments import wide_dtype
 from .plan.entries import Entry
@@ -24,6 +25,7 @@ class Batch:
     index: their positions among all parameters. What is pending is scale · (−update if flipped else update) + Σ pulls.
     At first `update` is the gradients themselves (`owns_update` False: not ours to write to). absorbed: whether pulls
     have become part of `update`. draws: noise for what is written to the parameters; None: it is rounded to the nearest.
+    tally: counts what the decay leaves unchanged. at_once: pulls that have been written already.
     """
 
     group: dict[str, Any]
@@ -40,6 +42,8 @@ class Batch:
     pulls: list[Pull] = field(default_factory=list)
     absorbed: bool = False
     draws: Draws | None = None
+    tally: Tally | None = None
+    at_once: list[Pull] = field(default_factory=list)
 
     @property
     def is_low(self) -> bool:
@@ -70,6 +74,13 @@ class Batch:
     def signed_scale(self) -> Rate:
         """The factor of `update`."""
         return -self.scale if self.flipped else self.scale
+
+    def pull_(
+        self, pulls: Sequence[Pull], updates: list[Tensor] | None = None, scale: Rate = 1.0, clear: bool = False
+    ) -> None:
+        """Write to the parameters:  p ← p − Σ pull(p) − scale·u.  clear: leave zeros in the updates."""
+        scratch, noise, tally = self.scratch, self.noise, self.tally
+        pull_(self.params, pulls, updates, scale, self.mask, scratch=scratch, noise=noise, tally=tally, clear=clear)
 
     def fold(self) -> None:
         """Make `update` the pending update exactly."""
@@ -204,16 +215,7 @@ class Step:
                     run(some)
             self.host = None
         for batch in rest:
-            pull_(
-                batch.params,
-                batch.pulls,
-                batch.update,
-                batch.signed_scale,
-                batch.mask,
-                scratch=batch.scratch,
-                noise=batch.noise,
-                clear=batch.owns_update,
-            )
+            batch.pull_(batch.pulls, batch.update, batch.signed_scale, clear=batch.owns_update)
         for host in self.hosts.values():
             host.cleared(rest)
 

@@ -29,6 +29,7 @@ LAYERS = [
     ["decays", "hosts", "lr"],
     ["phases", "refusals", "wrap"],
     ["attached", "meter", "sentence"],
+    ["accounts"],
     ["conductor"],
     ["rehearsal"],
     ["attach", "chain"],

@@ -15,7 +15,7 @@ from ..kernels.scratch import Scratch
 from ..local import local_tensor
 from ..plan.entries import Entry, entries_of
 from ..plan.pieces import check_tensor
-from ..rounding import Rounding
+from ..rounding import Rounding, warn_if_lost
 from .weight_decay import WeightDecay
 
 
@@ -78,8 +78,10 @@ def decay_weights_(
         batches.setdefault(key, []).append(position)
     for (_, dtype, _), index in batches.items():
         noise = rounds.draws(entries, index, 0).next() if rounds.is_stochastic and dtype in LOW else None
-        locals_ = [local_tensor(entries[i].tensor) for i in index]
-        pull_(locals_, [Pull(decays[index[0]], float(ord))], scratch=Scratch(), noise=noise)
+        pull = Pull(decays[index[0]], float(ord))
+        if not rounds.is_stochastic:
+            warn_if_lost(entries[index[0]].name, [pull], dtype)
+        pull_([local_tensor(entries[i].tensor) for i in index], [pull], scratch=Scratch(), noise=noise)
 
 
 def _refuse(entries: Sequence[Entry], decays: Sequence[float | Tensor], ord: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import check_choice, check_nonnegative, check_ord
-from ..kernels.pull import Pull, fold, pull_
+from ..kernels.pull import Pull, fold
 from ..metrics.metric import Metric
 from ..step import Batch, Step
 from ..transform import Place, Transform
@@ -78,7 +78,8 @@ class Decay(Transform):
         if self.target == "update":
             batch.pulls.append(pull)
         elif self.target == "params_direct":
-            pull_(batch.params, [pull], mask=batch.mask, scratch=batch.scratch, noise=batch.noise)
+            batch.pull_([pull])
+            batch.at_once.append(pull)
         else:
             fold(batch.grads, batch.params, [pull], 1.0, batch.grads, batch.mask, scratch=batch.scratch)
 

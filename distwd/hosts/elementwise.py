@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.pull import pull_
+from ..kernels.pull import count
 from ..local import local_tensor
 from ..step import Batch
 from .base import Host
@@ -62,8 +62,10 @@ class ElementwiseHost(Host):
         for batch in batches:
             handed = self._handed(batch)
             decays.append(handed or 0.0)
-            if handed is None and batch.pulls:
-                pull_(batch.params, batch.pulls, scratch=batch.scratch)
+            if handed is not None:
+                count(batch.params, batch.pulls, batch.tally, batch.scratch)
+            elif batch.pulls:
+                batch.pull_(batch.pulls)
         targets = [
             batch.whole if _is_as_given(batch) else [local.detach() for local in batch.params] for batch in batches
         ]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .blocks import blocks
 from .direction import masked, strength
-from .rounding import LOW, Noise, write_
+from .rounding import LOW, Noise, Span, spans_of, write_
 from .scratch import Scratch
+from .tally import Tally
 
 # A number for all tensors of a list (float or 0-d tensor), or one for each (1-d tensor).
 Rate = float | Tensor
@@ -61,6 +62,7 @@ def pull_(
     scratch: Scratch,
     noise: Noise | None = None,
     clear: bool = False,
+    tally: Tally | None = None,
 ) -> None:
     """p ← p − Σ pull(p) − scale·u, in place; every pull is of p as it was before.
 
@@ -68,16 +70,23 @@ def pull_(
     For linear pulls this is one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary; anything
     else needs temporaries of a block. bf16 and fp16 are computed in float32 and rounded once: as `noise` decides, if given.
     clear: leave zeros in `updates`, which costs least while a block is in the cache.
+    tally: counts the elements that come out as they would without the pulls; that costs computing them a second time.
     """
     lists = [params] if updates is None else [params, updates]
+    tally = tally if pulls else None
     mask = _needed(mask, pulls, lists)
     factors = Factors.of(pulls, scale, params)
     for places, (ps, *rest) in blocks(*lists):
         ps_wide, *rest_wide = _widened(scratch, ps, *rest)
         block_mask = None if mask is None else Mask(rest_wide[-1], mask.sign)
-        _pull_block_(ps_wide, places, factors, None if updates is None else rest_wide[0], block_mask, scratch)
+        us = None if updates is None else rest_wide[0]
+        spans = spans_of(ps, places, params)
+        without = None if tally is None else _without_pulls(ps, ps_wide, places, us, scale, scratch, noise, spans)
+        _pull_block_(ps_wide, places, factors, us, block_mask, scratch)
         if ps_wide is not ps:
-            write_(ps, ps_wide, places, params, noise)
+            write_(ps, ps_wide, noise, spans)
+        if tally is not None and without is not None:
+            tally.add(ps, without)
         if clear:
             torch._foreach_zero_(rest[0])
 
@@ -90,6 +99,7 @@ def drag_(
     *,
     scratch: Scratch,
     noise: Noise | None = None,
+    tally: Tally | None = None,
 ) -> None:
     """t ← t − Σ pull(p), in place: the pulls of one list of tensors, written to another of the same shapes."""
     lists = [targets, params]
@@ -97,10 +107,26 @@ def drag_(
     for places, (ts, *rest) in blocks(*lists) if pulls else ():
         ts_wide, ps, *masks = _widened(scratch, ts, *rest)
         block_mask = None if mask is None else Mask(masks[0], mask.sign)
+        without = None if tally is None else [t.clone() for t in ts]
         for pull in pulls:
             torch._foreach_sub_(ts_wide, _strength(pull, ps, places, block_mask, scratch))
         if ts_wide is not ts:
-            write_(ts, ts_wide, places, targets, noise)
+            write_(ts, ts_wide, noise, spans_of(ts, places, targets))
+        if tally is not None and without is not None:
+            tally.add(ts, without)
+
+
+def count(params: list[Tensor], pulls: Sequence[Pull], tally: Tally | None, scratch: Scratch) -> None:
+    """What linear pulls leave unchanged if they are written alone; nothing is."""
+    factors = Factors.of(pulls, 1.0, params)
+    for places, (ps,) in blocks(params) if tally is not None else ():
+        copies = [p.clone() for p in ps]
+        (wide,) = _widened(scratch, copies)
+        _pull_block_(wide, places, factors, None, None, scratch)
+        if wide is not copies:
+            torch._foreach_copy_(copies, wide)
+        if tally is not None:
+            tally.add(copies, ps)
 
 
 def fold(
@@ -136,6 +162,26 @@ def _widened(scratch: Scratch, *lists: list[Tensor]) -> list[list[Tensor]]:
     if lists[0][0].dtype not in LOW:
         return list(lists)
     return [scratch.copies(f"wide {number}", tensors, torch.float32) for number, tensors in enumerate(lists)]
+
+
+def _without_pulls(
+    ps: list[Tensor],
+    ps_wide: list[Tensor],
+    places: list[int],
+    us: list[Tensor] | None,
+    scale: Rate,
+    scratch: Scratch,
+    noise: Noise | None,
+    spans: Sequence[Span],
+) -> list[Tensor]:
+    """What would be written to a block without any pull, as new tensors."""
+    wide = [p.clone() for p in ps_wide]
+    _pull_block_(wide, places, Factors.of((), scale, ps), us, None, scratch)
+    if ps_wide is ps:
+        return wide
+    written = [torch.empty_like(p) for p in ps]
+    write_(written, wide, noise, spans)
+    return written
 
 
 def _folded(

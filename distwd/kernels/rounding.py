@@ -18,6 +18,7 @@ LOW = (torch.bfloat16, torch.float16)
 _SPREAD, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 
 Run = tuple[int, int]
+Span = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Noise:
     key: int
     ramp: Ramp
 
-    def bits(self, spans: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+    def bits(self, spans: Sequence[Span], device: torch.device) -> Tensor:
         """Random int32, one for each element of `spans`: (which tensor, from, to), elements of the local tensor row by row."""
         x = _joined([part for index, start, stop in spans for part in self._seeds(index, start, stop, device)])
         # Arithmetic shifts: each forgets one bit of 32, and none of those that are used.
@@ -114,17 +115,11 @@ def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_sub(*wide))
 
 
-def write_(
-    targets: list[Tensor], values: list[Tensor], places: list[int], wholes: Sequence[Tensor], noise: Noise | None
-) -> None:
-    """targets ← values (float32), each rounded once: to the nearest, or as `noise` decides.
-
-    targets: all, or a stretch of one, of the tensors `wholes` at `places`.
-    """
+def write_(targets: list[Tensor], values: list[Tensor], noise: Noise | None, spans: Sequence[Span]) -> None:
+    """targets ← values (float32), each rounded once: to the nearest, or as `noise` decides for the elements of `spans`."""
     if noise is None:
         torch._foreach_copy_(targets, values)
         return
-    spans = [_span(place, target, wholes[place]) for place, target in zip(places, targets, strict=True)]
     flat = _joined([value.reshape(-1) for value in values])
     rounded = dithered(flat, noise.bits(spans, flat.device), targets[0].dtype)
     parts = rounded.split([target.numel() for target in targets])
@@ -155,7 +150,12 @@ def _dithered_fp16(x: Tensor, bits: Tensor) -> Tensor:
     return below.add_(up).mul_(gap).copysign_(x)
 
 
-def _span(place: int, part: Tensor, whole: Tensor) -> tuple[int, int, int]:
+def spans_of(parts: list[Tensor], places: list[int], wholes: Sequence[Tensor]) -> list[Span]:
+    """Which elements of `wholes` at `places` these blocks of them are: all, or a stretch of one."""
+    return [_span(place, part, wholes[place]) for place, part in zip(places, parts, strict=True)]
+
+
+def _span(place: int, part: Tensor, whole: Tensor) -> Span:
     start = 0 if part.numel() == whole.numel() else int(part.storage_offset() - whole.storage_offset())
     return place, start, start + part.numel()
 
