@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from .attached import HostLR, HostStep
 from .audit import Line, format_audit
@@ -15,6 +18,7 @@ from .transform import Place
 from .world import World
 from .wrap import Wrap
 
+_LR = re.compile(r"lr(_\d+)?")
 _TARGETS = {"grad": "in the gradient", "closure": "in the closure's gradient", "params_direct": "at once, not × lr"}
 
 
@@ -27,7 +31,7 @@ def audit_of(
 ) -> str:
     """A table of the parameters that this rank holds: what decays them, and by how much now. No communication.
 
-    A decay that is a tensor is read.
+    Decays and learning rates that are tensors are read.
     """
     by_group = [_decays(places, group) for group in groups]
     lines = [_line(entry, groups[entry.group], *by_group[entry.group], layout) for entry in entries]
@@ -71,7 +75,8 @@ def _coupling(place: Place, places: Sequence[Place]) -> str:
 
 
 def _line(entry: Entry, group: Mapping[str, Any], decays: tuple[float, ...], words: str, layout: Layout) -> Line:
-    also = " ".join(f"{key}={value:g}" for key, value in group.items() if _is_rate(key, value))
+    rates = [key for key in group if _LR.fullmatch(key) and isinstance(group[key], (int, float, Tensor))]
+    also = " ".join(f"{key}={float(group[key]):g}" for key in rates)
     if not entry.tensor.requires_grad:
         decays, words = (0.0,), "never stepped: it requires no gradient"
     found = find_mark(entry.name, entry.tensor, layout)
@@ -80,7 +85,3 @@ def _line(entry: Entry, group: Mapping[str, Any], decays: tuple[float, ...], wor
         pieces = World.of(found[1].group)
         name = f"{name} (piece {pieces.rank} of {pieces.size})"
     return Line(name, tuple(entry.tensor.shape), entry.group, decays, also, words)
-
-
-def _is_rate(key: str, value: Any) -> bool:
-    return (key == "lr" or key.startswith("lr_")) and isinstance(value, (int, float))
