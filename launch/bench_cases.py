@@ -71,6 +71,15 @@ def cases() -> list[Case]:
         Case("relative update", lambda named: _chain(named, relative(DECAY, norm_input="update")), "≤ 2.0"),
         Case("cautious", lambda named: _chain(named, distwd.CautiousWeightDecay(DECAY)), "≤ 2.0"),
     ]
+    rules = {
+        "absolute": distwd.WeightDecay(DECAY),
+        "relative params": relative(DECAY, norm_input="params"),
+        "relative update": relative(DECAY, norm_input="update"),
+        "cautious": distwd.CautiousWeightDecay(DECAY),
+    }
+    goals = {case.name: case.goal for case in found}
+    for name, rule in rules.items():
+        found.append(Case(f"attach, {name}", lambda named, rule=rule: _attach(named, rule), goals[name]))  # type: ignore[misc]
     for norm_input in ("params", "update"):
         rule = relative(DECAY, norm_input=norm_input, scope="tensor")
         name = f"relative {norm_input}"
@@ -91,6 +100,12 @@ def _adamw(named: Named, fused: bool) -> Way:
 
 def _chain(named: Named, *rules: Any) -> Way:
     return distwd.Chain(named, distwd.Adam(fused=True), *rules, distwd.LR(LR)).step
+
+
+def _attach(named: Named, rule: Any) -> Way:
+    optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
+    distwd.attach(optimizer, rule)
+    return optimizer.step
 
 
 # --- without distwd: a number of each parameter, so with DTensors a collective for each --------------------------------

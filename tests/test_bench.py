@@ -24,6 +24,10 @@ OURS = {
     "relative params": 1,
     "relative grad": 1,
     "relative update": 1,
+    "attach, absolute": 0,
+    "attach, cautious": 0,
+    "attach, relative params": 1,
+    "attach, relative update": 1,
 }
 
 
@@ -106,6 +110,10 @@ def test_the_ways_to_be_compared_take_the_same_step(cases):
     for one, other in (
         ("absolute", "AdamW fused"),
         ("AdamW foreach", "AdamW fused"),
+        ("attach, absolute", "AdamW fused"),
+        ("attach, relative params", "relative params"),
+        ("attach, relative update", "relative update"),
+        ("attach, cautious", "cautious"),
         ("by hand, params", "relative params"),
         ("by hand, update", "relative update"),
         ("torchzero, update", "relative update"),

@@ -23,6 +23,11 @@ def block_size(device: torch.device) -> int:
     return min(_CPU_BLOCK * torch.get_num_threads(), _CPU_MOST) if device.type == "cpu" else _GPU_BLOCK
 
 
+def small_size(device: torch.device) -> int:
+    """Up to how many elements a tensor shares a block with others."""
+    return _CPU_SMALL if device.type == "cpu" else _GPU_BLOCK
+
+
 def blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Tensor], ...]]]:
     """Cut equally long lists of equally shaped tensors alike; yields (places in the lists, lists of pieces).
 
@@ -30,8 +35,7 @@ def blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Ten
     writes to the tensors. A tensor that is not contiguous comes whole.
     """
     device = lists[0][0].device if lists[0] else torch.device("cpu")
-    size = block_size(device)
-    small = _CPU_SMALL if device.type == "cpu" else size
+    size, small = block_size(device), small_size(device)
     places: list[int] = []
     filled = 0
     for place, tensors in enumerate(zip(*lists, strict=True)):

@@ -263,7 +263,10 @@ def _factor(rate: Rate, places: list[int], like: list[Tensor]) -> Any:
     if not isinstance(rate, Tensor):
         return rate
     rate = rate.to(like[0].device, like[0].dtype)
-    return rate if rate.dim() == 0 else [rate[place] for place in places]
+    if rate.dim() == 0:
+        return rate
+    stretch = rate[places[0] : places[-1] + 1].unbind()
+    return [stretch[place - places[0]] for place in places]
 
 
 def _is_one(scale: Rate) -> bool:

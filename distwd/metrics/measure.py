@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.scratch import Scratch
 from ..world import World
 from .metric import Metric, Moment
-from .moments import combine, identity, local_moments
+from .moments import combine, identity, local_moments, moments_of_each
 from .reduce import Partial, reduce_partials
 
 
@@ -56,15 +56,26 @@ def measure(requests: Sequence[Request], world: World, scratch: Scratch) -> list
 
 def _local(request: Request, scratch: Scratch) -> dict[Moment, Tensor]:
     """This rank's moments by cell, [cells] on the device of `request.numel`."""
-    moments = request.metric.moments
+    moments, device = request.metric.moments, request.numel.device
     found: dict[Moment, dict[int, list[Tensor]]] = {moment: {} for moment in moments}
-    for part in request.parts:
-        for moment, value in local_moments(part.tensors, moments, scratch).items():
+    for part, values in zip(request.parts, _of_parts(request.parts, moments, scratch), strict=True):
+        for moment, value in values.items():
             value = -value if part.negated and moment.kind == "sum" else value
-            found[moment].setdefault(part.cell, []).append(value.to(request.numel.device))
+            found[moment].setdefault(part.cell, []).append(value.to(device))
             if part.zeros and moment.of_zeros is not None:
-                found[moment][part.cell].append(value.new_full((), moment.of_zeros).to(request.numel.device))
+                found[moment][part.cell].append(value.new_full((), moment.of_zeros).to(device))
     return {moment: _by_cell(cells, moment, request.numel) for moment, cells in found.items()}
+
+
+def _of_parts(parts: Sequence[Part], moments: Sequence[Moment], scratch: Scratch) -> Iterator[Mapping[Moment, Tensor]]:
+    """The moments of each part. Parts of one tensor are measured together with others of its length."""
+    alike: dict[tuple[torch.device, int], list[Tensor]] = {}
+    for tensor in (part.tensors[0] for part in parts if len(part.tensors) == 1 and part.tensors[0].numel()):
+        alike.setdefault((tensor.device, tensor.numel()), []).append(tensor)
+    of_each = {key: iter(moments_of_each(tensors, moments, scratch)) for key, tensors in alike.items()}
+    for part in parts:
+        key = (part.tensors[0].device, part.tensors[0].numel()) if len(part.tensors) == 1 else None
+        yield next(of_each[key]) if key in of_each else local_moments(part.tensors, moments, scratch)
 
 
 def _by_cell(cells: dict[int, list[Tensor]], moment: Moment, numel: Tensor) -> Tensor:
