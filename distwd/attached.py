@@ -14,7 +14,7 @@ from .decays.rule import Decay
 from .hosts import ELEMENTWISE, KNOWS_DECOUPLED
 from .hosts.lending import like_whole
 from .kernels.pull import count, drag_
-from .kernels.rounding import differences
+from .kernels.rounding import subtract
 from .local import local_tensor
 from .plan.entries import Entry
 from .step import Batch, Step, unless
@@ -155,22 +155,23 @@ class Snapshot:
 
     def __init__(self) -> None:
         self.before: dict[int, Tensor] = {}
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
 
     def take(self, entries: Iterable[tuple[int, Entry]]) -> None:
         """Copy the parameters of these (position, entry) pairs, into the buffers of earlier snapshots where they fit."""
-        self.before = {position: self._copy(position, local_tensor(entry.tensor)) for position, entry in entries}
+        locals_ = {position: local_tensor(entry.tensor) for position, entry in entries}
+        self.before = {
+            position: self._buffer("before", position, local, local.dtype).copy_(local)
+            for position, local in locals_.items()
+        }
 
-    def _copy(self, position: int, local: Tensor) -> Tensor:
-        buffer = self._buffers.get(position)
-        if (
-            buffer is None
-            or buffer.shape != local.shape
-            or buffer.dtype != local.dtype
-            or buffer.device != local.device
-        ):
-            buffer = self._buffers[position] = torch.empty_like(local, requires_grad=False)
-        return buffer.copy_(local)
+    def _buffer(self, use: str, position: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Kept, since memory given out anew in every step costs more than what is written to it."""
+        buffer = self._buffers.get((use, position))
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != dtype or buffer.device != like.device:
+            buffer = torch.empty_like(like, dtype=dtype, requires_grad=False)
+            self._buffers[use, position] = buffer
+        return buffer
 
     @contextmanager
     def restored_on_error(self, entries: Sequence[Entry]) -> Iterator[None]:
@@ -191,7 +192,10 @@ class Snapshot:
         step.old = self.before
         for batch in step.batches:
             old = [self.before[position] for position in batch.index]
-            batch.update, batch.owns_update, batch.flipped = differences(batch.params, old), True, True
+            dtype = torch.float32 if batch.is_low else old[0].dtype
+            moved = [self._buffer("moved", *pair, dtype) for pair in zip(batch.index, old, strict=True)]
+            subtract(batch.params, old, moved)
+            batch.update, batch.owns_update, batch.flipped = moved, True, True
             moved_to.append(batch.params)
             batch.params = old
             if per_lr:

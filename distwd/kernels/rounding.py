@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import block_size
+from .blocks import block_size, blocks
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -111,8 +111,16 @@ class Draws:
 
 def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     """new − old as new tensors; of bf16 and fp16 in float32, where it is not rounded to 8 or 11 bits again."""
-    wide = [[tensor.float() if tensor.dtype in LOW else tensor for tensor in tensors] for tensors in (new, old)]
-    return list(torch._foreach_sub(*wide))
+    out = [torch.empty_like(tensor, dtype=torch.float32 if tensor.dtype in LOW else None) for tensor in new]
+    subtract(new, old, out)
+    return out
+
+
+def subtract(new: list[Tensor], old: list[Tensor], out: list[Tensor]) -> None:
+    """out ← new − old, computed in the dtype of `out`."""
+    for _, (outs, news, olds) in blocks(out, new, old):
+        torch._foreach_copy_(outs, news)
+        torch._foreach_sub_(outs, olds)
 
 
 def write_(targets: list[Tensor], values: list[Tensor], noise: Noise | None, spans: Sequence[Span]) -> None:
