@@ -8,8 +8,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
-# launch/train.py is tested too.
-source launch/environment.sh tests,demo
+# launch/train.py and launch/recipes are tested too.
+source launch/environment.sh tests,demo,recipes
 
 # The tests start several ranks each. With more than one thread a rank, they only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

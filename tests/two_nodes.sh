@@ -33,5 +33,6 @@ second=$!
 status=0
 wait "$first" || status=$?
 wait "$second" || status=$?
+# shellcheck disable=SC2016 # awk's own $
 on_other awk '$1 == "eth0:" { print $2 }' /proc/net/dev
 exit "$status"
