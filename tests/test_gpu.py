@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import distwd
+from distwd.metrics.metric import parse_metric
+from distwd.metrics.reduce import Partial, reduce_partials
+from distwd.world import World
 from tests import runs
 from tests.layouts import whole_model
 from tests.runs import PARAMS_SEED
@@ -62,3 +69,43 @@ def test_decay_of_order_two_needs_no_temporary():
     bare = peak_of_a_step(distwd.LR(0.1))
     decayed = peak_of_a_step(distwd.RelativeWeightDecay(norm_input="params"), distwd.LR(0.1))
     assert decayed - bare < 2**22  # a quarter of the parameter
+
+
+# --- shards on the CPU, a group that serves cards ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A group of one rank, of the backends that are asked for."""
+
+    def start(backend: str) -> None:
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+    yield start
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_numbers_of_offloaded_shards_go_over_what_the_group_serves(one_rank, backend):
+    one_rank(backend)
+    # A world that believes in a second rank, so that something is sent.
+    world = dataclasses.replace(World.of(None), size=2)
+    value = torch.arange(3.0, dtype=torch.float64)
+    totals = reduce_partials([Partial(0, parse_metric("l1").moments[0], value)], world)
+    assert world.device.type == ("cuda" if backend == "nccl" else "cpu")
+    assert [total.device.type for total in totals.values()] == ["cpu"]
+    assert torch.equal(next(iter(totals.values())), value)
+
+
+def test_offloaded_parameters_decay_where_they_are(one_rank):
+    one_rank("cpu:gloo,cuda:nccl")
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    fully_shard(model, offload_policy=CPUOffloadPolicy())
+    chain = distwd.Chain(model.named_parameters(), distwd.Adam(), distwd.RelativeWeightDecay(0.1), distwd.LR(0.1))
+    before = [param.detach().to_local().clone() for param in model.parameters()]
+    model(torch.ones(2, 5, device="cuda")).square().sum().backward()
+    chain.step()
+    after = [param.detach().to_local() for param in model.parameters()]
+    assert {local.device.type for local in after} == {"cpu"}
+    assert all((old != new).any() for old, new in zip(before, after, strict=True))
