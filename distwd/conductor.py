@@ -22,6 +22,7 @@ from .meter import Meter
 from .metrics.reduce import any_rank
 from .phases import describe_phases, num_phases, schedule
 from .plan.entries import Entry, Roster
+from .plan.gradients import check_gradients
 from .plan.pieces import check_tensor
 from .plan.plan import Plan, build_plan
 from .rounding import Rounding
@@ -218,6 +219,8 @@ class Conductor:
         moving = torch.tensor(not (idle and self.moves_nothing()))
         if self.phases:
             moving = any_rank(moving, World.of(self._holders.group))
+            if moving and self._holders.check_replicas:
+                check_gradients(self.plan)
         self._agreed = bool(moving)
         return not self._agreed
 

@@ -168,3 +168,15 @@ def test_names_that_are_a_stages_own_are_refused(worlds, schedule, inner):
 def test_global_names_need_no_word_even_where_all_stages_are_equal(worlds, inner):
     told = worlds.run(2 if inner == "plain" else 4, refusal, "1f1b", inner, "global", "equal")
     assert set(told) == {(f"{sum(p.numel() for p in whole_pipeline(2).values())} elements", True)}
+
+
+@pytest.mark.parametrize("names", ["own", "none"])
+@pytest.mark.parametrize(("schedule", "inner"), [("1f1b", "plain"), ("interleaved", "plain"), ("1f1b", "fsdp")])
+def test_stages_that_were_initialised_alike_are_told_apart_by_their_gradients(worlds, schedule, inner, names):
+    """Same names, same shapes, same bits: only their gradients say that they are no copies."""
+    told = worlds.run(2 if inner == "plain" else 4, refusal, schedule, inner, names, "equal")
+    assert len(set(told)) == 1
+    assert ("different gradients" in told[0][0]) or (names == "none" and inner == "fsdp")  # meshes tell that one
+    assert "different names" in told[0][0]
+    assert ("pass model.named_parameters()" in told[0][0]) == (names == "none")
+    assert not told[0][1]

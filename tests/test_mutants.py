@@ -115,7 +115,8 @@ BROKEN = [(mutant, layout) for mutant, (_, broken) in MUTANTS.items() for layout
 
 
 def mutated(mutant: str, fn: Callable, *args: object) -> object:
-    with MUTANTS[mutant][0]():
+    # In a first step most wrong owners are found out by the gradients of copies. Here the numbers have to tell.
+    with MUTANTS[mutant][0](), _patched("distwd.conductor.check_gradients", lambda check: lambda plan: None):
         return fn(*args)
 
 

@@ -46,6 +46,11 @@ def any_rank(flag: Tensor, world: World) -> Tensor:
     return _all_reduce(flag.to(torch.int32).reshape(1), dist.ReduceOp.MAX, world)[0] > 0
 
 
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """`values` added up over all ranks, where they are; one all-reduce."""
+    return _all_reduce(values, dist.ReduceOp.SUM, world).to(values.device)
+
+
 def _add(values: list[Tensor], world: World) -> list[Tensor]:
     if world.size == 1:
         return values

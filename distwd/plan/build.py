@@ -31,13 +31,15 @@ _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Built:
-    """What `build` found: this rank's pieces, which it owns, the cell of each, where counted ones begin; over all ranks, sizes
-    and whether everything is float64; and a board for these ranks."""
+    """What `build` found: this rank's pieces, which it owns, the cell of each, how many ranks hold each, where counted ones begin;
+    over all ranks, whether there are copies, sizes, and whether everything is float64; and a board for these ranks."""
 
     pieces: tuple[Piece, ...]
     owned: tuple[bool, ...]
     name_ids: tuple[int, ...]
+    num_holders: tuple[int, ...]
     offsets: tuple[int, ...]
+    has_copies: bool
     num_groups: int
     numel: Tensor
     group_numel: Tensor
@@ -77,7 +79,19 @@ def build(entries: Sequence[Entry], call: Call) -> Built:
     is_wide = len(found.names) > 0 and not any(mask & _NARROW for mask in headers[:, _MATCHED].tolist())
     # A number that no other plan has, the same on every rank: the first one's.
     board = Board.of(call.world.group, int(headers[0, _NUMBER]))
-    return Built(told.pieces, owned, name_ids, offsets, num_groups, found.numel, found.group_numel, is_wide, board)
+    return Built(
+        told.pieces,
+        owned,
+        name_ids,
+        tuple(found.holders.tolist()),
+        offsets,
+        found.has_copies,
+        num_groups,
+        found.numel,
+        found.group_numel,
+        is_wide,
+        board,
+    )
 
 
 @dataclass(frozen=True, slots=True)

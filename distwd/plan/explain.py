@@ -33,6 +33,14 @@ def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
     return "\n".join([section for section in sections if section] + ([] if named else [_NAMES_FIX]))
 
 
+def explain_gradients(wrong: Sequence[int], clues: Sequence[Sequence[Clue]]) -> str:
+    """One text for all ranks; wrong: the names of which copies have different gradients."""
+    section = _section(
+        wrong, clues, "copies of one piece have the same bits, but different gradients", _cut, _GRADIENT_FIX
+    )
+    return "\n".join([section] + ([] if all(clue.named for rank in clues for clue in rank) else [_NAMES_FIX]))
+
+
 def explain_change(planned: Sequence[Entry], now: Sequence[Entry], rules: str) -> str:
     """Why a plan does not fit any more; rules: what is asked for now."""
     before, after = ({entry.name: entry for entry in entries} for entries in (planned, now))
@@ -72,6 +80,11 @@ _DRIFT_FIX = (
     "for ZeRO partitions, Megatron or experts; if they are different parameters (experts, pipeline stages), give them "
     "different names; if they are copies, they have drifted or were initialised differently: broadcast them. "
     "check_replicas=False turns this comparison off."
+)
+_GRADIENT_FIX = (
+    "if they are different parameters that were initialised alike (pipeline stages, experts), give them different names, or "
+    "a layout={pattern: Sharded(group)}; if they are copies, average their gradients before the step, or they drift; if "
+    "each rank trains a model of its own, pass its group=. check_replicas=False turns this comparison off."
 )
 _NAMES_FIX = (
     "The parameters have no names and were matched by position; pass model.named_parameters(): then ranks may hold "

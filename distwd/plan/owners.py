@@ -17,7 +17,8 @@ class Ownership:
 
     names: [names] int64, sorted hashes of every name that any rank holds; the order of per-tensor metrics.
     numel: [names] int64, elements of each whole tensor; group_numel: [param groups] int64, the same by group.
-    name_ids, owned: for each row of `rank` (in its own order), the place of its name in `names`, and whether it speaks for it.
+    name_ids, owned, holders: for each row of `rank` (in its own order), the place of its name in `names`, whether it speaks
+    for it, and how many ranks hold it. has_copies: whether any rank holds a piece that another one holds too.
     mismatched, uncovered, drifted: places in `names` where shapes or dtypes differ, pieces do not cover the whole
     exactly once, or copies have different bits. All empty: the plan holds.
     """
@@ -27,6 +28,8 @@ class Ownership:
     group_numel: Tensor
     name_ids: Tensor
     owned: Tensor
+    holders: Tensor
+    has_copies: bool
     mismatched: list[int]
     uncovered: list[int]
     drifted: list[int]
@@ -44,10 +47,13 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> Ownership:
     numel = _sum_by(ids[speaks], sorted_table[speaks, NUMEL], len(names))
     covered = _sum_by(ids[first], sorted_table[first, MEASURE], len(names))  # pieces of no elements too
     whole = torch.zeros_like(names).scatter_(0, ids, sorted_table[:, WHOLE])
-    run_checksum = sorted_table[first, CHECKSUM][first.cumsum(0) - 1] if len(ids) else ids
+    run = first.cumsum(0) - 1
+    run_checksum = sorted_table[first, CHECKSUM][run]
     drift = (sorted_table[:, CHECKSUM] != run_checksum) & (sorted_table[:, NUMEL] > 0)
     owned = torch.zeros(len(table), dtype=torch.bool)
     owned[order] = speaks
+    holders = torch.zeros(len(table), dtype=torch.int64)
+    holders[order] = run.bincount()[run]
     begin = sum(len(part) for part in rows[:rank])
     own = slice(begin, begin + len(rows[rank]))
     mismatched = _disagreeing(ids, sorted_table[:, META], len(names))
@@ -57,6 +63,8 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> Ownership:
         _sum_by(sorted_table[speaks, GROUP], sorted_table[speaks, NUMEL], num_groups),
         name_ids[own],
         owned[own],
+        holders[own],
+        has_copies=bool((~first & (sorted_table[:, NUMEL] > 0)).any()),
         mismatched=mismatched.nonzero().flatten().tolist(),
         uncovered=((covered != whole) & ~mismatched).nonzero().flatten().tolist(),
         drifted=ids[drift].unique().tolist(),

@@ -144,6 +144,21 @@ class Plan:
         return self._numel[scope, device]
 
     @property
+    def num_names(self) -> int:
+        """Parameters of the whole model."""
+        return len(self._built.numel)
+
+    @property
+    def num_holders(self) -> tuple[int, ...]:
+        """For each piece of this rank, how many ranks hold it."""
+        return self._built.num_holders
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether any piece of the model is held by several ranks; the same on every rank."""
+        return self._built.has_copies
+
+    @property
     def numel(self) -> int:
         """Elements of the whole model, each counted once."""
         return int(self._built.numel.sum())
