@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
@@ -23,7 +24,7 @@ PUBLIC = [name for name in distwd.__all__ if name != "__version__"]
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of code: where it stands, its language, and its title (a file name, for what torchrun runs)."""
+    """A fenced block of code: where it stands, its language, and its title (a file name, for what torchrun runs, or has printed)."""
 
     page: Path
     line: int
@@ -123,13 +124,16 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("block", [b for b in PYTHON if b.title], ids=str)
 def test_a_program_runs_under_torchrun(block, tmp_path):
-    """As the page says it: saved under its title, on two ranks."""
+    """As the page says it: saved under its title, on two ranks or as many as it asks for. It prints what the page says."""
     (tmp_path / block.title).write_text(block.code, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    asked = re.search(r"--nproc-per-node (\d)", block.code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", asked[1] if asked else "2"]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), block.title]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
+    shown = [b.code for b in BLOCKS if b.language == "text" and (b.page, b.title) == (block.page, block.title)]
+    assert shown == [ended.stdout] * len(shown)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -137,3 +141,60 @@ def test_a_path_in_the_text_exists(page):
     """`launch/test.sh`, `distwd/plan/`, docs/pages/laws.md: what the text points at is there."""
     paths = re.findall(r"(?<![\w/.-])((?:launch|docs|tests|distwd)/[\w./-]*\w/?)", page.read_text(encoding="utf-8"))
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+# --- every refusal has its entry ----------------------------------------------------------------------------------------
+
+REFUSING = [*sorted((ROOT / "distwd/plan").glob("*.py"))]
+REFUSING += [ROOT / "distwd" / name for name in ("layout.py", "param_groups.py", "world.py", "metrics/reduce.py")]
+
+
+def template_of(node: ast.expr | None) -> str:
+    """The text that an expression makes, with `…` for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(template_of, node.values))
+    if isinstance(node, ast.BinOp):
+        return template_of(node.left) + template_of(node.right)
+    return "…"
+
+
+def messages_of(path: Path) -> set[str]:
+    """What a file raises, and what plan/explain.py says is the problem."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    found = [template_of(call.args[0]) for call in raised if call.args]
+    if path.name == "explain.py":
+        sections = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "_section"]
+        found += [template_of(call.args[2]) for call in sections]
+        parts = {id(part) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for part in n.values}
+        said = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant) and id(n) not in parts]
+        found += map(template_of, said)
+        found = [
+            text for text in found if re.search(r"have changed|^copies of|^the pieces|^ranks mean|have no names", text)
+        ]
+    return {said for said in map(problem_of, found) if " " in said.replace("…", "").strip()}
+
+
+def problem_of(message: str) -> str:
+    """Up to where the next move begins; of a message whose problem is filled in, the next move."""
+    problem, _, move = message.partition("; ")
+    problem = problem if re.search(r"\w", problem) else move
+    return re.sub(r"(\. .*|\.|: …| \(now …\)| \(…\))+$", "", problem)
+
+
+MESSAGES = sorted({(path.relative_to(ROOT).as_posix(), text) for path in REFUSING for text in messages_of(path)})
+
+
+@pytest.mark.parametrize(("file", "message"), MESSAGES)
+def test_a_refusal_has_its_entry_on_the_page(file, message):
+    page = (ROOT / "docs/pages/plan-errors.md").read_text(encoding="utf-8")
+    assert message in page, f"docs/pages/plan-errors.md says nothing of this error in {file}"
+
+
+def test_the_refusals_are_found():
+    texts = [text for _, text in MESSAGES]
+    assert len(texts) >= 35
+    for one in ("copies of one piece have different bits", "the ranks do not have the same rules", "… is a meta tensor"):
+        assert any(text.startswith(one) for text in texts), one
