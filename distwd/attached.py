@@ -159,11 +159,16 @@ class Snapshot:
 
     def take(self, entries: Iterable[tuple[int, Entry]]) -> None:
         """Copy the parameters of these (position, entry) pairs, into the buffers of earlier snapshots where they fit."""
-        locals_ = {position: local_tensor(entry.tensor) for position, entry in entries}
-        self.before = {
-            position: self._buffer("before", position, local, local.dtype).copy_(local)
-            for position, local in locals_.items()
-        }
+        self.before = {}
+        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for position, entry in entries:
+            local = local_tensor(entry.tensor)
+            self.before[position] = self._buffer("before", position, local, local.dtype)
+            kept, current = alike.setdefault((local.device, local.dtype), ([], []))
+            kept.append(self.before[position])
+            current.append(local)
+        for kept, current in alike.values():
+            torch._foreach_copy_(kept, current)
 
     def _buffer(self, use: str, position: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Kept, since memory given out anew in every step costs more than what is written to it."""

@@ -1,0 +1,203 @@
+"""What a step costs besides time: operations, memory, objects, and what is kept between steps."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import pickle
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distwd
+from distwd.kernels.blocks import block_size
+from distwd.kernels.scratch import Scratch
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+RULES = {
+    "absolute": distwd.WeightDecay(0.1),
+    "relative params": distwd.RelativeWeightDecay(0.1, norm_input="params"),
+    "relative grad": distwd.RelativeWeightDecay(0.1, norm_input="grad"),
+    "relative update": distwd.RelativeWeightDecay(0.1),
+    "cautious": distwd.CautiousWeightDecay(0.1),
+    "per tensor": distwd.RelativeWeightDecay(0.1, norm_input="params", scope="tensor"),
+}
+by_rule = pytest.mark.parametrize("rule", RULES)
+by_way = pytest.mark.parametrize("way", ["chain", "attach"])
+
+
+def named_params(count: int, numel: int) -> list[tuple[str, torch.nn.Parameter]]:
+    named = [(f"p{index}", torch.nn.Parameter(torch.ones(numel))) for index in range(count)]
+    for _, param in named:
+        param.grad = torch.full_like(param, 0.5)
+    return named
+
+
+def stepper(way: str, rule: str, named: list[tuple[str, torch.nn.Parameter]]):
+    if way == "chain":
+        return distwd.Chain(named, distwd.Adam(fused=True), RULES[rule], distwd.LR(1e-3)).step
+    optimizer = torch.optim.AdamW(named, lr=1e-3, weight_decay=0, fused=True)
+    distwd.attach(optimizer, RULES[rule])
+    return optimizer.step
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute something: on a GPU, kernels. Views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func._schema.name not in ("aten::detach", "aten::_unsafe_view"):
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(way: str, rule: str, count: int) -> list[str]:
+    step = stepper(way, rule, named_params(count, 24))
+    for _ in range(2):
+        step()
+    with Launches() as seen:
+        step()
+    return seen.names
+
+
+@by_way
+@by_rule
+def test_the_number_of_operations_does_not_depend_on_the_number_of_parameters(way, rule):
+    few, many = launches(way, rule, 5), launches(way, rule, 50)
+    assert few
+    assert sorted(few) == sorted(many)
+
+
+def test_an_operation_for_each_parameter_would_be_seen():
+    class Slow(distwd.WeightDecay):
+        def apply(self, step, place):
+            for batch in step.batches:
+                for param in batch.params:
+                    param.mul_(0.9)
+
+    with mock.patch.dict(RULES, {"slow": Slow(0.1)}):
+        assert len(launches("chain", "slow", 50)) - len(launches("chain", "slow", 5)) == 45
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bytes_of(monkeypatch):
+    """The benchmark's own record of what torch's allocator gives out: (left by `begin`, the most during `work`)."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    return importlib.import_module("bench_ranks")._cpu_bytes_of
+
+
+def extra_bytes(bytes_of, way: str, rule: str | None, count: int, numel: int) -> int:
+    """At the peak of a step, beyond what fused AdamW keeps for the same parameters."""
+
+    def measured(make) -> tuple[int, int]:
+        gc.collect()  # what an earlier test has left must not be given back meanwhile
+        named = named_params(count, numel)
+        made = []
+
+        def begin() -> None:
+            made.append(make(named))
+            made[0]()
+            made[0]()
+
+        return bytes_of(begin, lambda: made[0]())
+
+    plain, _ = measured(lambda named: torch.optim.AdamW(named, lr=1e-3, fused=True).step)
+    _, peak = measured(lambda named: stepper(way, rule, named))
+    return peak - plain
+
+
+SHARD = 2 * 20 * MIB  # bytes of two parameters of 5 Mi elements
+
+
+@by_way
+@pytest.mark.parametrize("rule", ["absolute", "relative params", "relative grad", "per tensor"])
+def test_decay_without_an_update_needs_a_block_and_no_more(bytes_of, way, rule):
+    """At most 64 MiB whatever the size of the shard, and by far less than the shard here."""
+    extra = extra_bytes(bytes_of, way, rule, 2, 5 * MIB)
+    assert extra <= min(64 * MIB, SHARD // 2)
+    assert rule == "absolute" or extra >= 8 * min(block_size(torch.device("cpu")), 5 * MIB)  # the record sees blocks
+
+
+@pytest.mark.parametrize("rule", ["relative update", "cautious"])
+def test_decay_that_looks_at_the_update_needs_one_shard(bytes_of, rule):
+    extra = extra_bytes(bytes_of, "chain", rule, 2, 5 * MIB)
+    assert SHARD <= extra <= SHARD + SHARD // 2
+
+
+# --- objects --------------------------------------------------------------------------------------------------------
+
+
+@by_way
+@by_rule
+def test_live_objects_stay_flat(way, rule):
+    step = stepper(way, rule, named_params(7, 5))
+    gc.collect()
+    gc.freeze()  # what the imports have made need not be looked through again
+    counts = []
+    for _ in range(6):
+        step()
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+    gc.unfreeze()
+    assert counts[-1] <= counts[2]
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_a_block_at_most():
+    scratch, device = Scratch(), torch.device("cpu")
+    size = block_size(device)
+    first = scratch.take("x", size, device, torch.float32)
+    assert scratch.take("x", 3, device, torch.float32).data_ptr() == first.data_ptr()
+    scratch.take("y", size + 1, device, torch.float32)
+    assert sum(buffer.numel() for buffer in scratch._kept.values()) == size
+
+
+def test_buffers_made_in_inference_mode_serve_outside_of_it():
+    named = named_params(2, 40_000)
+    step = stepper("chain", "relative params", named)
+    with torch.inference_mode():
+        step()
+    step()
+    assert all(param.isfinite().all() for _, param in named)
+
+
+def test_buffers_do_not_travel_with_a_chain():
+    named = named_params(1, 100_000)
+    chain = distwd.Chain(named, distwd.Adam(), RULES["cautious"], distwd.LR(1e-3))
+    chain.step()
+    pickled = len(pickle.dumps(chain))
+    assert pickled < 4 * 400_000 + 100_000  # the parameter, its gradient and two moments
+    twin = copy.deepcopy(chain)
+    assert twin._conductor._scratch is not chain._conductor._scratch
+
+
+def test_a_stand_in_is_zero_again_after_a_step_that_failed():
+    """The update is what zeros become; what an interrupted step has left there must not count."""
+
+    def trained(fail: bool) -> torch.Tensor:
+        named = named_params(2, 40_000)
+        chain = distwd.Chain(named, distwd.Wrap(torch.optim.SGD), RULES["relative update"], distwd.LR(0.1))
+        chain.step()
+        if fail:
+            with mock.patch("distwd.meter.measure", side_effect=RuntimeError("lost")), pytest.raises(RuntimeError):
+                chain.step()
+        chain.step()
+        return named[0][1].detach()
+
+    assert torch.equal(trained(fail=True), trained(fail=False))
