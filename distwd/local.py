@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+# Most parameters and gradients; told apart first, since looking for what a tensor does not have takes longer than all the rest.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -12,6 +16,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
     Reading the attribute needs no dispatch and no autograd function, unlike `DTensor.to_local()`, and is right at every
     step, so nothing is cached that could go stale.
     """
+    if type(tensor) in _PLAIN:
+        return tensor
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     # A redistributed DTensor can hold a wrapper that still waits for its collective.
     wait = getattr(local, "wait", None)

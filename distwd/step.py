@@ -236,13 +236,13 @@ def _batches(
     found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
     for position, entry in entries:
         param = entry.tensor
-        if param.grad is None:
+        if (gradient := param.grad) is None:
             continue
-        if param.grad.layout is not torch.strided:
+        if gradient.layout is not torch.strided:
             raise ValueError(
                 f"the gradient of {entry.name} is sparse; use dense gradients (for an embedding: sparse=False)"
             )
-        local, grad = local_tensor(param), local_like(param.grad, param)
+        local, grad = local_tensor(param), local_like(gradient, param)
         key = (entry.group, local.device, local.dtype)
         if key not in found:
             found[key] = Batch(groups[entry.group], entry.group, [], [], [], [], [], scratch)

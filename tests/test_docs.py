@@ -196,5 +196,9 @@ def test_a_refusal_has_its_entry_on_the_page(file, message):
 def test_the_refusals_are_found():
     texts = [text for _, text in MESSAGES]
     assert len(texts) >= 35
-    for one in ("copies of one piece have different bits", "the ranks do not have the same rules", "… is a meta tensor"):
+    for one in (
+        "copies of one piece have different bits",
+        "the ranks do not have the same rules",
+        "… is a meta tensor",
+    ):
         assert any(text.startswith(one) for text in texts), one

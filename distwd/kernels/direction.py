@@ -30,11 +30,11 @@ def strength(ps: list[Tensor], ord: float, rate: Any, scratch: Scratch, use: str
     return found
 
 
-def masked(ps: list[Tensor], us: list[Tensor], sign: int, scratch: Scratch) -> list[Tensor]:
+def masked(ps: list[Tensor], us: list[Tensor], sign: int, scratch: Scratch, use: str) -> list[Tensor]:
     """[sign·u·p > 0] · p, apart from `ps`. Its direction is the masked one, as d(0) = 0."""
     # The sign of u, not u itself: a product of two small numbers would vanish.
     signs = scratch.make("sign", "sign", us)
-    kept = scratch.make("mul", "masked", ps, signs)
+    kept = scratch.make("mul", use, ps, signs)
     clamp_ = torch._foreach_clamp_min_ if sign > 0 else torch._foreach_clamp_max_
     clamp_(kept, 0.0)
     torch._foreach_mul_(kept, signs)

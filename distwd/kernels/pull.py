@@ -245,10 +245,14 @@ def _strength(
     pull: Pull, ps: list[Tensor], places: list[int], mask: Mask | None, scratch: Scratch, use: str = "strength 0"
 ) -> list[Tensor]:
     """rate · mask · d(p), in temporaries of the size of the block."""
+    rate = _factor(pull.rate, places, ps)
     if pull.cautious:
         assert mask is not None, "a cautious pull needs a mask"
-        ps = masked(ps, mask.us, pull.sign * mask.sign, scratch)
-    return strength(ps, pull.ord, _factor(pull.rate, places, ps), scratch, use)
+        ps = masked(ps, mask.us, pull.sign * mask.sign, scratch, f"masked {use}")
+        if pull.ord == 2:  # in place: a temporary less in the cache is worth more than an operation less
+            torch._foreach_mul_(ps, rate)
+            return ps
+    return strength(ps, pull.ord, rate, scratch, use)
 
 
 def _fitted(rate: Rate, params: list[Tensor]) -> Rate:
