@@ -119,6 +119,8 @@ class Rounding:
 
 def extent_of(piece: Piece, offset: int = 0) -> Extent:
     """Where the elements of a piece stand in the whole. offset: of a piece that is known by its number only."""
+    if math.prod(piece.local_shape) == 0:
+        return Extent(())
     if piece.is_counted:
         return Extent(((offset, math.prod(piece.local_shape)),))
     strides = [1] * (len(piece.shape) + 1)

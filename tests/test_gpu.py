@@ -71,6 +71,39 @@ def test_decay_of_order_two_needs_no_temporary():
     assert decayed - bare < 2**22  # a quarter of the parameter
 
 
+def test_noise_is_the_same_on_a_gpu():
+    """Integer arithmetic and float32: a GPU rounds a decay as a CPU does, bit for bit."""
+    for dtype in (torch.bfloat16, torch.float16):
+        ends = []
+        for device in ("cpu", "cuda"):
+            held = [(name, value.to(device)) for name, value in whole_model(PARAMS_SEED, dtype).items()]
+            distwd.decay_weights_(held, 1e-3, rounding="stochastic", seed=1)
+            ends.append({name: value.cpu() for name, value in held})
+        assert runs.differing(*ends) == []
+
+
+def test_noise_never_waits_for_the_device():
+    param = torch.nn.Parameter(torch.ones(1000, 1000, device="cuda", dtype=torch.bfloat16))
+    chain = distwd.Chain([param], distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(1e-3), rounding="stochastic")
+    for step in range(3):
+        param.grad = torch.zeros_like(param)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            chain.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_noise_in_a_graph_is_refused():
+    param = torch.nn.Parameter(torch.ones(8, device="cuda", dtype=torch.bfloat16))
+    chain = distwd.Chain([param], distwd.WeightDecay(1e-3), rounding="stochastic")
+    param.grad = torch.zeros_like(param)
+    chain.step()
+    with pytest.raises(ValueError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        chain.step()
+
+
 # --- shards on the CPU, a group that serves cards ---------------------------------------------------------------------
 
 

@@ -232,6 +232,18 @@ def test_a_twin_draws_the_same_noise(twin):
     assert equal(go_on(chain, params, 2), go_on(other, twins, 2))
 
 
+def test_a_state_dict_goes_on_with_the_same_noise():
+    params = bf16_parameters()
+    chain = chain_of(params)
+    go_on(chain, params, 2)
+    twins = {name: torch.nn.Parameter(param.detach().clone()) for name, param in params.items()}
+    other = chain_of(twins)
+    other.load_state_dict(copy.deepcopy(chain.state_dict()))
+    straight = go_on(chain, params, 2)
+    assert equal(go_on(other, twins, 2), straight)
+    assert not equal(go_on(other, twins, 1), straight)
+
+
 def test_a_checkpoint_without_a_step_number_loads():
     params = bf16_parameters()
     chain = chain_of(params)

@@ -7,14 +7,17 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 import distwd
 from distwd.kernels import blocks, rounding
 from distwd.kernels.rounding import Extent, Noise, Ramp, dithered
-from distwd.plan.pieces import Piece
+from distwd.plan.pieces import Piece, describe
 from distwd.rounding import extent_of
+from tests import in_turn
 from tests.layouts import whole_model
+from tests.test_properties_of_plans import models, steady
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LOW = [BF16, FP16]
@@ -154,6 +157,24 @@ def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
         for start in range(len(places)):
             for stop in range(start + 1, len(places) + 1):
                 assert torch.equal(noise.bits([(0, start, stop)], CPU), whole[places[start:stop]])
+
+
+@settings(max_examples=60, **steady)
+@given(model=models())
+def test_the_noise_is_that_of_the_places_on_any_mesh_by_any_placements(model):
+    sizes, tensors = model
+    numbers = [torch.arange(math.prod(shape)).double().reshape(shape) for shape, _ in tensors]
+    for held in in_turn.distribute(numbers, sizes, [placements for _, placements in tensors]):
+        for tensor, whole in zip(held, numbers, strict=True):
+            places = tensor._local_tensor.flatten().long()
+            noise = Noise([extent_of(describe("w", tensor))], [99], 7, Ramp())
+            if len(places):
+                assert torch.equal(noise.bits([(0, 0, len(places))], CPU), bits(whole.numel())[places])
+
+
+def test_a_rank_that_holds_nothing_has_no_places():
+    outside = Piece("w", (), BF16, ((),), (0,), "R", ())  # a scalar that lies on other ranks
+    assert extent_of(outside).row == 0
 
 
 @pytest.mark.parametrize("block", [5, 64, 1 << 20])
