@@ -268,33 +268,15 @@ def test_two_attachments_draw_noise_of_their_own_and_leave_no_key():
     assert set(sgd.param_groups[0]) == before
 
 
-# --- decay_weights_ -------------------------------------------------------------------------------------------------
-
-
-def test_decay_weights_rounds_by_the_seed_that_it_is_given():
-    def decayed(**kwargs) -> Tensor:
-        w = torch.ones(50_000, dtype=BF16)
-        distwd.decay_weights_([("w", w)], 1e-4, **kwargs)
-        return w
-
-    first, again, other = (decayed(rounding="stochastic", seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert abs(first.double().mean().item() - (1 - 1e-4)) < 4 * 2.0**-8 * math.sqrt(1e-4 * 2**8 / 50_000)
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", [{"rounding": "up"}, {"rounding": "stochastic", "seed": 1.5}, {"seed": True}])
-def test_what_is_no_rounding_is_refused(bad):
-    w = torch.nn.Parameter(torch.ones(2))
-    for call in (
-        lambda: distwd.Chain([w], distwd.LR(0.1), **bad),
-        lambda: distwd.attach(torch.optim.SGD([w], lr=0.1), distwd.WeightDecay(0.1), **bad),
-        lambda: distwd.decay_weights_([w], 0.1, **bad),
-    ):
-        with pytest.raises(ValueError, match=r"rounding|seed"):
-            call()
-    with pytest.raises(ValueError, match="another at every call"):
-        distwd.decay_weights_([w], 0.1, rounding="stochastic")
+def test_several_hosts_count_together():
+    params = bf16_parameters()
+    matrices = [p for p in params.values() if p.ndim == 2]
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0)
+    adamw = torch.optim.AdamW([p for p in params.values() if p.ndim != 2], lr=0.01, weight_decay=0)
+    distwd.attach([muon, adamw], distwd.RelativeWeightDecay(0.1), rounding="stochastic")
+    for _ in range(2):
+        for param in params.values():
+            param.grad = torch.full_like(param, 1e-3)
+        muon.step()
+        adamw.step()
+    assert [host.param_groups[0]["distwd_rounding_step"] for host in (muon, adamw)] == [2, 2]

@@ -13,6 +13,7 @@ from torch import Tensor
 import distwd
 from distwd.kernels import blocks, rounding
 from distwd.kernels.rounding import Extent, Noise, Ramp, dithered
+from distwd.kernels.scratch import Scratch
 from distwd.plan.pieces import Piece, describe
 from distwd.rounding import extent_of
 from tests import in_turn
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def bits(num: int, key: int = 7, own: int = 99) -> Tensor:
-    return Noise([Extent(((0, num),))], [own], key, Ramp()).bits([(0, 0, num)], CPU)
+    return Noise([Extent(((0, num),))], [own], key, Ramp()).bits([(0, 0, num)], CPU, Scratch())
 
 
 # --- without bias ---------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
         noise = Noise([extent_of(piece)], [99], 7, Ramp())
         for start in range(len(places)):
             for stop in range(start + 1, len(places) + 1):
-                assert torch.equal(noise.bits([(0, start, stop)], CPU), whole[places[start:stop]])
+                assert torch.equal(noise.bits([(0, start, stop)], CPU, Scratch()), whole[places[start:stop]])
 
 
 @settings(max_examples=60, **steady)
@@ -169,7 +170,7 @@ def test_the_noise_is_that_of_the_places_on_any_mesh_by_any_placements(model):
             places = tensor._local_tensor.flatten().long()
             noise = Noise([extent_of(describe("w", tensor))], [99], 7, Ramp())
             if len(places):
-                assert torch.equal(noise.bits([(0, 0, len(places))], CPU), bits(whole.numel())[places])
+                assert torch.equal(noise.bits([(0, 0, len(places))], CPU, Scratch()), bits(whole.numel())[places])
 
 
 def test_a_rank_that_holds_nothing_has_no_places():
@@ -193,3 +194,35 @@ def test_blocks_do_not_show(block):
     with sizes, mock.patch.object(rounding, "block_size", return_value=block):
         assert all(torch.equal(a, b) for a, b in zip(decayed(), reference, strict=True))
     assert not torch.equal(reference[-1], torch.ones(9, 7, dtype=BF16))
+
+
+# --- decay_weights_ -------------------------------------------------------------------------------------------------
+
+
+def test_decay_weights_rounds_by_the_seed_that_it_is_given():
+    def decayed(**kwargs) -> Tensor:
+        w = torch.ones(50_000, dtype=BF16)
+        distwd.decay_weights_([("w", w)], 1e-4, **kwargs)
+        return w
+
+    first, again, other = (decayed(rounding="stochastic", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert abs(first.double().mean().item() - (1 - 1e-4)) < 4 * 2.0**-8 * math.sqrt(1e-4 * 2**8 / 50_000)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [{"rounding": "up"}, {"rounding": "stochastic", "seed": 1.5}, {"seed": True}])
+def test_what_is_no_rounding_is_refused(bad):
+    w = torch.nn.Parameter(torch.ones(2))
+    for call in (
+        lambda: distwd.Chain([w], distwd.LR(0.1), **bad),
+        lambda: distwd.attach(torch.optim.SGD([w], lr=0.1), distwd.WeightDecay(0.1), **bad),
+        lambda: distwd.decay_weights_([w], 0.1, **bad),
+    ):
+        with pytest.raises(ValueError, match=r"rounding|seed"):
+            call()
+    with pytest.raises(ValueError, match="another at every call"):
+        distwd.decay_weights_([w], 0.1, rounding="stochastic")

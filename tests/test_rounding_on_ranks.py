@@ -106,6 +106,25 @@ def test_the_seed_decides_and_nothing_else(worlds):
     assert len(differing(nearest, reference)) > len(SHAPES) / 2
 
 
+def other_seed() -> str:
+    import distwd
+
+    held = layouts.place("fsdp2", whole_model(PARAMS_SEED, BF16))
+    chain = chain_over(held.items(), "relative", seed=dist.get_rank())
+    runs.feed("fsdp2", held, 0)
+    try:
+        chain.step()
+    except distwd.PlanError as error:
+        return str(error)
+    return "not seen"
+
+
+def test_ranks_with_other_seeds_are_told_where_a_plan_is_built(worlds):
+    for told in worlds.run(2, other_seed):
+        assert "seed 0" in told
+        assert "seed 1" in told
+
+
 # --- attach ---------------------------------------------------------------------------------------------------------
 
 

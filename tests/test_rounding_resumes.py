@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from tests.layouts import LAYOUTS, Net, whole_model
+from tests.layouts import LAYOUTS, Net, view, whole_model
 from tests.runs import PARAMS_SEED, differing
 from tests.test_rounding_on_ranks import BF16, chain_over, steps
 
@@ -66,18 +66,22 @@ def test_a_checkpoint_goes_on_elsewhere_with_the_same_noise(worlds, through, for
                 assert differing(params, straight) == [], layout
 
 
-def inert() -> tuple[bool, int]:
-    """Whether the step number survives state-dict calls before and after steps; and what it is after two."""
-    net, held, chain = model_on("fsdp2", PARAMS_SEED, "chain")
+def inert(through: str) -> tuple[bool, int]:
+    """Whether state-dict calls leave the step number and the parameters, before steps and after two; and what it is then."""
+    net, held, optimizer = model_on("fsdp2", PARAMS_SEED, through)
     seen = []
     for number in (0, 2):
-        before = copy.deepcopy(chain.state_dict()["param_groups"])
-        saved = get_optimizer_state_dict(net, chain)
-        set_optimizer_state_dict(net, chain, saved)
-        seen.append(chain.state_dict()["param_groups"] == before)
-        steps(chain, "fsdp2", held, range(number, number + 2)) if number == 0 else None
-    return all(seen), chain.param_groups[0]["rounding_step"]
+        before = copy.deepcopy(optimizer.state_dict()["param_groups"]), view("fsdp2", held)
+        saved = get_optimizer_state_dict(net, optimizer)
+        set_optimizer_state_dict(net, optimizer, saved)
+        seen.append(optimizer.state_dict()["param_groups"] == before[0])
+        seen.append(differing(view("fsdp2", held), before[1]) == [])
+        if number == 0:
+            steps(optimizer, "fsdp2", held, range(2))
+    key = "rounding_step" if through == "chain" else "distwd_rounding_step"
+    return all(seen), optimizer.param_groups[0][key]
 
 
-def test_the_step_number_counts_real_steps_only(worlds):
-    assert worlds.run(2, inert) == [(True, 2)] * 2
+@pytest.mark.parametrize("through", ["chain", "attach"])
+def test_the_step_number_counts_real_steps_only(worlds, through):
+    assert worlds.run(2, inert, through) == [(True, 2)] * 2

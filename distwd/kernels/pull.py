@@ -84,7 +84,7 @@ def pull_(
         without = None if tally is None else _without_pulls(ps, ps_wide, places, us, scale, scratch, noise, spans)
         _pull_block_(ps_wide, places, factors, us, block_mask, scratch)
         if ps_wide is not ps:
-            write_(ps, ps_wide, noise, spans)
+            write_(ps, ps_wide, noise, spans, scratch)
         if tally is not None and without is not None:
             tally.add(ps, without)
         if clear:
@@ -111,7 +111,7 @@ def drag_(
         for pull in pulls:
             torch._foreach_sub_(ts_wide, _strength(pull, ps, places, block_mask, scratch))
         if ts_wide is not ts:
-            write_(ts, ts_wide, noise, spans_of(ts, places, targets))
+            write_(ts, ts_wide, noise, spans_of(ts, places, targets), scratch)
         if tally is not None and without is not None:
             tally.add(ts, without)
 
@@ -180,7 +180,7 @@ def _without_pulls(
     if ps_wide is ps:
         return wide
     written = [torch.empty_like(p) for p in ps]
-    write_(written, wide, noise, spans)
+    write_(written, wide, noise, spans, scratch)
     return written
 
 

@@ -3,13 +3,14 @@ depends on an element's place in the whole tensor and not on how the tensor is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .blocks import block_size, blocks
+from .scratch import Scratch
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -48,8 +49,9 @@ class Ramp:
         """The first `length` of them."""
         kept = self._kept.get(device)
         if kept is None or len(kept) < length:
-            size = max(length, block_size(device))
-            kept = self._kept[device] = (torch.arange(size, device=device) * _SPREAD).to(torch.int32)
+            kept = (torch.arange(max(length, block_size(device)), device=device) * _SPREAD).to(torch.int32)
+            if length <= block_size(device):
+                self._kept[device] = kept
         return kept[:length]
 
 
@@ -65,34 +67,43 @@ class Noise:
     key: int
     ramp: Ramp
 
-    def bits(self, spans: Sequence[Span], device: torch.device) -> Tensor:
+    def bits(self, spans: Sequence[Span], device: torch.device, scratch: Scratch) -> Tensor:
         """Random int32, one for each element of `spans`: (which tensor, from, to), elements of the local tensor row by row."""
-        x = _joined([part for index, start, stop in spans for part in self._seeds(index, start, stop, device)])
+        x, shifted = (scratch.take(use, _num(spans), device, torch.int32) for use in ("noise", "shifted"))
+        filled = 0
+        for span in spans:
+            self._seed(x[filled : (filled := filled + span[2] - span[1])], *span)
         # Arithmetic shifts: each forgets one bit of 32, and none of those that are used.
-        x = x.bitwise_xor_(x >> 15).mul_(_signed(_FIRST)).add_(_signed(self.key))
-        x = x.bitwise_xor_(x >> 13).mul_(_signed(_SECOND))
-        return x.bitwise_xor_(x >> 16)
+        for shift, factor in ((15, _FIRST), (13, _SECOND)):
+            x.bitwise_xor_(torch.bitwise_right_shift(x, shift, out=shifted)).mul_(_signed(factor))
+            if factor == _FIRST:
+                x.add_(_signed(self.key))
+        return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=shifted))
 
-    def _seeds(self, index: int, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
-        """spread · place + key, as new tensors."""
+    def _seed(self, x: Tensor, index: int, start: int, stop: int) -> None:
+        """x ← spread · place + key."""
         extent, key = self.extents[index], self.keys[index]
         row = extent.row
         first, last = start // row, (stop - 1) // row
         if last - first < 2:
             for number in range(first, last + 1):
                 offset = _place_of_row(extent, number) * _SPREAD + key
-                yield from self._runs(extent.runs, offset, start - number * row, stop - number * row, device)
+                done = max(number * row - start, 0)
+                self._runs(x[done:], extent.runs, offset, start - number * row, stop - number * row)
         else:
-            inner = _joined(list(self._runs(extent.runs, 0, 0, row, device)))
-            rows = _places_of_rows(extent, first, last + 1, device).mul_(_SPREAD).add_(key).to(torch.int32)
-            yield (rows[:, None] + inner).view(-1)[start - first * row : stop - first * row]
+            inner = torch.empty(row, dtype=torch.int32, device=x.device)
+            self._runs(inner, extent.runs, 0, 0, row)
+            rows = _places_of_rows(extent, first, last + 1, x.device).mul_(_SPREAD).add_(key).to(torch.int32)
+            x.copy_((rows[:, None] + inner).view(-1)[start - first * row : stop - first * row])
 
-    def _runs(self, runs: Sequence[Run], offset: int, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
-        """What lies of the runs between `start` and `stop`, counted along them."""
+    def _runs(self, x: Tensor, runs: Sequence[Run], offset: int, start: int, stop: int) -> None:
+        """x ← what lies of the runs between `start` and `stop`, counted along them."""
+        filled = 0
         for place, length in runs:
             begin, end = max(start, 0), min(stop, length)
             if begin < end:
-                yield self.ramp(end - begin, device) + _signed((place + begin) * _SPREAD + offset)
+                part = x[filled : (filled := filled + end - begin)]
+                torch.add(self.ramp(end - begin, x.device), _signed((place + begin) * _SPREAD + offset), out=part)
             start, stop = start - length, stop - length
 
 
@@ -123,13 +134,15 @@ def subtract(new: list[Tensor], old: list[Tensor], out: list[Tensor]) -> None:
         torch._foreach_sub_(outs, olds)
 
 
-def write_(targets: list[Tensor], values: list[Tensor], noise: Noise | None, spans: Sequence[Span]) -> None:
+def write_(
+    targets: list[Tensor], values: list[Tensor], noise: Noise | None, spans: Sequence[Span], scratch: Scratch
+) -> None:
     """targets ← values (float32), each rounded once: to the nearest, or as `noise` decides for the elements of `spans`."""
     if noise is None:
         torch._foreach_copy_(targets, values)
         return
     flat = _joined([value.reshape(-1) for value in values])
-    rounded = dithered(flat, noise.bits(spans, flat.device), targets[0].dtype)
+    rounded = dithered(flat, noise.bits(spans, flat.device, scratch), targets[0].dtype)
     parts = rounded.split([target.numel() for target in targets])
     torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
 
@@ -140,7 +153,7 @@ def dithered(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     bits: random int32, used up. What lies beyond the largest finite number stays, for the nearest to decide; inf and NaN stay.
     """
     rounded = _dithered_bf16(x, bits) if dtype == torch.bfloat16 else _dithered_fp16(x, bits)
-    return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x)
+    return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x, out=rounded)
 
 
 def _dithered_bf16(x: Tensor, bits: Tensor) -> Tensor:
@@ -198,6 +211,10 @@ def _places_of_rows(extent: Extent, first: int, last: int, device: torch.device)
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _num(spans: Sequence[Span]) -> int:
+    return sum(stop - start for _, start, stop in spans)
 
 
 def _signed(value: int) -> int:
