@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from tests import layouts, runs
 from tests.layouts import submesh, whole_model
 from tests.sentences import SENTENCES, transforms_of
+from tests.wraps import mesh_without_rank0
 
 
 def seeded_experts() -> list[tuple[str, torch.nn.Parameter]]:
@@ -66,7 +70,10 @@ def test_experts_that_were_seeded_alike_are_refused_on_every_rank_at_every_try(w
     first, second = told[0]
     assert told == [[first, second]] * 3
     assert first == second
-    assert "different gradients:\n  expert: rank 0, 1, 2: [0:4, 0:3] of [4, 3] (plain)\n" in first
+    assert re.search(
+        r"different gradients:\n  expert: rank 0: \[0:4, 0:3\] of \[4, 3\] \(plain\), gradient norm [\d.]+ \| rank 1: ",
+        first,
+    )
     assert "layout={pattern: Sharded(group)}" in first
     assert "dense" not in first
     assert "CHANGED" not in first
@@ -74,7 +81,7 @@ def test_experts_that_were_seeded_alike_are_refused_on_every_rank_at_every_try(w
 
 def test_without_names_names_are_asked_for(worlds):
     for first, _ in worlds.run(2, told_of, "all different", "chain", "unnamed"):
-        assert "param 0: rank 0, 1" in first
+        assert "param 0: rank 0: " in first
         assert "pass model.named_parameters()" in first
 
 
@@ -96,7 +103,7 @@ def test_who_knows_better_can_turn_it_off(worlds):
     assert worlds.run(2, unchecked) == [["27 elements"] * 2] * 2
 
 
-def one_of_many() -> list[str]:
+def one_of_many() -> str:
     """Seven copies are trained as one, the eighth is not."""
     import distwd
 
@@ -106,12 +113,13 @@ def one_of_many() -> list[str]:
     try:
         distwd.Chain([("w", param)], distwd.RelativeWeightDecay(), distwd.LR(0.1)).step()
     except distwd.PlanError as error:
-        return [str(error).split(":")[0]]
-    return []
+        return str(error).split("\n")[1]
+    return ""
 
 
-def test_one_of_eight_is_enough(worlds):
-    assert worlds.run(8, one_of_many) == [["copies of one piece have the same bits, but different gradients"]] * 8
+def test_one_of_eight_is_enough_and_is_named(worlds):
+    (told,) = set(worlds.run(8, one_of_many))
+    assert re.search(r"w: rank 0, 1, 2, 3, 4, 5, 6: .* gradient norm ([\d.]+) \| rank 7: .* gradient norm (?!\1)", told)
 
 
 def first_wires(layout: str) -> list[int]:
@@ -127,6 +135,27 @@ def test_it_costs_one_collective_once_and_only_where_there_are_copies(worlds):
     (copied,) = {tuple(counts) for counts in worlds.run(2, first_wires, "ddp2")}
     assert copied == (without[0] + 1, 1, 1)
     assert without[1:] == (1, 1)
+
+
+def one_holds_nothing() -> str:
+    """Ranks 1 and 2 hold copies of what rank 0 is no part of and has no gradient for."""
+    import distwd
+
+    mesh, rank = mesh_without_rank0(), dist.get_rank()
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()]))
+    if rank:
+        torch.manual_seed(rank)
+        param.grad = DTensor.from_local(torch.randn(4, 3), mesh, [Replicate()], run_check=False)
+    try:
+        distwd.Chain([("w", param)], distwd.RelativeWeightDecay(), distwd.LR(0.1)).step()
+    except distwd.PlanError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_rank_that_holds_nothing_hears_of_it_too(worlds):
+    (told,) = set(worlds.run(3, one_holds_nothing))
+    assert "w: rank 0: [nothing, nothing] of [4, 3] (R), no gradient | rank 1: " in told
 
 
 def copies_over_pairs() -> int:

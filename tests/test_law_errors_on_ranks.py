@@ -143,6 +143,15 @@ def test_the_error_names_the_ranks(worlds, fault):
         assert guilty in message
 
 
+def one_of_three() -> list:
+    return [("ok", parameter(4)), ("w", parameter(3, value=1.0 + 1e-6 * (rank() == 1)))]
+
+
+def test_the_copy_that_differs_is_told_from_those_that_agree(worlds):
+    (message,) = {message for _, message, _ in worlds.run(3, refusal, one_of_three)}
+    assert re.search(r"w: rank 0, 2: \[0:3\] of \[3\] \(plain\), bits (\w+) \| rank 1: .*, bits (?!\1)\w+\n", message)
+
+
 def unchecked(make) -> Refusal:
     return refusal(make, check_replicas=False)
 
@@ -179,7 +188,7 @@ def without_names(layout: str) -> Refusal:
     return kind, message, changed
 
 
-@pytest.mark.parametrize("layout", ["stages", "fsdp_tp", "experts"])
+@pytest.mark.parametrize("layout", ["stages", "stages_interleaved", "stages_fsdp", "stages_tp", "fsdp_tp", "experts"])
 def test_where_ranks_hold_other_meshes_names_are_asked_for(worlds, layout):
     told = worlds.run(LAYOUTS[layout].ranks, without_names, layout)
     for kind, message, changed in told:
@@ -188,7 +197,7 @@ def test_where_ranks_hold_other_meshes_names_are_asked_for(worlds, layout):
         assert not changed
 
 
-@pytest.mark.parametrize("layout", ["fsdp3", "hsdp", "mixed", "ddp2", "tp2"])
+@pytest.mark.parametrize("layout", ["fsdp3", "hsdp", "mixed", "ddp2", "tp2", "columns4", "some_ranks"])
 def test_names_are_not_needed_where_ranks_hold_the_same_tensors(worlds, layout):
     assert {kind for kind, *_ in worlds.run(LAYOUTS[layout].ranks, without_names, layout)} == {"nothing"}
 

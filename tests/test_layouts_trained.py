@@ -51,6 +51,11 @@ def without_norm(model: Tied) -> nn.Module:
     return fully_shard(model, mesh=mesh_of(2, names=("dp",)), ignored_params=set(model.norm.parameters()))
 
 
+def fsdp1_without_norm(model: Tied) -> nn.Module:
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=device, ignored_modules=[model.norm])
+
+
 def columns(param: nn.Parameter) -> Shard:
     return Shard(param.ndim - 1)
 
@@ -64,6 +69,7 @@ WAYS = {
     "ignored": (2, without_norm),
     "offload": (4, lambda model: by_blocks(model, 4, offload_policy=CPUOffloadPolicy(pin_memory=False))),
 }
+WAYS["FSDP1 without the norm"] = (2, fsdp1_without_norm)
 STRATEGIES = [("FULL_SHARD", 4), ("SHARD_GRAD_OP", 2), ("HYBRID_SHARD", 4), ("_HYBRID_SHARD_ZERO2", 4), ("NO_SHARD", 2)]
 WAYS |= {
     f"{strategy} {'orig' if orig else 'flat'}": (ranks, fsdp1(strategy, orig))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from tests import layouts, runs, wire
-from tests.layouts import EVERY, LAYOUTS, NUM_ELEMENTS, SHAPES, mesh_of, whole_model
+from tests.layouts import EVERY, LARGE, LAYOUTS, NUM_ELEMENTS, SHAPES, mesh_of, whole_model
 from tests.oracle import metric_of
 from tests.runs import PARAMS_SEED, alone, differing
 from tests.sentences import SENTENCES, transforms_of
@@ -96,6 +96,7 @@ MUTANTS = {
             "experts_plain",
             "fsdp1_hybrid",
             "fsdp1_whole",
+            "hsdp_tp",
         ],
     ),
     "owners by visible replication": (
@@ -122,7 +123,7 @@ def mutated(mutant: str, fn: Callable, *args: object) -> object:
 
 @pytest.mark.parametrize(("mutant", "layout"), BROKEN)
 def test_a_mutant_miscounts_the_elements(worlds, mutant, layout):
-    for ones, *_ in worlds.run(EVERY[layout].ranks, mutated, mutant, sums_on, layout):
+    for ones, *_ in worlds.run((EVERY | LARGE)[layout].ranks, mutated, mutant, sums_on, layout):
         assert ones != NUM_ELEMENTS
 
 
@@ -130,7 +131,7 @@ def test_a_mutant_miscounts_the_elements(worlds, mutant, layout):
 def test_a_mutant_is_far_from_the_oracle(worlds, mutant, layout):
     """On some rank every metric that adds something up is wrong by more than ten times what the law allows."""
     whole = list(whole_model(0).values())
-    ranks = worlds.run(EVERY[layout].ranks, mutated, mutant, metrics_on, layout, 0, 1.0)
+    ranks = worlds.run((EVERY | LARGE)[layout].ranks, mutated, mutant, metrics_on, layout, 0, 1.0)
     sums = [metric for metric in METRICS if metric not in ("linf", float("-inf"))]
     for metric in sums:
         expected = metric_of(whole, metric)
@@ -140,7 +141,7 @@ def test_a_mutant_is_far_from_the_oracle(worlds, mutant, layout):
 @pytest.mark.parametrize(("mutant", "layout"), BROKEN)
 def test_a_mutant_trains_to_other_parameters(worlds, mutant, layout):
     reference = alone(worlds, "mad_of_update")
-    for run in worlds.run(EVERY[layout].ranks, mutated, mutant, runs.train, layout, "mad_of_update"):
+    for run in worlds.run((EVERY | LARGE)[layout].ranks, mutated, mutant, runs.train, layout, "mad_of_update"):
         assert differing(run.params, reference.params) != []
 
 

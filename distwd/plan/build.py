@@ -16,8 +16,8 @@ from ..local import local_tensor
 from ..world import World
 from .entries import Entry
 from .exchange import gather_objects, gather_rows
-from .explain import Clue, explain
-from .manifest import NUM_COLUMNS, checksums_of, offsets_of, rows_of, stable_hash
+from .explain import SHOWN, Clue, explain
+from .manifest import CHECKSUM, NUM_COLUMNS, checksums_of, offsets_of, rows_of, stable_hash
 from .owners import Ownership, resolve
 from .pieces import Piece, describe
 
@@ -72,7 +72,7 @@ def build(entries: Sequence[Entry], call: Call) -> Built:
     _agree_on_the_call(headers, told.objection, call)
     num_groups = int(headers[:, _GROUPS].max())
     found = resolve([part[1:] for part in gathered], call.world.rank, num_groups)
-    _agree_on_the_pieces(found, entries, told.pieces, call.world)
+    _agree_on_the_pieces(found, entries, told, call.world)
     owned, name_ids = tuple(found.owned.tolist()), tuple(found.name_ids.tolist())
     offsets = offsets_of(told.pieces, [part[1:] for part in gathered]) if call.offsets else ()
     # Not by this rank's own tensors: a metric has the same bits on a rank that holds others, or none.
@@ -186,14 +186,15 @@ def _on_ranks(texts: Sequence[str | None], world: World) -> str:
     return "; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items())
 
 
-def _agree_on_the_pieces(found: Ownership, entries: Sequence[Entry], pieces: Sequence[Piece], world: World) -> None:
+def _agree_on_the_pieces(found: Ownership, entries: Sequence[Entry], told: _Told, world: World) -> None:
     """Raise on every rank, with everyone's account of the names in question."""
     if not (found.mismatched or found.uncovered or found.drifted):
         return
-    wrong = set(found.mismatched) | set(found.uncovered) | set(found.drifted)
+    wrong = {name_id for names in (found.mismatched, found.uncovered, found.drifted) for name_id in names[:SHOWN]}
+    bits = [checksum % (1 << 64) for checksum in told.rows[1:, CHECKSUM].tolist()]
     clues = [
-        Clue(name_id, piece, entry.named, entry.group)
-        for name_id, piece, entry in zip(found.name_ids.tolist(), pieces, entries, strict=True)
+        Clue(name_id, piece, entry.named, entry.group, f"bits {checksum:016x}")
+        for name_id, piece, entry, checksum in zip(found.name_ids.tolist(), told.pieces, entries, bits, strict=True)
         if name_id in wrong
     ]
     raise PlanError(explain(found, gather_objects(clues, world)))

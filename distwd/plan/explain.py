@@ -9,17 +9,18 @@ from .entries import Entry
 from .owners import Ownership
 from .pieces import Piece
 
-_SHOWN = 5
+SHOWN = 5  # of each kind of fault; ranks need not tell each other of more
 
 
 @dataclass(frozen=True, slots=True)
 class Clue:
-    """What one rank says of a name in question."""
+    """What one rank says of a name in question. note: what tells its copy from others."""
 
     name_id: int
     piece: Piece
     named: bool
     group: int
+    note: str
 
 
 def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
@@ -27,7 +28,7 @@ def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
     sections = [
         _section(found.mismatched, clues, "ranks mean different tensors by one name", _meaning, _MISMATCH_FIX),
         _section(found.uncovered, clues, "the pieces do not cover the whole tensor exactly once", _cut, _COVER_FIX),
-        _section(found.drifted, clues, "copies of one piece have different bits", _cut, _DRIFT_FIX),
+        _section(found.drifted, clues, "copies of one piece have different bits", _copy, _DRIFT_FIX),
     ]
     named = all(clue.named for rank in clues for clue in rank)
     return "\n".join([section for section in sections if section] + ([] if named else [_NAMES_FIX]))
@@ -36,7 +37,7 @@ def explain(found: Ownership, clues: Sequence[Sequence[Clue]]) -> str:
 def explain_gradients(wrong: Sequence[int], clues: Sequence[Sequence[Clue]]) -> str:
     """One text for all ranks; wrong: the names of which copies have different gradients."""
     section = _section(
-        wrong, clues, "copies of one piece have the same bits, but different gradients", _cut, _GRADIENT_FIX
+        wrong, clues, "copies of one piece have the same bits, but different gradients", _copy, _GRADIENT_FIX
     )
     return "\n".join([section] + ([] if all(clue.named for rank in clues for clue in rank) else [_NAMES_FIX]))
 
@@ -50,7 +51,7 @@ def explain_change(planned: Sequence[Entry], now: Sequence[Entry], rules: str) -
         "in another group": [name for name in after if name in before and after[name].group != before[name].group],
     }
     told = [
-        f"{word}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
+        f"{word}: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
         for word, names in changes.items()
         if names
     ]
@@ -97,8 +98,8 @@ def _section(
 ) -> str:
     if not wrong:
         return ""
-    lines = [f"  {_account(name_id, clues, tell)}" for name_id in wrong[:_SHOWN]]
-    more = [f"  ... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+    lines = [f"  {_account(name_id, clues, tell)}" for name_id in wrong[:SHOWN]]
+    more = [f"  ... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
     return "\n".join([f"{problem}:", *lines, *more, f"  What to do: {fix}"])
 
 
@@ -127,3 +128,7 @@ def _cut(clue: Clue) -> str:
     piece = clue.piece
     cuts = ", ".join("+".join(f"{start}:{stop}" for start, stop in cut) or "nothing" for cut in piece.cuts)
     return f"[{cuts}] of {list(piece.shape)} ({piece.placements})"
+
+
+def _copy(clue: Clue) -> str:
+    return f"{_cut(clue)}, {clue.note}"

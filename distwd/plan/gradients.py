@@ -17,7 +17,7 @@ from ..local import local_tensor
 from ..metrics.moments import wide_dtype
 from ..metrics.reduce import sum_over_ranks
 from .exchange import gather_objects
-from .explain import Clue, explain_gradients
+from .explain import SHOWN, Clue, explain_gradients
 from .plan import Plan
 
 # Of different gradients s differs by about their norm, of equal ones by roundings: far below this part of it even in bf16.
@@ -36,9 +36,9 @@ def check_gradients(plan: Plan) -> None:
     wrong = ((unknown == 0) & (excess.abs() > _TOLERANCE * size)).nonzero().flatten().tolist()
     if wrong:
         clues = [
-            Clue(cell, piece, entry.named, entry.group)
+            Clue(cell, piece, entry.named, entry.group, _in_words(_gradient(entry.tensor, piece.numel)))
             for cell, piece, entry in zip(plan.cells, plan.pieces, plan.entries, strict=True)
-            if cell in wrong
+            if cell in wrong[:SHOWN]
         ]
         raise PlanError(explain_gradients(wrong, gather_objects(clues, plan.world)))
 
@@ -68,6 +68,10 @@ def _gradient(param: Tensor, numel: int) -> Tensor | None:
         return None
     local = local_tensor(grad)
     return local.reshape(-1)[:numel] if local.layout is torch.strided else None
+
+
+def _in_words(grad: Tensor | None) -> str:
+    return "no gradient" if grad is None else f"gradient norm {_signed_sum_and_norm(grad)[1].item():.3g}"
 
 
 def _signed_sum_and_norm(flat: Tensor) -> list[Tensor]:
