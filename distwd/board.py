@@ -1,4 +1,7 @@
-"""A board in a process group's store, where a rank says why it cannot go on. Host memory only; a step that goes well never looks."""
+"""A board in a process group's store, where a rank says why it cannot go on, or asks what costs no collective.
+
+Host memory only; a step that goes well never looks.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,28 @@ class Board:
             there = [rank for rank in range(self.size) if self.store.check([_word(rank)])]
             words = [f"rank {rank}: {self.store.get(_word(rank)).decode()}" for rank in there]
         return "; ".join(words)
+
+    def is_true_on_any(self, flag: bool, number: int) -> bool:
+        """Whether `flag` is true on any rank; number: of the question, the same on every rank. No collective.
+
+        A rank that says yes goes on at once. The others wait until one has said yes, or all have said no. Raises PlanError if
+        neither comes.
+        """
+        answer = f"answer {number}"
+        if flag:
+            self.store.set(answer, "yes")
+            return True
+        self.store.set(f"no {number} of rank {self.rank}", "")
+        if self.store.check([f"no {number} of rank {rank}" for rank in range(self.size)]):
+            self.store.set(answer, "no")
+        try:
+            self.store.wait([answer], self.patience)
+        except RuntimeError as error:
+            raise PlanError(
+                f"rank {self.rank} of {self.size} has come to a step, and another rank of the group has not ({error}); step the "
+                "optimizer on every rank, or find the rank that died"
+            ) from error
+        return self.store.get(answer) == b"yes"
 
     def meet(self, reason: str) -> None:
         """Wait until every rank has come here. Raises PlanError with the reasons of those that came, if some did not.

@@ -76,6 +76,8 @@ class Conductor:
         self._scratch = Scratch()
         self._planned: tuple[Any, Any] | None = None  # the schedules that all ranks had when the plan was built
         self._agreed = self._told = False  # whether all ranks are known to train; whether this one has left word
+        self._compares = False  # whether the first real step compares the gradients of copies
+        self._num_asked = 0
         self._meter = Meter(lambda: self.plan)
 
     @property
@@ -138,6 +140,8 @@ class Conductor:
         schedules = self._schedules()
         # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
         if any(schedules) or (self._rounding.is_stochastic and self._holders.layout):
+            # A step that builds the plan talks and reads anyway; one that finds it built costs no more than those after it.
+            self._compares |= self._plan is None and any(schedules) and self._holders.check_replicas
             # Other numbers than before are other collectives: that, too, all ranks have to do together.
             if self.plan is not None and self._planned != schedules:
                 self._plan = self._build(self.entries)
@@ -216,13 +220,21 @@ class Conductor:
         """
         if self._agreed:
             return False
-        moving = torch.tensor(not (idle and self.moves_nothing()))
-        if self.phases:
-            moving = any_rank(moving, World.of(self._holders.group))
-            if moving and self._holders.check_replicas:
-                check_gradients(self.plan)
-        self._agreed = bool(moving)
-        return not self._agreed
+        is_real = self._on_any_rank(not (idle and self.moves_nothing()))
+        if is_real and self._compares:
+            check_gradients(self.plan)
+        self._agreed = is_real
+        return not is_real
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        if not self.phases:
+            return flag
+        world = self.plan.world
+        if world.board is None:
+            return bool(any_rank(torch.tensor(flag), world))
+        answer = world.board.is_true_on_any(flag, self._num_asked)
+        self._num_asked += 1  # not before: who tries a failed step again asks the same question again
+        return answer
 
     def moves_nothing(self) -> bool:
         """Whether all gradients of this rank are 0. Reads them."""

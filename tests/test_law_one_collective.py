@@ -178,3 +178,28 @@ def test_what_is_not_finite_is_seen_by_all(worlds, layout):
     for nan, inf in worlds.run(LAYOUTS[layout].ranks, sum_of_another_value, layout):
         assert nan != nan
         assert inf == float("inf")
+
+
+def collectives_of_the_first_step(way: str, lr: float) -> tuple[int, int]:
+    """With the plan built before: how many collectives the first step makes, and `phases`."""
+    import distwd
+
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    rule = distwd.RelativeWeightDecay(0.1, norm_input="params")
+    if way == "chain":
+        optimizer = decay = distwd.Chain([("w", param)], distwd.Adam(), rule, distwd.LR(lr))
+    else:
+        optimizer = torch.optim.AdamW([("w", param)], lr=lr, weight_decay=0)
+        decay = distwd.attach(optimizer, rule)
+    _ = decay.plan
+    with Wire() as wire:
+        optimizer.step()
+    return len(wire.calls), decay.phases
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+@pytest.mark.parametrize("way", ["chain", "attach"])
+def test_the_first_step_costs_no_more_than_any_other(worlds, way, lr):
+    """Whether it is a real step, all ranks find out together; that is no collective, and at lr > 0 nobody waits for it."""
+    assert worlds.run(2, collectives_of_the_first_step, way, lr) == [(1, 1)] * 2
