@@ -36,7 +36,7 @@ class Chain(torch.optim.Optimizer):
     group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this
         process. No group is created.
     layout: who holds what, for tensors whose ownership no DTensor tells (see `Plan.build`).
-    check_replicas: whether the bits of copies are compared (see `Plan.build`), and in the first step their gradients.
+    check_replicas: whether the bits of copies are compared (see `Plan.build`), and, by a first step that builds the plan, their gradients.
     rounding: how parameters in bf16 and fp16 are written: to the "nearest", or "stochastic": to the neighbour above with
         the probability of the distance from the one below, so that small decays are not lost but right in the mean. The
         noise is a hash of seed, number of the step, name (or position) of the parameter and place of the element in the whole
