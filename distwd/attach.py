@@ -12,11 +12,12 @@ from torch import Tensor
 from .attached import (
     COUPLINGS,
     Lent,
+    PutBackGrads,
     Snapshot,
     batches_of,
+    heed_scaler,
     must_follow,
     sentence,
-    skip_where,
     with_closure,
     write_after,
     write_before,
@@ -33,6 +34,7 @@ from .plan.plan import Plan
 from .refusals import as_hosts, check_decays, check_groups, check_host
 from .rehearsal import is_rehearsal, is_within_a_step, mark_idle
 from .rounding import KEY, Rounding
+from .rounds import Round, refuse_under_scaler
 from .step import Step
 from .transform import places_of
 
@@ -56,8 +58,8 @@ def attach(
         the `Chain` with the rules at that place; norm_input="update" then is what the optimizer did to the parameters,
         over lr for "lr".
     optimizer: any torch optimizer with step hooks, its own weight_decay 0; or several of one model that are stepped once
-        each, in any order, and share one metric and one collective. (Relative rules under a GradScaler, which may skip
-        one and not the others: attach to each on its own.)
+        each, in any order, and share one metric and one collective. (Under a GradScaler, which may skip one and not the
+        others: numbers of the parameters, and of the updates of fused ones.)
     decays: rules; λ is kept in the groups' key `distwd_weight_decay`, read at every step, and saved with them.
     group, layout, check_replicas: as for `Chain`. rounding, seed: as for `Chain`, of what distwd itself writes to bf16 and
         fp16 parameters: the decay. How the optimizer rounds its own step, it has done already. track_unchanged: as for `Chain`.
@@ -127,7 +129,7 @@ class Attachment:
         self._each_alone = len(hosts) == 1 or all(decay.need(decay.defaults) is None for decay in decays)
         self._direct = any(decay.target == "params_direct" for decay in rules)
         self._began = False
-        self._stepped: set[int] = set()
+        self._round = Round(hosts, self._each_alone)
         self._step: Step | None = None
         self._rehearses = self._raised = self._acted = False
         self._snapshot = Snapshot()
@@ -166,6 +168,11 @@ class Attachment:
         """Identities of the groups whose own weight_decay does a rule's work during a step."""
         return frozenset(self._lent.groups)
 
+    @property
+    def lent_grads(self) -> PutBackGrads:
+        """Parameters with their own gradients and what stands in for them during a step."""
+        return self._lent.grads
+
     def __repr__(self) -> str:
         hosts = " and ".join(type(host).__name__ for host in self._hosts)
         rules = ", ".join(repr(decay) for decay in self._decays)
@@ -199,10 +206,10 @@ class Attachment:
         """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
         if is_within_a_step(host):
             return None
-        first = self._each_alone or not self._stepped or id(host) in self._stepped
+        first = self._round.is_begun_by(host)
         if first:
             self._begin_round(host)
-        self._stepped.add(id(host))
+        self._round.enter(host)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if first:
             self._rehearses = is_rehearsal(self._hosts, self._conductor, closure is not None)
@@ -227,15 +234,10 @@ class Attachment:
         return evaluate
 
     def _begin_round(self, host: torch.optim.Optimizer) -> None:
-        """A host that steps again begins a new round: the others did not step this time, or the last step raised."""
-        unfinished = not self._each_alone and self._follows and bool(self._stepped) and not self._raised
-        self._stepped.clear()
         self._restore()
-        if unfinished:
-            raise ValueError(
-                f"{type(host).__name__} steps a second time before the others have stepped, but their decay depends on the "
-                "updates of all; step each once, or attach to each on its own"
-            )
+        self._round.begin(host, needs_all=self._follows and not self._raised)
+        if not self._each_alone:
+            refuse_under_scaler(self._hosts, self._decays, self._coupling, self._follows)
         for each in self._hosts:
             check_groups(each, self._coupling)
         write_keys(self._conductor.groups, self._defaults)
@@ -245,6 +247,7 @@ class Attachment:
             self._snapshot.take(self._conductor.playing())
 
     def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
+        self._round.note_gradients()
         if self._rehearses and self._acted:
             self._conductor.act_unseen(self._new_step(host))
         if self._rehearses or self._follows:
@@ -253,8 +256,8 @@ class Attachment:
             self._step = self._new_step(host)
             self._conductor.act(self._step, self._conductor.in_step)
         own = batches_of(host, self._step)
-        if not self._each_alone and (found_inf := getattr(host, "found_inf", None)) is not None:
-            skip_where(own, found_inf)
+        if not self._each_alone:
+            heed_scaler(own, host, self._coupling == "gradient")
         if self._coupling == "gradient":
             self._lent.grads += write_gradients(own)
         else:
@@ -267,10 +270,10 @@ class Attachment:
             return
         self._raised = False
         mark_idle(host)
-        if not self._each_alone and len(self._stepped) < len(self._hosts):
+        self._lent.take_back(stepped=True)
+        if not self._round.is_complete():
             return
-        self._stepped.clear()
-        self._restore(stepped=True)
+        self._step = None
         self._acted = self._acted or not self._rehearses
         if self._follows and not self._rehearses:
             step = self._new_step(host)
@@ -280,15 +283,17 @@ class Attachment:
                 self._conductor.act(step, self._conductor.in_step)
                 write_after(step, moved_to, self._direct)
             self._conductor.finish(step, host.param_groups if self._each_alone else step.groups)
+        self._round.end()
 
-    def _restore(self, stepped: bool = False) -> None:
-        self._lent.take_back(stepped)
+    def _restore(self) -> None:
+        self._lent.take_back(stepped=False)
         self._step = None
 
     def _new_step(self, host: torch.optim.Optimizer) -> Step:
         step = self._conductor.new_step({})
-        step.grad_scale, step.found_inf = getattr(host, "grad_scale", None), getattr(host, "found_inf", None)
         step.pulls_gradients = self._coupling == "gradient"
+        step.found_inf = self._round.verdicts(step.groups)
         if self._each_alone:
+            step.grad_scale = getattr(host, "grad_scale", None)
             step.batches = batches_of(host, step)
         return step

@@ -241,10 +241,14 @@ def batches_of(host: torch.optim.Optimizer, step: Step) -> list[Batch]:
     return [batch for batch in step.batches if id(batch.group) in own]
 
 
-def skip_where(batches: Sequence[Batch], found_inf: Tensor) -> None:
-    """Let no pending pull act where `found_inf` is not 0."""
+def heed_scaler(batches: Sequence[Batch], host: torch.optim.Optimizer, scales: bool) -> None:
+    """Let no pending pull act in a step that a GradScaler will skip; scales: let it be as scaled as the host's gradients."""
+    grad_scale, found_inf = getattr(host, "grad_scale", None), getattr(host, "found_inf", None)
     for batch in batches:
-        batch.pulls = [replace(pull, rate=unless(found_inf, pull.rate)) for pull in batch.pulls]
+        if scales and grad_scale is not None:
+            batch.pulls = [pull.scaled(grad_scale) for pull in batch.pulls]
+        if found_inf is not None:
+            batch.pulls = [replace(pull, rate=unless(found_inf, pull.rate)) for pull in batch.pulls]
 
 
 def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[Any, Any]:
@@ -252,3 +256,9 @@ def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callabl
     if "closure" in kwargs:
         return args, {**kwargs, "closure": closure}
     return (args[0], closure, *args[2:]), kwargs
+
+
+def batches_of(host: torch.optim.Optimizer, step: Step) -> list[Batch]:
+    """Of the batches of a step those of this host, as its groups are now."""
+    own = set(map(id, host.param_groups))
+    return [batch for batch in step.batches if id(batch.group) in own]

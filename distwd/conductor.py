@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from .accounts import audit_of
-from .decays.rule import Decay
 from .errors import PlanError, Stranded
 from .kernels.scratch import Scratch
 from .kernels.tally import Tally
@@ -25,6 +24,7 @@ from .plan.entries import Entry, Roster
 from .plan.gradients import check_gradients
 from .plan.pieces import check_tensor
 from .plan.plan import Plan, build_plan
+from .refusals import check_numbers
 from .rounding import Rounding
 from .step import Step
 from .transform import Place
@@ -68,6 +68,7 @@ class Conductor:
         self.in_closure = tuple(place for place in places if getattr(place.transform, "target", "") == "closure")
         self.in_step = tuple(place for place in places if place not in self.in_closure)
         self._holders, self._named = holders, named
+        self._labels = {place.index: place.label for place in places}
         self._ledger = Ledger(groups)
         self._rounding, self._tracks = rounding, tracks
         self._tallies: dict[int, Tally] = {}
@@ -136,8 +137,11 @@ class Conductor:
     def prepare(self, again: bool) -> None:
         """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed, else unless `again`."""
         self.take_back()
-        self._refuse_parts()
         schedules = self._schedules()
+        if any(schedules):
+            asks = [ask for phases in schedules for phase in phases for ask in phase.asks]
+            is_one = World.of(self._holders.group).size == 1
+            check_numbers(asks, self._labels, self._ledger.in_play(), self.groups, is_one)
         # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
         if any(schedules) or (self._rounding.is_stochastic and self._holders.layout):
             # A step that builds the plan talks and reads anyway; one that finds it built costs no more than those after it.
@@ -148,21 +152,6 @@ class Conductor:
         elif not again:
             for entry in self.entries:
                 check_tensor(entry.name, entry.tensor)
-
-    def _refuse_parts(self) -> None:
-        """Refuse a number over all groups in a step that is shown only some; on every rank alike, since all step alike."""
-        in_play, num_groups = self._ledger.in_play(), len(self.groups)
-        if len(in_play) == num_groups:
-            return
-        for place in (*self.in_step, *self.in_closure):
-            for group in self.groups:
-                need = place.transform.need(place.settings(group)) if isinstance(place.transform, Decay) else None
-                if need is not None and need.scope == "all":
-                    raise ValueError(
-                        f"this step is of {len(in_play)} of the optimizer's {num_groups} param groups (DeepSpeed's ZeRO-1 and 2 "
-                        f"step one group at a time), so {place.label} never sees the whole model: give it scope='group' "
-                        "(or 'tensor'), or put all parameters into one group"
-                    )
 
     def new_step(self, hosts: Mapping[int, Any]) -> Step:
         """A step of the gradients as they are now."""

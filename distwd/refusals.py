@@ -1,18 +1,32 @@
-"""Optimizers and rules that `attach` refuses, and what to do instead."""
+"""Optimizers, rules and steps that are refused, and what to do instead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .decays.rule import Decay
+from .decays.rule import Decay, Need
 from .hosts import needs_closure
 from .keys import attachments_of
 
 _TWICE = "param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice"
+
+
+_IN_BACKWARD = (
+    "{label} needs a number over parameters, but the optimizer steps inside backward(), one parameter at a time: the others' "
+    "gradients are not there yet, and ranks need not come to it in one order; step after backward(), or use an absolute rule"
+)
+_IN_PARTS = (
+    "this step is of {shown} of the optimizer's {all} param groups (DeepSpeed's ZeRO-1 and 2 step one group at a time), so {label} "
+    "never sees the whole model: give it scope='group' (or 'tensor'), or put all parameters into one group"
+)
+_PIECE_BY_PIECE = (
+    "{label} needs a number over parameters, but DeepSpeed's ZeRO-3 shows the optimizer one piece after the other; use ZeRO-1 or 2, "
+    "FSDP2, or an absolute rule"
+)
 
 
 def check_decays(decays: Sequence[Any]) -> None:
@@ -30,15 +44,11 @@ def check_decays(decays: Sequence[Any]) -> None:
 
 def check_host(host: Any, decays: Sequence[Decay], coupling: str) -> None:
     """Raise ValueError if decay cannot be attached to `host`, by class name, with what to attach to instead."""
-    if not isinstance(host, torch.optim.Optimizer):
-        raise ValueError(f"attach takes a torch.optim.Optimizer, not {type(host).__name__}")
     name = type(host).__name__
-    inside = next((key for key, value in vars(host).items() if isinstance(value, torch.optim.Optimizer)), None)
-    if inside is not None:
-        raise ValueError(
-            f"{name} is a wrapper, and its step hooks do not see the step; attach to the {type(getattr(host, inside)).__name__} in its "
-            f"`.{inside}` instead"
-        )
+    _refuse_wrapper(host, name)
+    if not isinstance(host, torch.optim.Optimizer):
+        raise ValueError(f"attach takes a torch.optim.Optimizer, not {name}")
+    _refuse_in_backward(host, name, decays)
     if not getattr(type(host).step, "hooked", False) or "_optimizer_step_pre_hooks" not in vars(host):
         raise ValueError(
             f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
@@ -51,6 +61,62 @@ def check_host(host: Any, decays: Sequence[Decay], coupling: str) -> None:
     searching = needs_closure(type(host)) and any(decay.target != "closure" for decay in decays)
     if searching and coupling == "gradient":
         raise ValueError(f"{name} evaluates the gradient itself, many times in a step; give the rule target='closure'")
+
+
+def _refuse_wrapper(host: Any, name: str) -> None:
+    """Refuse what only passes steps on to optimizers that it holds in an attribute: one, or a list or dict of them."""
+    for key, value in getattr(host, "__dict__", {}).items():
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        held = list(held)
+        if not held or not all(isinstance(one, torch.optim.Optimizer) for one in held):
+            continue
+        if held == [value]:
+            words = f"attach to the {type(value).__name__} in its `.{key}` instead"
+            if _num_params(value) < _num_params(host):
+                words += ", which holds this rank's parameters only: give it named_parameters=model.named_parameters()"
+        else:
+            words = f"attach to all {len(held)} optimizers in its `.{key}` together instead, attach([...], rule)"
+        raise ValueError(f"{name} is a wrapper, and its step hooks do not see the step; {words}")
+
+
+def _num_params(host: Any) -> int:
+    return sum(len(group["params"]) for group in getattr(host, "param_groups", ()))
+
+
+def _refuse_in_backward(host: torch.optim.Optimizer, name: str, decays: Sequence[Decay]) -> None:
+    """Refuse optimizers that step inside backward, as far as they show it before the first step."""
+    if hasattr(host, "fused_backward"):
+        raise ValueError(
+            f"{name} changes the parameters inside its own `fused_backward`, and its step does nothing, so no hook would ever "
+            "decay; use its own weight_decay, or another optimizer"
+        )
+    params = [param for group in host.param_groups for param in group["params"]]
+    if any(host in getattr(param, "_in_backward_optimizers", ()) for param in params):
+        for decay in decays:
+            if decay.need(decay.defaults) is not None:
+                raise ValueError(_IN_BACKWARD.format(label=type(decay).__name__))
+
+
+def check_numbers(
+    asks: Iterable[tuple[int, Need]],
+    labels: Mapping[int, str],
+    in_play: frozenset[int],
+    groups: Sequence[Mapping[str, Any]],
+    is_alone: bool,
+) -> None:
+    """Raise ValueError where a rule asks for a number that this step cannot have; on every rank alike, since all step alike.
+
+    asks: (index of the rule, its need). in_play: the groups that the step is shown. is_alone: whether there is one rank.
+    """
+    # Not -1 inside of backward(), on whatever thread.
+    is_in_backward = torch._C._current_graph_task_id() != -1
+    for index, need in asks:
+        if is_in_backward and (need.scope == "all" or not is_alone):
+            raise ValueError(_IN_BACKWARD.format(label=labels[index]))
+        if len(in_play) < len(groups) and need.scope == "all":
+            raise ValueError(_IN_PARTS.format(label=labels[index], shown=len(in_play), all=len(groups)))
+        if any(hasattr(param, "ds_id") for group in groups for param in group["params"]):
+            raise ValueError(_PIECE_BY_PIECE.format(label=labels[index]))
 
 
 def check_groups(host: torch.optim.Optimizer, coupling: str) -> None:

@@ -1,4 +1,4 @@
-"""Steps that are not what they seem: the hidden step of checkpoints, and a step within a step."""
+"""Steps that are not what they seem: the hidden step of checkpoints, a step within a step, and who has called it."""
 
 from __future__ import annotations
 
@@ -47,3 +47,14 @@ def is_within_a_step(host: torch.optim.Optimizer) -> bool:
         steps += frame.f_code is wrapper and frame.f_locals.get("self") is host
         frame = frame.f_back
     return steps > 1
+
+
+def scaler_of_this_step() -> torch.amp.GradScaler | None:
+    """The GradScaler whose `step` has called the present step, if one has. It tells nobody, so the stack is asked."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            scaler: torch.amp.GradScaler = frame.f_locals["self"]
+            return scaler
+        frame = frame.f_back
+    return None

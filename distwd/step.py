@@ -118,7 +118,7 @@ class Step:
     entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place.
     scratch: where blocks are worked on.
     host: an optimizer that waits for what comes after it. grad_scale: what a GradScaler has multiplied the gradients by.
-    found_inf: not 0 where the step will be skipped. pulls_gradients: whether pulls on the update are pulls on gradients.
+    found_inf: by param group, not 0 where its step will be skipped. pulls_gradients: whether pulls on the update are pulls on gradients.
     in_play: the indices of the groups that are stepped; the others are as if they had no parameters. None: all groups.
     old: local parameters as they were, by position, where an optimizer has stepped them already.
     """
@@ -142,7 +142,7 @@ class Step:
         self.batches = list(_batches(playing, groups, scratch))
         self.host: Waiting | None = None
         self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
+        self.found_inf: Mapping[int, Tensor | None] = {}
         self.pulls_gradients = False
         self.old: Mapping[int, Tensor] = {}
 
@@ -151,7 +151,8 @@ class Step:
         rate = self.rates.rate(place, batch, settings)
         if self.grad_scale is not None and on_gradients:
             rate = rate * self.grad_scale
-        return rate if self.found_inf is None else unless(self.found_inf, rate)
+        found_inf = self.found_inf.get(batch.group_index)
+        return rate if found_inf is None else unless(found_inf, rate)
 
     def adopt(self, moved: Mapping[Tensor, Tensor]) -> None:
         """Take as the update what an optimizer has found already: how far it moved each local parameter."""

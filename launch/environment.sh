@@ -94,6 +94,12 @@ _distwd_install() {
     python -m pip install --disable-pip-version-check --quiet -e "${root}[$extras]" -c "$scratch/constraints.txt" 2>&1 |
         tee "$scratch/log" >&2
     status=${PIPESTATUS[0]}
+    # timm is tested for its optimizers alone. Its torchvision would have to fit the very build of torch.
+    if [ "$status" -eq 0 ] && [[ ,$extras, == *,tests,* ]]; then
+        python -m pip install --disable-pip-version-check --quiet --no-deps timm -c "$scratch/constraints.txt" 2>&1 |
+            tee "$scratch/log" >&2
+        status=${PIPESTATUS[0]}
+    fi
     if [ "$status" -ne 0 ]; then
         if grep -qE 'NewConnectionError|Failed to establish|Name or service|name resolution|ConnectTimeout|ProxyError|No matching distribution' "$scratch/log"; then
             _distwd_say "pip could not reach a package index. Check the network or pip's settings (proxy, index) and try again;" \

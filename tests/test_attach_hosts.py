@@ -1,8 +1,6 @@
-"""attach around real hosts: closures, scaled gradients, several optimizers of one model, and other packages' optimizers."""
+"""attach around real hosts: closures, scaled gradients, and several optimizers of one model."""
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import torch
@@ -250,33 +248,3 @@ def test_a_scaler_may_skip_one_host_and_not_the_other(coupling, fused):
         for step, infinite in enumerate(["", "up.weight", "head.bias", "", "up.weight", "up.weight", ""]):
             scaled_step(scaler, optimizers, params, step, infinite)
     assert differing({n: p.detach() for n, p in ours.items()}, {n: p.detach() for n, p in theirs.items()}) == []
-
-
-# --- hosts of other packages --------------------------------------------------------------------------------------------
-
-PACKAGES = {
-    "schedulefree": ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"],
-    "lion_pytorch": ["Lion"],
-    "pytorch_optimizer": ["AdaBelief", "Lion", "Lamb", "LARS", "Adan", "ScheduleFreeAdamW", "SOAP", "AdEMAMix"],
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("package", "cls"), [(package, cls) for package in PACKAGES for cls in PACKAGES[package]])
-def test_hosts_of_other_packages_decay(package, cls):
-    """With coupling lr and none: p_new − λ·d(p_old), exactly what the host alone would do, minus the decay."""
-    module = importlib.import_module(package)
-    for coupling, rate in (("lr", 0.01), ("none", 1.0)):
-        pair = []
-        for attached in (False, True):
-            params = parameters()
-            torch.manual_seed(0)
-            optimizer = getattr(module, cls)(list(params.values()), lr=0.01, weight_decay=0)
-            if hasattr(optimizer, "train"):
-                optimizer.train()
-            if attached:
-                attach(optimizer, WeightDecay(0.1), coupling=coupling)
-            pair.append(train(optimizer, params, [0]))
-        for name, old in parameters().items():
-            expected = pair[0][name] - rate * 0.1 * old.detach()
-            torch.testing.assert_close(pair[1][name], expected, rtol=1e-5, atol=1e-6)

@@ -32,6 +32,7 @@ LAYERS = [
     ["accounts"],
     ["conductor"],
     ["rehearsal"],
+    ["rounds"],
     ["attach", "chain"],
     ["__init__"],
 ]

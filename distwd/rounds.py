@@ -1,0 +1,113 @@
+"""Several hosts of one model: whose steps belong together, and what a GradScaler does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decays.rule import Decay
+from .keys import attachments_of
+from .rehearsal import scaler_of_this_step
+
+Host = torch.optim.Optimizer
+
+
+class Round:
+    """Hosts that share their numbers are stepped once each, in any order, and the first step measures for all.
+
+    A round ends when all have stepped. A new one begins before that where a host steps again, has other gradients than when the
+    last one stepped, or a GradScaler has been updated since: then the others were skipped. Hosts that share nothing are each a round.
+    """
+
+    def __init__(self, hosts: Sequence[Host], each_alone: bool) -> None:
+        self._hosts, self._each_alone = hosts, each_alone
+        self._stepped: dict[int, Tensor | None] = {}
+        self._grads: dict[int, list[Tensor | None]] = {}
+        self._scaling: Any = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether some host has stepped, and another has not."""
+        return not self._each_alone and bool(self._stepped)
+
+    def is_begun_by(self, host: Host) -> bool:
+        """Whether a step of `host` is the first of a round."""
+        if not self.is_open or id(host) in self._stepped or _scaling() is not self._scaling:
+            return True
+        return any(now is not then for now, then in zip(_grads(host), self._grads.get(id(host), []), strict=False))
+
+    def begin(self, host: Host, needs_all: bool) -> None:
+        """Nobody has stepped yet. needs_all: raise ValueError if the last round, of which some have stepped, needed the others too."""
+        was_open = self.is_open
+        self.end()
+        if was_open and needs_all:
+            raise ValueError(
+                f"{type(host).__name__} steps a second time before the others have stepped, but their decay depends on the "
+                "updates of all; step each once, or attach to each on its own"
+            )
+        self._scaling = None if self._each_alone else _scaling()
+
+    def enter(self, host: Host) -> None:
+        """`host` steps; a GradScaler's verdict on it is known now, on the others it may not be."""
+        self._stepped[id(host)] = getattr(host, "found_inf", None)
+
+    def note_gradients(self) -> None:
+        """The gradients are there now: a closure may have just made them."""
+        if not self._each_alone:
+            # Held, and not only their ids: a new gradient may come to lie where an old one was.
+            self._grads = {id(each): _grads(each) for each in self._hosts}
+
+    def is_complete(self) -> bool:
+        """Whether all hosts of the round have stepped."""
+        return self._each_alone or len(self._stepped) == len(self._hosts)
+
+    def verdicts(self, groups: Sequence[dict[str, Any]]) -> dict[int, Tensor | None]:
+        """By index of a group: the found_inf with which its host is stepped, of hosts that have come to it."""
+        host_of = {id(group): id(host) for host in self._hosts for group in host.param_groups}
+        return {index: self._stepped.get(host_of.get(id(group), 0)) for index, group in enumerate(groups)}
+
+    def end(self) -> None:
+        """The round is over: let go of its gradients."""
+        self._stepped, self._grads, self._scaling = {}, {}, None
+
+
+def refuse_under_scaler(hosts: Sequence[Host], decays: Sequence[Decay], coupling: str, follows: bool) -> None:
+    """Raise ValueError where a GradScaler that skips one of several hosts would leave their shared numbers undefined.
+
+    It unscales and judges them one after the other. So numbers of gradients are not to be had together; nor is the update of a
+    host that it may pass over without a word. On every rank alike: all use a scaler, or none.
+    """
+    if scaler_of_this_step() is None and not any(getattr(host, "grad_scale", None) is not None for host in hosts):
+        return
+    needs = {need.of for decay in decays if (need := decay.need(decay.defaults)) is not None}
+    of_gradients = "grad" in needs or (coupling == "gradient" and "update" in needs)
+    of_gradients = of_gradients or (
+        coupling == "gradient" and any(decay.is_cautious(decay.defaults) for decay in decays)
+    )
+    at_once = any(decay.target != "update" for decay in decays)
+    unheard = follows and not all(getattr(host, "_step_supports_amp_scaling", False) for host in hosts)
+    if of_gradients or at_once or unheard:
+        what = (
+            "a number of the gradients" if of_gradients else "a decay at once" if at_once else "a number of the updates"
+        )
+        way_out = " (or use fused optimizers)" if unheard and not of_gradients and not at_once else ""
+        raise ValueError(
+            f"a GradScaler unscales and may skip one of several optimizers and not the others, so {what} over all of them is not "
+            f"defined; attach to each on its own, or use norm_input='params'{way_out}"
+        )
+
+
+def _scaling() -> Any:
+    """What a GradScaler has only until its next update."""
+    scaler = scaler_of_this_step()
+    return None if scaler is None else scaler._per_optimizer_states
+
+
+def _grads(host: Host) -> list[Tensor | None]:
+    """The host's gradients, its own where an attachment has lent it others."""
+    lent = {id(stand_in): grad for other in attachments_of(host) for _, grad, stand_in, _ in other.lent_grads}
+    grads = (param.grad for group in host.param_groups for param in group["params"])
+    return [lent.get(id(grad), grad) for grad in grads]

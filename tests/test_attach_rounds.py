@@ -1,0 +1,187 @@
+"""Several optimizers of one model whose steps do not all come: a GradScaler skips one, or the training loop does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distwd import CautiousWeightDecay, RelativeWeightDecay, attach
+from tests.one_process import fp32_parameters
+from tests.oracle import metric_of
+from tests.runs import differing, grads_of
+from tests.wire import Wire
+
+COUPLINGS = ("gradient", "lr", "none")
+LR, DECAY, CUT = 0.01, 0.05, 5
+# Which of the two hosts gets an infinite gradient in each step.
+INFINITE = [(), (0,), (1,), (), (0, 1), (1,), ()]
+
+
+def halves(params: dict, **kwargs) -> list[torch.optim.Optimizer]:
+    named = list(params.items())
+    return [torch.optim.SGD(part, lr=LR, momentum=0.9, **kwargs) for part in (named[:CUT], named[CUT:])]
+
+
+def feed(params: dict, step: int, scale: float, infinite=()) -> None:
+    for index, (name, param) in enumerate(params.items()):
+        param.grad = grads_of(step)[name].to(param.dtype) * scale
+        if int(index >= CUT) in infinite:
+            param.grad.view(-1)[0] = torch.inf
+
+
+def mad(params) -> float:
+    return metric_of([param.detach() for param in params], "mad")
+
+
+def by_hand(coupling: str, of: str) -> tuple[dict, list[float]]:
+    """torch's SGD and a decay written around it: the number is of all, what is skipped does not move and adds nothing to an update."""
+    params = {name: torch.nn.Parameter(p.detach().double()) for name, p in fp32_parameters().items()}
+    hosts, metrics = halves(params), []
+    for step, infinite in enumerate(INFINITE):
+        old = {name: p.detach().clone() for name, p in params.items()}
+        goes = [index for index in (0, 1) if index not in infinite]
+        if of == "params" and goes:
+            metrics.append(mad(params.values()))
+        feed(params, step, 1.0)
+        for index in goes:
+            for p in hosts[index].param_groups[0]["params"]:
+                if coupling == "gradient":
+                    p.grad += DECAY * metrics[-1] * p.detach()
+            hosts[index].step()
+        if of == "update":
+            moved = [(old[n] - p.detach()) / (LR if coupling == "lr" else 1) for n, p in params.items()]
+            metrics.append(mad(moved))
+        for index, (name, p) in enumerate(params.items()):
+            if coupling != "gradient" and int(index >= CUT) in goes:
+                p.data -= DECAY * metrics[-1] * (LR if coupling == "lr" else 1) * old[name]
+    return {name: p.detach() for name, p in params.items()}, metrics
+
+
+# A number of the updates is for fused hosts only, which are stepped even where the scaler skips them.
+KINDS = [(c, "params", fused) for c in COUPLINGS for fused in (False, True)]
+KINDS += [(c, "update", True) for c in ("lr", "none")]
+
+
+@pytest.mark.parametrize(("coupling", "of", "fused"), KINDS)
+def test_a_host_that_a_scaler_skips_neither_decays_nor_moves_and_the_other_does(coupling, of, fused):
+    params = fp32_parameters()
+    hosts = halves(params, fused=fused)
+    attachment = attach(hosts, RelativeWeightDecay(DECAY, norm_input=of), coupling=coupling)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, backoff_factor=0.5)
+    metrics = []
+    for step, infinite in enumerate(INFINITE):
+        feed(params, step, scaler.scale(torch.tensor(1.0)).item(), infinite)
+        for host in hosts:
+            scaler.step(host)
+        scaler.update()
+        if of == "update" or len(infinite) < 2:
+            metrics.append(attachment.stats()["RelativeWeightDecay"]["metric"].item())
+    expected, numbers = by_hand(coupling, of)
+    assert metrics == pytest.approx(numbers, rel=1e-4)
+    for name, param in params.items():
+        torch.testing.assert_close(param.detach().double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+UNDEFINED = {
+    "of the gradients": (RelativeWeightDecay(0.1, norm_input="grad"), "lr", True, "a number of the gradients"),
+    "of the update that is the gradient": (RelativeWeightDecay(0.1), "gradient", True, "a number of the gradients"),
+    "of an update that may not come": (RelativeWeightDecay(0.1), "lr", False, "use fused optimizers"),
+    "at once": (RelativeWeightDecay(0.1, 2, "params", "mad", "params_direct"), "lr", True, "a decay at once"),
+}
+
+
+@pytest.mark.parametrize("case", UNDEFINED)
+def test_numbers_that_a_scaler_makes_undefined_are_refused_before_anything_changes(case):
+    rule, coupling, fused, words = UNDEFINED[case]
+    params = fp32_parameters()
+    hosts = halves(params, fused=fused)
+    attach(hosts, rule, coupling=coupling)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    feed(params, 0, scaler.scale(torch.tensor(1.0)).item())
+    with pytest.raises(ValueError, match=words) as refused:
+        scaler.step(hosts[0])
+    assert "attach to each on its own" in str(refused.value)
+    assert (
+        differing({n: p.detach() for n, p in params.items()}, {n: p.detach() for n, p in fp32_parameters().items()})
+        == []
+    )
+    assert not hosts[0].state
+
+
+def test_cautious_rules_are_each_hosts_own_under_a_scaler():
+    """They need no number, so nothing is shared, and nothing is refused."""
+    params = fp32_parameters()
+    hosts = halves(params)
+    attach(hosts, CautiousWeightDecay(0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    feed(params, 0, scaler.scale(torch.tensor(1.0)).item(), infinite=(0,))
+    for host in hosts:
+        scaler.step(host)
+    before = fp32_parameters()
+    assert [name for name in params if not torch.equal(params[name], before[name])] == list(params)[CUT:]
+
+
+# --- a training loop that leaves one out ----------------------------------------------------------------------------------
+
+
+def stepping(turns: list[list[int]], coupling: str, fresh: bool) -> tuple[dict, list[float]]:
+    """Steps of the hosts in turns. fresh: with a new attachment for every turn, which can know nothing of the last."""
+    params = fp32_parameters()
+    hosts = halves(params)
+    rule = RelativeWeightDecay(DECAY, norm_input="params")
+    attachment, metrics = attach(hosts, rule, coupling=coupling), []
+    for step, turn in enumerate(turns):
+        if fresh:
+            attachment.remove()
+            attachment = attach(hosts, rule, coupling=coupling)
+        feed(params, step, 1.0)
+        for index in turn:
+            hosts[index].step()
+        metrics.append(attachment.stats()["RelativeWeightDecay"]["metric"].item())
+        assert all(torch.equal(p.grad, grads_of(step)[name]) for name, p in params.items())
+    return {name: param.detach() for name, param in params.items()}, metrics
+
+
+@pytest.mark.parametrize("turns", [[[0, 1], [1], [0, 1]], [[1], [0], [0, 1]], [[1], [0, 1], [1, 0]]], ids=str)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_a_host_that_is_left_out_does_not_put_the_next_round_out_of_step(coupling, turns):
+    values, metrics = stepping(turns, coupling, fresh=False)
+    expected, numbers = stepping(turns, coupling, fresh=True)
+    assert metrics == numbers
+    assert len(set(metrics)) == len(turns)
+    assert differing(values, expected) == []
+
+
+def test_an_update_that_never_comes_is_refused_whichever_host_is_next():
+    for order in (0, 1):
+        params = fp32_parameters()
+        hosts = halves(params)
+        attach(hosts, RelativeWeightDecay(0.1))
+        feed(params, 0, 1.0)
+        hosts[0].step()
+        feed(params, 1, 1.0)
+        with pytest.raises(ValueError, match="before the others have stepped"):
+            hosts[order].step()
+
+
+def under_a_scaler() -> tuple[dict, list[int]]:
+    params = fp32_parameters()
+    hosts = halves(params)
+    attach(hosts, RelativeWeightDecay(DECAY, norm_input="params"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    counts = []
+    for step, infinite in enumerate(INFINITE):
+        feed(params, step, scaler.scale(torch.tensor(1.0)).item(), infinite)
+        with Wire() as wire:
+            for host in hosts:
+                scaler.step(host)
+        scaler.update()
+        counts.append(len(wire.calls))
+    return {name: param.detach() for name, param in params.items()}, counts
+
+
+def test_a_round_has_one_collective_and_a_skipped_one_none(worlds):
+    ((alone, _),) = worlds.run(0, under_a_scaler)
+    for params, counts in worlds.run(2, under_a_scaler):
+        assert counts[1:] == [int(len(infinite) < 2) for infinite in INFINITE[1:]]
+        assert differing(params, alone) == []
