@@ -256,9 +256,3 @@ def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callabl
     if "closure" in kwargs:
         return args, {**kwargs, "closure": closure}
     return (args[0], closure, *args[2:]), kwargs
-
-
-def batches_of(host: torch.optim.Optimizer, step: Step) -> list[Batch]:
-    """Of the batches of a step those of this host, as its groups are now."""
-    own = set(map(id, host.param_groups))
-    return [batch for batch in step.batches if id(batch.group) in own]
