@@ -129,7 +129,7 @@ class Attachment:
         self._each_alone = len(hosts) == 1 or all(decay.need(decay.defaults) is None for decay in decays)
         self._direct = any(decay.target == "params_direct" for decay in rules)
         self._began = False
-        self._round = Round(hosts, self._each_alone)
+        self._round = Round(hosts, self._each_alone, self._follows)
         self._step: Step | None = None
         self._rehearses = self._raised = self._acted = False
         self._snapshot = Snapshot()
@@ -235,7 +235,7 @@ class Attachment:
 
     def _begin_round(self, host: torch.optim.Optimizer) -> None:
         self._restore()
-        self._round.begin(host, needs_all=self._follows and not self._raised)
+        self._round.begin(host, self._raised)
         if not self._each_alone:
             refuse_under_scaler(self._hosts, self._decays, self._coupling, self._follows)
         for each in self._hosts:

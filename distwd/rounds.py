@@ -18,12 +18,13 @@ Host = torch.optim.Optimizer
 class Round:
     """Hosts that share their numbers are stepped once each, in any order, and the first step measures for all.
 
-    A round ends when all have stepped. A new one begins before that where a host steps again, has other gradients than when the
-    last one stepped, or a GradScaler has been updated since: then the others were skipped. Hosts that share nothing are each a round.
+    A round ends when all have stepped. A new one begins before that where a host steps again, or a GradScaler has been updated since:
+    then the others were skipped. So they were where a host has other gradients than when the last one stepped; but decay that
+    follows the hosts' updates can wait for those, from whatever gradients. Hosts that share nothing are each a round.
     """
 
-    def __init__(self, hosts: Sequence[Host], each_alone: bool) -> None:
-        self._hosts, self._each_alone = hosts, each_alone
+    def __init__(self, hosts: Sequence[Host], each_alone: bool, follows: bool) -> None:
+        self._hosts, self._each_alone, self._follows = hosts, each_alone, follows
         self._stepped: dict[int, Tensor | None] = {}
         self._grads: dict[int, list[Tensor | None]] = {}
         self._scaling: Any = None
@@ -37,13 +38,14 @@ class Round:
         """Whether a step of `host` is the first of a round."""
         if not self.is_open or id(host) in self._stepped or _scaling() is not self._scaling:
             return True
-        return any(now is not then for now, then in zip(_grads(host), self._grads.get(id(host), []), strict=False))
+        then = self._grads.get(id(host), [])
+        return not self._follows and any(a is not b for a, b in zip(_grads(host), then, strict=False))
 
-    def begin(self, host: Host, needs_all: bool) -> None:
-        """Nobody has stepped yet. needs_all: raise ValueError if the last round, of which some have stepped, needed the others too."""
-        was_open = self.is_open
+    def begin(self, host: Host, raised: bool) -> None:
+        """Nobody has stepped yet. Raises ValueError if the last round waits for updates, unless it was a step that `raised`."""
+        waits = self.is_open and self._follows and not raised
         self.end()
-        if was_open and needs_all:
+        if waits:
             raise ValueError(
                 f"{type(host).__name__} steps a second time before the others have stepped, but their decay depends on the "
                 "updates of all; step each once, or attach to each on its own"
@@ -56,7 +58,7 @@ class Round:
 
     def note_gradients(self) -> None:
         """The gradients are there now: a closure may have just made them."""
-        if not self._each_alone:
+        if not self._each_alone and not self._follows:
             # Held, and not only their ids: a new gradient may come to lie where an old one was.
             self._grads = {id(each): _grads(each) for each in self._hosts}
 
