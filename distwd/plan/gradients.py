@@ -3,7 +3,8 @@
     s = Σᵢ ±gᵢ, signs by place;  Σ over holders of s  =  number of holders · s of the owner,  if all are copies
 
 Stages of a pipeline, or experts, that were initialised from one seed and have the same names everywhere look like copies until
-they are trained. So gradients are compared once, in a first step that builds the plan: equal up to what kernels round differently, or not at all.
+they are trained. So gradients are compared once, in a first step that builds the plan: equal up to what kernels round differently,
+or not at all.
 """
 
 from __future__ import annotations
