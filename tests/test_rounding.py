@@ -211,6 +211,20 @@ def test_decay_weights_rounds_by_the_seed_that_it_is_given():
     assert abs(first.double().mean().item() - (1 - 1e-4)) < 4 * 2.0**-8 * math.sqrt(1e-4 * 2**8 / 50_000)
 
 
+def test_the_name_of_a_parameter_decides_and_its_place_where_it_has_none():
+    def decayed(*names: str | None) -> list[Tensor]:
+        held = [torch.ones(1000, dtype=BF16) for _ in names]
+        pairs = held if None in names else list(zip(names, held, strict=True))
+        distwd.decay_weights_(pairs, 1e-3, rounding="stochastic", seed=1)
+        return held
+
+    (a, b), (other_b, other_a), (first, second) = decayed("a", "b"), decayed("b", "a"), decayed(None, None)
+    assert torch.equal(a, other_a)
+    assert torch.equal(b, other_b)
+    assert not torch.equal(a, b)
+    assert not torch.equal(first, second)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
