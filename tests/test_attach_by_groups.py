@@ -182,3 +182,28 @@ def test_numbers_of_groups_that_are_not_shown_stay_and_a_new_group_is_no_surpris
     assert sorted(attachment.stats()["RelativeWeightDecay"]["metric"]) == [0, 1, 2]
     attachment.remove()
     assert not any("distwd_weight_decay" in group for group in optimizer.param_groups)
+
+
+def piece_by_piece(rule: str) -> str:
+    """DeepSpeed's ZeRO-3: groups are empty but for the one piece that is stepped, and its pieces are numbered."""
+    params = [torch.nn.Parameter(torch.full((3,), float(number))) for number in (1, 2)]
+    optimizer = adamw([params[0]])
+    attach(optimizer, rule_of(rule), layout={"*": Sharded()})
+    optimizer.param_groups[0]["params"] = []
+    told = []
+    for number, param in enumerate(params):
+        param.ds_id, param.grad = f"{number}", torch.zeros(3)
+        optimizer.param_groups[0]["params"] = [param]
+        try:
+            optimizer.step()
+        except ValueError as error:
+            told.append(str(error))
+        optimizer.param_groups[0]["params"] = []
+    return " | ".join([*told, *(f"{param[0].item():g}" for param in params)])
+
+
+def test_zero_3_is_refused_for_a_relative_rule_and_decays_by_an_absolute_one(worlds):
+    for refused in worlds.run(2, piece_by_piece, "of params"):
+        assert refused.count("DeepSpeed's ZeRO-3 shows the optimizer one piece after the other") == 2
+        assert refused.endswith(" | 1 | 2")
+    assert worlds.run(2, piece_by_piece, "absolute") == ["0.999 | 1.998"] * 2
