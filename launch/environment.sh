@@ -117,7 +117,7 @@ _distwd_environment() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P) || return 1
     extras=${1:-}
     if [[ ! $extras =~ ^[a-z]+(,[a-z]+)*$ ]]; then
-        _distwd_say "say what for: source launch/environment.sh demo|tests|docs|lint (several: lint,docs)"
+        _distwd_say "say what for: source launch/environment.sh demo|recipes|tests|docs|lint (several: lint,docs)"
         return 1
     fi
     _distwd_activate "$root" || return 1
