@@ -212,13 +212,22 @@ class Attachment:
         self._round.enter(host)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if first:
-            self._rehearses = is_rehearsal(self._hosts, self._conductor, closure is not None)
+            self._rehearses = self._is_rehearsal(host, closure is not None)
         if closure is not None:
             return with_closure(args, kwargs, self._evaluating(host, closure, first))
         if self._conductor.in_closure:
             raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
         self._act_before(host, first)
         return None
+
+    def _is_rehearsal(self, host: torch.optim.Optimizer, has_closure: bool) -> bool:
+        """As `is_rehearsal`; checkpoint code asks each host alone, which is no part of a round then."""
+        agreed = self._conductor.has_agreed
+        alone = self._each_alone or not agreed
+        rehearses = is_rehearsal([host] if alone else self._hosts, self._conductor, has_closure)
+        if rehearses and not agreed:
+            self._stepped.discard(id(host))
+        return rehearses
 
     def _evaluating(self, host: torch.optim.Optimizer, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
         decaying = self._conductor.decaying(closure)

@@ -80,7 +80,11 @@ def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
-RULES = {"absolute": WeightDecay(0.1), "of params": RelativeWeightDecay(0.1, norm_input="params"), "of updates": RelativeWeightDecay(0.1)}
+RULES = {
+    "absolute": WeightDecay(0.1),
+    "of params": RelativeWeightDecay(0.1, norm_input="params"),
+    "of updates": RelativeWeightDecay(0.1),
+}
 
 
 @pytest.mark.parametrize("coupling", ["none", "lr", "gradient"])
@@ -101,9 +105,10 @@ def test_the_containers_own_hidden_step_decays_nothing(titan, name, coupling, lr
     assert len(differing(values(model), before)) == 4
 
 
-@pytest.mark.parametrize("coupling", ["none", "lr"])
+@pytest.mark.parametrize("coupling", ["none", "lr", "gradient"])
 @pytest.mark.parametrize("name", RULES)
-def test_after_a_hidden_step_training_is_as_without(titan, name, coupling):
+def test_a_hidden_step_of_one_optimizer_leaves_no_trace_in_the_next_steps(titan, name, coupling):
+    """But in Adam's count of steps, which is between the container and Adam, and is set back here."""
     ends = []
     for asked in (False, True):
         torch.manual_seed(0)
@@ -111,19 +116,15 @@ def test_after_a_hidden_step_training_is_as_without(titan, name, coupling):
         container = container_of(titan, model)
         attach(container.optimizers, RULES[name], coupling=coupling)
         if asked:
-            container.state_dict()
+            titan.make_state(container.optimizers[0])
+            for state in container.optimizers[0].state.values():
+                state["step"].zero_()
         for _ in range(2):
             model(torch.ones(1, 4)).square().sum().backward()
-            if asked:
-                for each in container.optimizers:
-                    for state in each.state.values():
-                        state["step"] -= (each is not None) * 0  # torch's own count, see below
             container.step()
             container.zero_grad()
         ends.append(values(model))
-    for key in ends[0]:
-        # The hidden step counts as one in Adam's bias correction; that is between torchtitan and Adam.
-        torch.testing.assert_close(ends[1][key], ends[0][key], rtol=0.5, atol=0.2)
+    assert differing(*ends) == []
 
 
 def test_a_checkpoint_from_before_decay_says_which_setting_it_lacks(titan):
@@ -139,5 +140,7 @@ def test_a_checkpoint_from_before_decay_says_which_setting_it_lacks(titan):
 def test_attach_refuses_the_container_and_says_what_to_attach_to(titan):
     container = container_of(titan, torch.nn.Linear(4, 2))
     for coupling in ("lr", "none", "gradient"):
-        with pytest.raises(ValueError, match=r"OptimizersContainer.*attach\(\[\.\.\.\]\).*`\.optimizers`"):
+        with pytest.raises(
+            ValueError, match=r"OptimizersContainer only steps other .*attach\(\[\.\.\.\]\) .*`\.optimizers`"
+        ):
             attach(container, WeightDecay(0.1), coupling=coupling)

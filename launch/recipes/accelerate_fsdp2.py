@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from small import Block, ByteModel, read_sequences
+from small import Block, ByteModel, leave, read_sequences
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,8 +71,6 @@ def main(out: Path, decay: str, resume: bool) -> None:
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     if accelerator.is_main_process:
         torch.save({name: p.detach().cpu() for name, p in whole.items()}, out / "model.pt")
-    accelerator.wait_for_everyone()  # a rank that leaves early would abort the others
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
@@ -83,3 +81,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     main(options.out, options.decay, options.resume)
+    leave()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from small import read_sequences
+from small import leave, read_sequences
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -80,8 +80,6 @@ def main(out: Path, decay: str, fsdp: bool, resume: bool) -> None:
     whole = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu() for name, p in named}
     if trainer.is_world_process_zero():
         torch.save(whole, out / "model.pt")
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves early would abort the others
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
@@ -93,3 +91,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     main(options.out, options.decay, options.fsdp, options.resume)
+    leave()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
-from small import ByteModel, read_sequences
+from small import ByteModel, leave, read_sequences
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -66,7 +66,6 @@ def main(out: Path, decay: str, resume: bool) -> None:
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.module.named_parameters()}
     if fabric.is_global_zero:
         torch.save({name: p.detach().cpu() for name, p in whole.items()}, out / "model.pt")
-    fabric.barrier()  # a rank that leaves early would abort the others
 
 
 if __name__ == "__main__":
@@ -77,3 +76,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     main(options.out, options.decay, options.resume)
+    leave()

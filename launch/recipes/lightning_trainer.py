@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small import ByteModel, read_sequences
+from small import ByteModel, leave, read_sequences
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -76,7 +76,6 @@ def main(out: Path, decay: str, resume: bool) -> None:
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in module.model.named_parameters()}
     if trainer.is_global_zero:
         torch.save({name: p.detach().cpu() for name, p in whole.items()}, out / "model.pt")
-    trainer.strategy.barrier()  # a rank that leaves early would abort the others
 
 
 if __name__ == "__main__":
@@ -87,3 +86,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     main(options.out, options.decay, options.resume)
+    leave()

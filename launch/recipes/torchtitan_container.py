@@ -1,7 +1,7 @@
 """torchtitan's optimizers container: several optimizers of one model, one metric, one collective.
 
-    torchrun --nproc-per-node 2 launch/recipes/torchtitan_container.py --out runs/titan
-    torchrun --nproc-per-node 2 launch/recipes/torchtitan_container.py --out runs/titan --resume
+torchrun --nproc-per-node 2 launch/recipes/torchtitan_container.py --out runs/titan
+torchrun --nproc-per-node 2 launch/recipes/torchtitan_container.py --out runs/titan --resume
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from small import ByteModel, read_sequences
+from small import ByteModel, leave, read_sequences
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -66,8 +66,6 @@ def main(out: Path, resume: bool) -> None:
     if rank == 0:
         print(f"{attachment.phases} collective a step for {len(container.optimizers)} optimizers")
         torch.save({name: p.detach().cpu() for name, p in whole.items()}, out / "model.pt")
-    dist.barrier()  # a rank that leaves early would abort the others
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -77,3 +75,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     main(options.out, options.resume)
+    leave()
