@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .attached import (
     COUPLINGS,
@@ -201,6 +202,7 @@ class Attachment:
             host.register_load_state_dict_post_hook(mark_idle),
         ]
 
+    @_disable_dynamo
     @in_step
     def _before(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
@@ -212,22 +214,16 @@ class Attachment:
         self._round.enter(host)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if first:
-            self._rehearses = self._is_rehearsal(host, closure is not None)
+            asked = self._hosts if self._conductor.has_agreed and not self._each_alone else [host]
+            self._rehearses = is_rehearsal(asked, self._conductor, closure is not None)
+            if self._rehearses and not self._conductor.has_agreed:
+                self._stepped.discard(id(host))  # checkpoint code asks each host alone: no part of a round
         if closure is not None:
             return with_closure(args, kwargs, self._evaluating(host, closure, first))
         if self._conductor.in_closure:
             raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
         self._act_before(host, first)
         return None
-
-    def _is_rehearsal(self, host: torch.optim.Optimizer, has_closure: bool) -> bool:
-        """As `is_rehearsal`; checkpoint code asks each host alone, which is no part of a round then."""
-        agreed = self._conductor.has_agreed
-        alone = self._each_alone or not agreed
-        rehearses = is_rehearsal([host] if alone else self._hosts, self._conductor, has_closure)
-        if rehearses and not agreed:
-            self._stepped.discard(id(host))
-        return rehearses
 
     def _evaluating(self, host: torch.optim.Optimizer, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
         decaying = self._conductor.decaying(closure)
@@ -273,6 +269,7 @@ class Attachment:
             self._lent.groups |= write_before(own, host, self._coupling)
         self._conductor.finish(self._step, host.param_groups)
 
+    @_disable_dynamo
     @in_step
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_within_a_step(host):

@@ -240,6 +240,7 @@ class Chain(torch.optim.Optimizer):
             else:
                 self._hosts[place.index] = host
 
+    @torch.inference_mode(False)  # or no step outside could ever write to the state
     def _initialize(self) -> None:
         """Make every wrapped optimizer's state now, so that every rank has every key from the start."""
         if not self._hosts:
