@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from .attached import (
     COUPLINGS,
@@ -33,7 +32,7 @@ from .layout import Layout
 from .naming import Naming
 from .plan.plan import Plan
 from .refusals import as_hosts, check_decays, check_groups, check_host
-from .rehearsal import is_rehearsal, is_within_a_step, mark_idle
+from .rehearsal import is_within_a_step, mark_idle
 from .rounding import KEY, Rounding
 from .rounds import Round, refuse_under_scaler
 from .step import Step
@@ -202,7 +201,6 @@ class Attachment:
             host.register_load_state_dict_post_hook(mark_idle),
         ]
 
-    @_disable_dynamo
     @in_step
     def _before(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
@@ -214,10 +212,7 @@ class Attachment:
         self._round.enter(host)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if first:
-            asked = self._hosts if self._conductor.has_agreed and not self._each_alone else [host]
-            self._rehearses = is_rehearsal(asked, self._conductor, closure is not None)
-            if self._rehearses and not self._conductor.has_agreed:
-                self._stepped.discard(id(host))  # checkpoint code asks each host alone: no part of a round
+            self._rehearses = self._round.rehearses(host, self._conductor, closure is not None)
         if closure is not None:
             return with_closure(args, kwargs, self._evaluating(host, closure, first))
         if self._conductor.in_closure:
@@ -269,7 +264,6 @@ class Attachment:
             self._lent.groups |= write_before(own, host, self._coupling)
         self._conductor.finish(self._step, host.param_groups)
 
-    @_disable_dynamo
     @in_step
     def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_within_a_step(host):

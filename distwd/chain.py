@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from .conductor import Conductor, Holders, in_step
 from .groups import normalised_groups
@@ -182,7 +181,6 @@ class Chain(torch.optim.Optimizer):
         """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
         return self._take_step(closure)
 
-    @_disable_dynamo  # collectives, hooks and groups of tensors: a compiled caller breaks its graph here
     @in_step
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_settings()

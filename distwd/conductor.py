@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._compile import _disable_dynamo
 
 from .accounts import audit_of
 from .errors import PlanError, Stranded
@@ -262,9 +263,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def in_step(method: Method) -> Method:
     """A method that acts in a step of what has a `_conductor`: nothing is recorded for autograd, and an error is told to ranks that wait.
 
-    Inference mode is left: tensors made in it could not be written to in the next step outside of it.
+    Inference mode is left: tensors made in it could not be written to in the next step outside of it. A compiled caller breaks
+    its graph here: collectives, hooks and groups of tensors are not for compilers.
     """
 
+    @_disable_dynamo
     @functools.wraps(method)
     def acting(self: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():

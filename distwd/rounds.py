@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .conductor import Conductor
 from .decays.rule import Decay
 from .keys import attachments_of
-from .rehearsal import scaler_of_this_step
+from .rehearsal import is_rehearsal, scaler_of_this_step
 
 Host = torch.optim.Optimizer
 
@@ -55,6 +56,14 @@ class Round:
     def enter(self, host: Host) -> None:
         """`host` steps; a GradScaler's verdict on it is known now, on the others it may not be."""
         self._stepped[id(host)] = getattr(host, "found_inf", None)
+
+    def rehearses(self, host: Host, conductor: Conductor, has_closure: bool) -> bool:
+        """As `is_rehearsal`. Until a step is real, checkpoint code asks each host alone, and that is no part of a round."""
+        asked = self._hosts if conductor.has_agreed and not self._each_alone else [host]
+        found = is_rehearsal(asked, conductor, has_closure)
+        if found and not conductor.has_agreed:
+            self.end()
+        return found
 
     def note_gradients(self) -> None:
         """The gradients are there now: a closure may have just made them."""
