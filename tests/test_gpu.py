@@ -142,3 +142,53 @@ def test_offloaded_parameters_decay_where_they_are(one_rank):
     after = [param.detach().to_local() for param in model.parameters()]
     assert {local.device.type for local in after} == {"cpu"}
     assert all((old != new).any() for old, new in zip(before, after, strict=True))
+
+
+# --- CUDA graphs --------------------------------------------------------------------------------------------------------
+
+RULES = {
+    "absolute": lambda: distwd.WeightDecay(0.1),
+    "of updates": lambda: distwd.RelativeWeightDecay(0.1),
+    "of parameters": lambda: distwd.RelativeWeightDecay(0.01, norm_input="params"),
+    "cautious": lambda: distwd.CautiousWeightDecay(0.1),
+}
+
+
+def stepped(way: str, name: str, captured: bool) -> dict[str, torch.Tensor]:
+    """Steps under a schedule of lr and λ, both tensors on the device; captured: all but the first three are replays."""
+    params = {n: torch.nn.Parameter(v.cuda()) for n, v in whole_model(PARAMS_SEED).items()}
+    lr, key = torch.tensor(0.01, device="cuda"), "weight_decay" if way == "chain" else "distwd_weight_decay"
+    if way == "chain":
+        optimizer = distwd.Chain(params.items(), distwd.Adam(capturable=True), RULES[name](), distwd.LR(lr))
+    else:
+        optimizer = torch.optim.AdamW(params.items(), lr=lr, weight_decay=0, capturable=True)
+        distwd.attach(optimizer, RULES[name](), coupling=way)
+    (group,) = optimizer.param_groups
+    group[key] = decay = torch.tensor(float(group[key]), device="cuda")
+    for param in params.values():
+        param.grad = torch.zeros_like(param)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    for step in range(6):
+        for param, grad in zip(params.values(), runs.grads_of(step).values(), strict=True):
+            param.grad.copy_(grad)
+        group["lr"].fill_(0.01 * (step + 1))
+        decay.fill_(0.1 / (step + 1))
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            if not captured or step < 3:
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        if captured and step == 3:
+            with torch.cuda.graph(graph):  # records, and does not run
+                optimizer.step()
+        if captured and step >= 3:
+            graph.replay()
+    return {n: param.detach().cpu() for n, param in params.items()}
+
+
+@pytest.mark.parametrize("way", ["chain", "lr", "none", "gradient"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_captured_step_follows_lr_and_weight_decay(way, name):
+    captured, eager = stepped(way, name, True), stepped(way, name, False)
+    for key in eager:
+        torch.testing.assert_close(captured[key], eager[key], rtol=1e-6, atol=1e-7)
