@@ -25,7 +25,7 @@ from typing import Any
 try:
     import torch
     from bench_cases import Shapes, equal_tensors, transformer
-    from bench_numbers import measure_partial, measure_plan
+    from bench_numbers import HELD, measure_partial, measure_plan, measure_telling
     from bench_ranks import Here, is_under_torchrun, on_this_rank, run_on_ranks
     from bench_report import draw, machine, num_cores, show
     from bench_steps import measure_world
@@ -132,9 +132,13 @@ class Bench:
         """What one process measures alone."""
         quick, here = self.options.quick, Here.alone(self.options.device, self.threads(1))
         here.say("the float64 partial, and plans ...")
-        sizes = [(100, 4), (100, 64)] if quick else [(100, 64), (1000, 64), (1000, 1024), (1000, 4096)]
+        sizes = [(100, 16), (100, 64), (100, 256)] if quick else [(100, 64), (1000, 64), (1000, 1024), (1000, 4096)]
         partial = measure_partial(here, 1_000_000 if quick else 40_000_000, self.options.rounds)
-        return {"partial": partial, "plan": [measure_plan(here, *size) for size in sizes]}
+        return {
+            "partial": partial,
+            "plan": [measure_plan(here, *size, held) for held in HELD for size in sizes],
+            "telling": [measure_telling(*size) for size in ((100, 64),) + ((1000, 4096), (10000, 4096)) * (not quick)],
+        }
 
 
 def main() -> None:

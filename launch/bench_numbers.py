@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from bench_ranks import Here
 from bench_steps import spread
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from distwd.metrics.metric import ABS
 from distwd.metrics.moments import local_moments
-from distwd.plan.manifest import NUM_COLUMNS
+from distwd.plan.manifest import checksums_of, rows_of
 from distwd.plan.owners import resolve
+from distwd.plan.pieces import Meshes, describe
 
 
 def measure_partial(here: Here, numel: int, rounds: int) -> dict[str, Any]:
@@ -29,30 +33,75 @@ def measure_partial(here: Here, numel: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_plan(here: Here, num_params: int, num_ranks: int) -> dict[str, Any]:
-    """Finding the owners of `num_params` tensors, each cut over `num_ranks`, from descriptions made up here.
+def measure_plan(here: Here, num_params: int, num_ranks: int, held: str = "cut") -> dict[str, Any]:
+    """Finding the owners of `num_params` tensors over `num_ranks` from descriptions made up here; held: a key of HELD.
 
     What the exchange itself takes is the network's and is not in it. bytes: at the peak, with the descriptions themselves.
     """
-    rows = _descriptions(num_params, num_ranks)
+    rows = HELD[held](num_params, num_ranks)
     start = time.perf_counter()
     found = resolve(rows, 0, 1)
     seconds = time.perf_counter() - start
     assert [*found.mismatched, *found.uncovered, *found.drifted] == [], "the made-up descriptions should make a plan"
-    assert int(found.owned.sum()) == num_params, "every piece has one holder here"
+    assert int(found.owned.sum()) == len(rows[0]), "the first rank is the lowest holder of all it holds"
     _, peak = here.bytes_of(lambda: None, lambda: resolve(rows, 0, 1))
-    described = num_params * num_ranks * NUM_COLUMNS * 8
-    return {"params": num_params, "ranks": num_ranks, "seconds": seconds, "bytes": peak + described}
+    described = sum(part.numel() * part.element_size() for part in rows)
+    return {
+        "held": held,
+        "params": num_params,
+        "ranks": num_ranks,
+        "rows": sum(map(len, rows)),
+        "seconds": seconds,
+        "bytes": peak + described,
+    }
 
 
-def _descriptions(num_params: int, num_ranks: int) -> list[Tensor]:
-    """The rows of every rank (see distwd/plan/manifest.py) for tensors that are cut over all ranks, as by FSDP2."""
+def measure_telling(num_params: int, num_ranks: int) -> dict[str, Any]:
+    """One rank's own part: describing `num_params` DTensors of 4096 elements, cut over `num_ranks`, hashing, and checksums."""
+    mesh = DeviceMesh("cpu", torch.arange(num_ranks), _init_backend=False, _rank=0)
+    locals_ = [torch.zeros(64, 64) for _ in range(num_params)]
+    shape, stride = torch.Size((64 * num_ranks, 64)), (64, 1)
+    params = [DTensor.from_local(x, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride) for x in locals_]
+    meshes: Meshes = {}
+    start = time.perf_counter()
+    pieces = [describe(f"layers.{number}.weight", param, meshes=meshes) for number, param in enumerate(params)]
+    rows = rows_of(pieces, [0] * num_params, checksums_of(locals_), named=True)
+    return {"params": len(rows), "ranks": num_ranks, "seconds": time.perf_counter() - start}
+
+
+def _cut(num_params: int, num_ranks: int) -> list[Tensor]:
+    """As by FSDP2: each rank has a piece of every tensor."""
+    return _descriptions(torch.ones(num_ranks, num_params, dtype=torch.bool), copies=1)
+
+
+def _copied(num_params: int, num_ranks: int) -> list[Tensor]:
+    """As by HSDP: pieces of every tensor, and three copies of each piece beside it."""
+    return _descriptions(torch.ones(num_ranks, num_params, dtype=torch.bool), copies=4)
+
+
+def _uneven(num_params: int, num_ranks: int) -> list[Tensor]:
+    """As by pipeline stages, or by small tensors: a rank holds one tensor in three or so, and no two the same number."""
+    generator = torch.Generator().manual_seed(1)
+    return _descriptions(torch.rand(num_ranks, num_params, generator=generator) < 0.3, copies=1)
+
+
+HELD: dict[str, Callable[[int, int], list[Tensor]]] = {"cut": _cut, "copied": _copied, "uneven": _uneven}
+
+
+def _descriptions(held: Tensor, copies: int) -> list[Tensor]:
+    """The rows of every rank (see distwd/plan/manifest.py); held: [ranks, params], `copies` ranks in turn have equal pieces."""
     generator = torch.Generator().manual_seed(0)
+    num_ranks, num_params = held.shape
 
     def numbers(*shape: int) -> Tensor:
         return torch.randint(-(1 << 62), 1 << 62, shape, generator=generator)
 
-    names, metas, measures = numbers(num_params), numbers(num_params), numbers(num_ranks, num_params)
-    wholes = measures.sum(0)  # wraps around, as measures do
+    names, metas = numbers(num_params), numbers(num_params)
+    measures = numbers(num_ranks // copies, num_params)
+    wholes = torch.where(held[::copies], measures, 0).sum(0)  # wraps around, as measures do
     numel, group = torch.full_like(names, 4096), torch.zeros_like(names)
-    return [torch.stack([names, metas, wholes, measure, numel, group, group], dim=1) for measure in measures]
+    parts = measures.repeat_interleave(copies, 0)
+    return [
+        torch.stack([names, metas, wholes, measure, numel, group, group], dim=1)[mine]
+        for measure, mine in zip(parts, held, strict=True)
+    ]

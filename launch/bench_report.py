@@ -87,6 +87,10 @@ def show(console: Console, results: Record) -> None:
     partial = results["partial"]
     say(f"float64 partial of mean|x|, {partial['numel']:,} elements: {_times(partial['ratio'])} × x.sum() (goal ≤ 4)")
     console.print(plan_table(results["plan"]))
+    for told in results["telling"]:
+        say(
+            f"plan: a rank describes {told['params']} tensors over {told['ranks']} ranks in {told['seconds'] * 1000:.0f} ms"
+        )
     for note in results["notes"]:
         say(note)
 
@@ -118,12 +122,22 @@ def _times(ratio: Record) -> str:
 
 
 def plan_table(plans: list[Record]) -> Table:
-    """Time and memory by the size of the job."""
+    """Time and memory by the size of the job, and by row: a row is what one rank says of one tensor."""
     table = Table(title="plan: owners found", title_justify="left", box=box.SIMPLE)
-    for title in ("parameters", "ranks", "s", "MiB at the peak"):
-        table.add_column(title, justify="right")
+    for title in ("held", "parameters", "ranks", "rows", "s", "µs per row", "MiB at the peak", "bytes per row"):
+        table.add_column(title, justify="left" if title == "held" else "right")
     for plan in plans:
-        table.add_row(str(plan["params"]), str(plan["ranks"]), f"{plan['seconds']:.3f}", f"{plan['bytes'] / MIB:.0f}")
+        rows = plan["rows"]
+        table.add_row(
+            plan["held"],
+            str(plan["params"]),
+            str(plan["ranks"]),
+            str(rows),
+            f"{plan['seconds']:.3f}",
+            f"{plan['seconds'] / rows * 1e6:.2f}",
+            f"{plan['bytes'] / MIB:.0f}",
+            f"{plan['bytes'] / rows:.0f}",
+        )
     return table
 
 

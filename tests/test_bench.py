@@ -67,7 +67,18 @@ def test_every_case_is_timed_on_one_and_two_ranks_and_two_models(bench, cases):
             assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
     assert written["machine"]["torch"] == torch.__version__
     assert written["partial"]["ratio"]["median"] > 0
-    assert {plan["ranks"] for plan in written["plan"]} == {4, 64}
+    assert written["telling"][0]["params"] == 100
+
+
+def test_memory_for_a_plan_grows_as_the_rows_do(bench):
+    """Four times the ranks, four times the bytes, however tensors are held: nothing is squared in the number of ranks."""
+    _, written = bench
+    for held in ("cut", "copied", "uneven"):
+        plans = {plan["ranks"]: plan for plan in written["plan"] if plan["held"] == held}
+        assert plans.keys() == {16, 64, 256}
+        for few, many in ((16, 64), (64, 256)):
+            grown = plans[many]["rows"] / plans[few]["rows"]
+            assert plans[many]["bytes"] <= 1.1 * grown * plans[few]["bytes"], held
 
 
 def test_collectives_are_as_promised(bench):

@@ -19,7 +19,7 @@ from .exchange import gather_objects, gather_rows
 from .explain import SHOWN, Clue, explain
 from .manifest import CHECKSUM, NUM_COLUMNS, checksums_of, offsets_of, rows_of, stable_hash
 from .owners import Ownership, resolve
-from .pieces import Piece, describe
+from .pieces import Meshes, Piece, describe
 
 # The first row of every rank is about the rank itself: does it object, which rules, are its tensors named, how many
 # groups it has, its other arguments, which patterns of its layout have matched (bits), and a number for the plan.
@@ -129,6 +129,7 @@ def _describe_all(entries: Sequence[Entry], layout: Layout, matched: set[int]) -
             f"layout has {len(layout)} patterns; at most {_MAX_PATTERNS}: join some by a wildcard or a predicate"
         )
     seen: dict[object, str] = {}
+    meshes: Meshes = {}
     for entry in entries:
         for key in (entry.name, id(entry.tensor)):
             if key in seen:
@@ -137,7 +138,7 @@ def _describe_all(entries: Sequence[Entry], layout: Layout, matched: set[int]) -
             seen[key] = entry.name
         found = find_mark(entry.name, entry.tensor, layout)
         matched.update(() if found is None else (found[0],))
-        yield describe(entry.name, entry.tensor, None if found is None else found[1])
+        yield describe(entry.name, entry.tensor, None if found is None else found[1], meshes)
 
 
 def _named(entries: Sequence[Entry]) -> int:

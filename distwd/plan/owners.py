@@ -37,34 +37,37 @@ class Ownership:
 
 def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> Ownership:
     """Find the owner of every piece (the lowest rank that holds it) and what is wrong. Time and memory grow with the number of rows."""
-    table = torch.cat(list(rows))
-    names, name_ids = torch.unique(table[:, NAME], return_inverse=True)
-    order = _stable_order(name_ids, table[:, MEASURE])
-    ids, sorted_table = name_ids[order], table[order]
-    first = _first_of_run(ids, sorted_table[:, MEASURE])
+
+    def column(number: int) -> Tensor:
+        return torch.cat([part[:, number] for part in rows])
+
+    # One column at a time: whole rows in another order would be a second and a third copy of everything.
+    names, name_ids = torch.unique(column(NAME), return_inverse=True)
+    order = _stable_order(name_ids, column(MEASURE))
+    ids, measure, elements = name_ids[order], column(MEASURE)[order], column(NUMEL)[order]
+    first = _first_of_run(ids, measure)
     # Ranks come in ascending order and the sort is stable: the first of equal pieces is the lowest rank's.
-    speaks = first & (sorted_table[:, NUMEL] > 0)
-    numel = _sum_by(ids[speaks], sorted_table[speaks, NUMEL], len(names))
-    covered = _sum_by(ids[first], sorted_table[first, MEASURE], len(names))  # pieces of no elements too
-    whole = torch.zeros_like(names).scatter_(0, ids, sorted_table[:, WHOLE])
+    speaks = first & (elements > 0)
+    numel = _sum_by(ids[speaks], elements[speaks], len(names))
+    group_numel = _sum_by(column(GROUP)[order][speaks], elements[speaks], num_groups)
+    covered = _sum_by(ids[first], measure[first], len(names))  # pieces of no elements too
+    whole = torch.zeros_like(names).scatter_(0, ids, column(WHOLE)[order])
     run = first.cumsum(0) - 1
-    run_checksum = sorted_table[first, CHECKSUM][run]
-    drift = (sorted_table[:, CHECKSUM] != run_checksum) & (sorted_table[:, NUMEL] > 0)
-    owned = torch.zeros(len(table), dtype=torch.bool)
-    owned[order] = speaks
-    holders = torch.zeros(len(table), dtype=torch.int64)
-    holders[order] = run.bincount()[run]
+    checksum = column(CHECKSUM)[order]
+    drift = (checksum != checksum[first][run]) & (elements > 0)
+    # This rank's own rows, found among the sorted ones and put back into their order.
     begin = sum(len(part) for part in rows[:rank])
-    own = slice(begin, begin + len(rows[rank]))
-    mismatched = _disagreeing(ids, sorted_table[:, META], len(names))
+    mine = (order >= begin) & (order < begin + len(rows[rank]))
+    back = order[mine].argsort()
+    mismatched = _disagreeing(name_ids, column(META), len(names))
     return Ownership(
         names,
         numel,
-        _sum_by(sorted_table[speaks, GROUP], sorted_table[speaks, NUMEL], num_groups),
-        name_ids[own],
-        owned[own],
-        holders[own],
-        has_copies=bool((~first & (sorted_table[:, NUMEL] > 0)).any()),
+        group_numel,
+        ids[mine][back],
+        speaks[mine][back],
+        run.bincount()[run[mine]][back],
+        has_copies=bool((~first & (elements > 0)).any()),
         mismatched=mismatched.nonzero().flatten().tolist(),
         uncovered=((covered != whole) & ~mismatched).nonzero().flatten().tolist(),
         drifted=ids[drift].unique().tolist(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -16,6 +17,7 @@ from ..local import local_tensor
 from ..world import World
 
 Intervals = tuple[tuple[int, int], ...]
+Meshes = dict[DeviceMesh, tuple[int, ...]]
 Axis = tuple[Placement, int, int]  # what it does to the tensor, its ranks, which of them is here
 
 
@@ -44,13 +46,14 @@ class Piece:
         return _product(self.local_shape) - self.padding
 
 
-def describe(name: str, tensor: Tensor, mark: Mark | None = None) -> Piece:
+def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes | None = None) -> Piece:
     """The piece of `name` that this rank holds in `tensor`; plain tensors are whole unless `mark` says otherwise.
 
+    meshes: the ranks of those met before, which many pieces then share.
     Raises ValueError for what no rule can work on: sparse, complex, integer, meta, or `Partial` tensors.
     """
     check_tensor(name, tensor)
-    piece = _told_by_tensor(name, tensor)
+    piece = _told_by_tensor(name, tensor, {} if meshes is None else meshes)
     return _cut_by(mark, piece, tensor) if isinstance(mark, Sharded) else piece
 
 
@@ -71,7 +74,7 @@ def _cut_by(mark: Sharded, piece: Piece, tensor: Tensor) -> Piece:
     )
 
 
-def _told_by_tensor(name: str, tensor: Tensor) -> Piece:
+def _told_by_tensor(name: str, tensor: Tensor, meshes: Meshes) -> Piece:
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
     if not isinstance(tensor, DTensor):
         return Piece(name, shape, tensor.dtype, _whole(shape), local, "plain", ())
@@ -83,8 +86,10 @@ def _told_by_tensor(name: str, tensor: Tensor) -> Piece:
             "distribute it with torch's own functions (distribute_tensor, fully_shard), or pass its true shape to DTensor.from_local"
         )
     placements = ", ".join(map(short_placement, tensor.placements))
-    ranks = tuple(tensor.device_mesh.mesh.flatten().tolist())
-    return Piece(name, shape, tensor.dtype, cuts, local, placements, ranks)
+    mesh = tensor.device_mesh
+    if mesh not in meshes:
+        meshes[mesh] = tuple(mesh.mesh.flatten().tolist())
+    return Piece(name, shape, tensor.dtype, cuts, local, placements, meshes[mesh])
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
