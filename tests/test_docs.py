@@ -8,7 +8,6 @@ import inspect
 import io
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -126,12 +125,6 @@ def test_an_example_runs(block):
         assert any((p != was).any() for p, was in zip(after, before, strict=True))
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 PROGRAMS = [b for b in PYTHON if b.title]
 # On these pages they run on ranks that are there already, which costs a twentieth; elsewhere as a user starts them.
 ON_RANKS = [b for b in PROGRAMS if b.page.parent.name == "parallelisms" or b.page.name == "plan-errors.md"]
@@ -141,8 +134,8 @@ ON_RANKS = [b for b in PROGRAMS if b.page.parent.name == "parallelisms" or b.pag
 def test_a_program_runs_under_torchrun(block, tmp_path):
     """As the page says it: saved under its title, on two ranks."""
     (tmp_path / block.title).write_text(block.code, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), block.title]
+    # --standalone: torchrun takes a port of its own. One that was free a moment ago may be taken by now.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", block.title]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
