@@ -31,7 +31,7 @@ try:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-    from world import World, start_world
+    from world import World, end_process, start_world
 except ModuleNotFoundError as error:
     sys.exit(f"train.py: {error}; install what the program needs with: pip install -e '.[demo]'")
 
@@ -269,4 +269,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

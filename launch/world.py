@@ -145,6 +145,19 @@ def start_world(mesh: str | None, threads: int | None) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def end_process(status: int) -> NoReturn:
+    """The end of a program that has left its world.
+
+    On gloo without Python's shutdown: the mesh keeps the group's threads alive, and a busy machine's shutdown then aborts now
+    and then ("terminate called without an active exception").
+    """
+    if "WORLD_SIZE" in os.environ and not torch.cuda.is_available():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def make_world(device: torch.device, mesh: DeviceMesh) -> World:
     """Number the readers along the axes that cut the batch, dp outermost."""
     reader, num_readers = 0, 1

@@ -130,12 +130,24 @@ PROGRAMS = [b for b in PYTHON if b.title]
 ON_RANKS = [b for b in PROGRAMS if b.page.parent.name == "parallelisms" or b.page.name == "plan-errors.md"]
 
 
+# Runs a program to its end, and no further. Where a DeviceMesh keeps a gloo group's threads alive beyond destroy_process_group,
+# Python's own shutdown now and then aborts on a busy machine ("terminate called without an active exception", pytorch#190489).
+TO_ITS_END = """
+import os, runpy, sys
+runpy.run_path(sys.argv[1], run_name="__main__")
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 @pytest.mark.parametrize("block", [b for b in PROGRAMS if b not in ON_RANKS], ids=str)
 def test_a_program_runs_under_torchrun(block, tmp_path):
     """As the page says it: saved under its title, on two ranks."""
     (tmp_path / block.title).write_text(block.code, encoding="utf-8")
+    (tmp_path / "to_its_end.py").write_text(TO_ITS_END, encoding="utf-8")
     # --standalone: torchrun takes a port of its own. One that was free a moment ago may be taken by now.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", block.title]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["to_its_end.py", block.title]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
