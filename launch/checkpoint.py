@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
@@ -21,9 +22,30 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-    """Write everything that the run needs to go on as if it had never stopped."""
-    state_dict_saver.save(describe(model, optimizer, progress), checkpoint_id=folder / f"step-{step:08d}")
+class Saver:
+    """Writes checkpoints into one folder; in_background: training goes on while the last one is being written."""
+
+    def __init__(self, folder: Path, in_background: bool) -> None:
+        self.folder = folder
+        self._pending: Any = None
+        # The thread that writes talks to the other ranks, and must not meet the training's collectives on their group.
+        self._group = dist.new_group(backend="gloo") if in_background and dist.is_initialized() else None
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
+        """Write everything that the run needs to go on as if it had never stopped."""
+        state, path = describe(model, optimizer, progress), self.folder / f"step-{step:08d}"
+        if self._group is None:
+            state_dict_saver.save(state, checkpoint_id=path)
+            return
+        self.finish()
+        # What is written is a copy, made before this returns.
+        self._pending = state_dict_saver.async_save(state, checkpoint_id=path, process_group=self._group)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk. Raises what went wrong in writing it."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def add_checkpoint(parser: Parser) -> None:
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--checkpoint", metavar="DIR", help="where step-00000100 and so on are written")
     group.add_argument("--save-every", type=positive, metavar="N", help="beside the last step, which is always saved")
+    group.add_argument("--async-save", action="store_true", help="go on training while a checkpoint is being written")
     group.add_argument(
         "--resume",
         action="store_true",
@@ -173,6 +174,8 @@ def find_problem(options: argparse.Namespace) -> str | None:
         return "--resume needs --checkpoint DIR, to know what to go on from"
     if options.save_every and not options.checkpoint:
         return "--save-every needs --checkpoint DIR, to know where to save"
+    if options.async_save and not options.checkpoint:
+        return "--async-save needs --checkpoint DIR, to know where to save"
     if options.hidden % (2 * options.heads):
         return f"--hidden {options.hidden} must be an even multiple of --heads {options.heads}"
     if options.val_share > 0.5:

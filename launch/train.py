@@ -1,4 +1,4 @@
-"""Train a small Llama on bytes of text, sharded over any mesh, with weight decay from distwd.
+r"""Train a small Llama on bytes of text, sharded over any mesh, with weight decay from distwd.
 
     python launch/train.py                                                       one process, no sharding
     torchrun --nproc-per-node 2 launch/train.py                                  FSDP2 over 2 ranks
@@ -6,6 +6,8 @@
     torchrun --nproc-per-node 4 launch/train.py --mesh fsdp=2,tp=2               FSDP2 over tensor parallelism
     torchrun --nproc-per-node 2 launch/train.py --decay relative --metric rms --norm-input params --check
     torchrun --nproc-per-node 2 launch/train.py --checkpoint runs/saved --save-every 100 --resume
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py \
+        --checkpoint runs/saved --save-every 100 --resume                        goes on by itself after a rank has died
 
 CUDA and nccl where there is a GPU, else CPU and gloo. Nothing is downloaded: the weights are random, and the text is
 the documentation inside CPython unless --text names files. See --help for the rest.
@@ -52,6 +54,7 @@ class Trainer:
         elif options.resume:
             world.say(f"no checkpoint in {options.checkpoint} yet: starting anew")
         self.start = self.step
+        self.saver = checkpoint.Saver(Path(options.checkpoint), options.async_save) if options.checkpoint else None
         self.replica = Replica(self.model, self.optimizer, self._make_optimizer) if options.check else None
         self.journal = Journal(Path(options.out), world.is_main, self.step, options.steps)
         self.watch = Stopwatch(world.device)
@@ -133,9 +136,6 @@ class Trainer:
         self.scheduler.load_state_dict(progress["scheduler"])
         self.world.say(f"resumed from {path}")
 
-    def _save(self) -> None:
-        checkpoint.save(Path(self.options.checkpoint), self.step, self.model, self.optimizer, self._progress())
-
     # --- one step ---------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
@@ -144,8 +144,8 @@ class Trainer:
         last = min(options.steps, self.start + (options.stop_after or options.steps))
         while self.step < last:
             self._take_step(is_last=self.step + 1 == last)
-            if options.checkpoint and (self.step == last or self._every(options.save_every)):
-                self._save()
+            if self.saver is not None and (self.step == last or self._every(options.save_every)):
+                self.saver.save(self.step, self.model, self.optimizer, self._progress())
         return self._finish()
 
     def _take_step(self, is_last: bool) -> None:
@@ -244,6 +244,8 @@ class Trainer:
         }
 
     def _finish(self) -> bool:
+        if self.saver is not None:
+            self.saver.finish()
         verdict = self.replica.compare() if self.replica is not None else None
         summary = {
             "options": vars(self.options),

@@ -92,7 +92,8 @@ def mark_stateless(states: dict[Any, State], params: Sequence[Tensor]) -> None:
     """
     for param in params:
         if param.requires_grad and not states.get(param):
-            states[param] = {"stateless": torch.ones(())}
+            # Of one dimension, and where the parameter is: torch asks states for their device, but no scalar.
+            states[param] = {"stateless": torch.ones(1, device=local_tensor(param).device)}
     if not params:
         states[IDLE] = {}
 
