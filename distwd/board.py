@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,13 @@ from .errors import PlanError
 class Board:
     """Where the ranks of one plan leave word for those whose collective fails.
 
-    store: of the process group, for this plan alone. patience: how long a rank waits for the others at a meeting, half the
-    group's timeout: whoever waits for this rank in a collective meanwhile still waits when the meeting has failed.
+    store: of the process group, for this plan alone. backend: of the process group, whose timeout may be changed.
     """
 
     store: Store
     rank: int
     size: int
-    patience: timedelta
+    backend: Any
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, number: int) -> Board | None:
@@ -35,11 +35,19 @@ class Board:
         if group is None or group.size() == 1:
             return None
         backend = group._get_backend(torch.device(group._device_types[0].type))
-        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
-        if timeout is None:
+        if not hasattr(getattr(backend, "options", None), "_timeout"):
             return None
         store = PrefixStore(f"distwd/{number}", group.get_group_store())
-        return cls(store, group.rank(), group.size(), timeout / 2)
+        return cls(store, group.rank(), group.size(), backend)
+
+    @property
+    def patience(self) -> timedelta:
+        """How long a rank waits for the others at a meeting: half the group's timeout.
+
+        So whoever waits for this rank in a collective meanwhile still waits when the meeting has failed.
+        """
+        timeout: timedelta = self.backend.options._timeout
+        return timeout / 2
 
     def say(self, reason: str) -> None:
         """Leave word; another word of this rank is replaced."""

@@ -109,7 +109,11 @@ class Conductor:
         holders, schedules = self._holders, self._schedules()
         rules = " | ".join(map(describe_phases, schedules)) + self._rounding.words
         if self._plan is not None:
-            self._plan.meet(entries, rules)
+            try:
+                self._plan.meet(entries, rules)
+            except PlanError:
+                self._ledger.forget()
+                raise
             self._plan = None  # they all are here, whatever comes of it
         places = self._rounding.is_stochastic
         plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules, places)

@@ -26,6 +26,10 @@ class Ledger:
             self._known = list(shown)
         return self._known
 
+    def forget(self) -> None:
+        """Take what is shown next for the whole: a change that was refused may be taken back."""
+        self._known = ()
+
     def in_play(self) -> frozenset[int]:
         """The indices of the groups that are shown now."""
         shown = set(map(id, self._shown()))

@@ -1,6 +1,6 @@
 """Faults that only time can tell: some rank waits for another in vain. All end within the group's timeout, by name, unchanged.
 
-Each fault has a world of its own with a short timeout; they wait side by side.
+Each fault has a world of its own, and a short timeout once all are there; they wait side by side.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 import distwd
 from tests import layouts, runs
@@ -26,7 +27,7 @@ from tests.runs import PARAMS_SEED, differing
 from tests.test_mutants import before_measuring
 from tests.world import RankError, World
 
-TIMEOUT = 10.0  # of the process group, in seconds
+START, TIMEOUT = 120.0, 8.0  # of the process group, in seconds: until all are there, and then
 SLACK = 15.0  # for a busy machine: the backend's clock and ours are not the same
 
 
@@ -55,6 +56,11 @@ class Job:
         runs.feed("ddp2" if dist.get_world_size() == 2 else "replicated3", self.held, index)
         self.optimizer.step()
 
+    def ready(self) -> None:
+        """Everybody is here, however long that took: from now on nobody waits for long."""
+        dist.barrier()
+        _set_pg_timeout(datetime.timedelta(seconds=TIMEOUT))
+
     def ending(self, act: Callable[[], object] | None = None) -> Ending:
         before = {name: param.detach().clone() for name, param in self.held.items()}
         start, kind, message = time.monotonic(), "nothing", ""
@@ -79,6 +85,7 @@ def late() -> dict:
 def group_added_on_one_rank(way: str) -> Ending:
     job = Job(way)
     job.step()
+    job.ready()
     if guilty():
         job.optimizer.add_param_group(late())
     return job.ending()
@@ -88,6 +95,7 @@ def taken_back_in_time(way: str) -> tuple[Ending, dict]:
     """The guilty rank hears of it while the others still wait, takes its group off again, and all go on."""
     job = Job(way)
     job.step()
+    job.ready()
     ending = Ending("nothing", "", False, 0.0)
     if guilty():
         job.optimizer.add_param_group(late())
@@ -102,6 +110,7 @@ def taken_back_in_time(way: str) -> tuple[Ending, dict]:
 def other_shape_on_one_rank(way: str) -> Ending:
     job = Job(way)
     job.step()
+    job.ready()
     if guilty():
         job.held["gate.weight"].data = torch.ones(2)
     return job.ending(job.optimizer.step)
@@ -110,6 +119,7 @@ def other_shape_on_one_rank(way: str) -> Ending:
 def another_metric_later(way: str) -> Ending:
     job = Job(way)
     job.step()
+    job.ready()
     if guilty():
         job.optimizer.param_groups[0]["metric"] = "std"
     return job.ending()
@@ -118,6 +128,7 @@ def another_metric_later(way: str) -> Ending:
 def bad_number_on_one_rank(way: str) -> Ending:
     job = Job(way)
     job.step()
+    job.ready()
     if guilty():
         job.optimizer.param_groups[0]["weight_decay" if way == "chain" else "distwd_weight_decay"] = -1.0
     return job.ending()
@@ -126,6 +137,7 @@ def bad_number_on_one_rank(way: str) -> Ending:
 def closure_raises_on_one_rank(way: str) -> Ending:
     job = Job(way)
     job.step()
+    job.ready()
 
     def closure() -> None:
         if guilty():
@@ -136,18 +148,23 @@ def closure_raises_on_one_rank(way: str) -> Ending:
 
 def absolute_on_one_rank(way: str) -> Ending:
     rules = [distwd.WeightDecay(0.1)] if guilty() else [distwd.RelativeWeightDecay(0.1)]
-    return Job(way, lambda: rules).ending()
+    job = Job(way, lambda: rules)
+    job.ready()
+    return job.ending()
 
 
 def other_group_on_one_rank(way: str) -> Ending:
     pair = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=TIMEOUT))
-    return Job(way, group=None if guilty() or dist.get_rank() == 2 else pair).ending()
+    job = Job(way, group=None if guilty() or dist.get_rank() == 2 else pair)
+    job.ready()
+    return job.ending()
 
 
 def one_rank_does_not_step(way: str) -> Ending:
     """As where one rank skips a step because its own gradients are not finite."""
     job = Job(way)
     job.step()
+    job.ready()
     return Ending("nothing", "", False, 0.0) if guilty() else job.ending()
 
 
@@ -155,6 +172,7 @@ def all_but_one_come(way: str) -> Ending:
     """It dies in the middle of a step: the others have sent their numbers, or are about to."""
     job = Job(way)
     job.step()
+    job.ready()
     with before_measuring(lambda: guilty() and os.kill(os.getpid(), signal.SIGKILL)):
         ending = job.ending()
     raise AssertionError(f"survived: {ending}")  # the world reports what its ranks raise, and that one died
@@ -177,7 +195,7 @@ RAN = [(fault, way) for fault in FAULTS for way in WAYS if (fault, way) != (anot
 
 
 def run_alone(ranks: int, fn: Callable, *args: object) -> list:
-    world = World(ranks, TIMEOUT)
+    world = World(ranks, START)
     try:
         return world.run(fn, *args)
     finally:
@@ -187,7 +205,7 @@ def run_alone(ranks: int, fn: Callable, *args: object) -> list:
 @pytest.fixture(scope="module")
 def ended() -> Iterator[Callable[[Callable, str], list]]:
     """What came of a fault; all of them have been started together."""
-    with ThreadPoolExecutor(len(RAN) + len(WAYS)) as pool:
+    with ThreadPoolExecutor(9) as pool:
         waiting = {(fault, way): pool.submit(run_alone, FAULTS[fault][0], fault, way) for fault, way in RAN}
         waiting |= {(taken_back_in_time, way): pool.submit(run_alone, 2, taken_back_in_time, way) for way in WAYS}
         yield lambda fault, way: waiting[fault, way].result()
