@@ -32,7 +32,7 @@ def optimizer_of(way: str, params: object, *rules: object, lr: float = 0.1, coup
         order = {"lr": (*rules, distwd.LR(lr)), "none": (distwd.LR(lr), *rules)}[coupling]
         return distwd.Chain(params, distwd.Adam(), *order, **settings)
     host = torch.optim.AdamW(params, lr=lr, weight_decay=0, foreach=False)
-    distwd.attach(host, *rules, coupling=coupling, **settings)
+    host.attachment = distwd.attach(host, *rules, coupling=coupling, **settings)
     return host
 
 
@@ -141,3 +141,42 @@ def loaded_on_one_rank(way: str) -> Told:
 def test_a_state_loaded_on_one_rank_alone_does_not_part_the_ranks(worlds, way):
     """At lr 0, as a warm-up begins, where a first step could be no real one."""
     assert [kind for kind, *_ in worlds.run(2, loaded_on_one_rank, way)] == ["nothing"] * 2
+
+
+# --- gradients that are missing or not finite on one rank ---------------------------------------------------------------
+
+GRADIENTS = ("missing on one rank", "missing everywhere", "nan on one rank", "inf on one rank")
+
+
+def with_faulty_gradients(way: str, fault: str, whole: bool) -> tuple[dict, list[float]]:
+    """Three steps over two shards of each parameter; in the second, the second shard's gradients are wrong. whole: in one process."""
+    ranks = range(2) if whole else [dist.get_rank()]
+    wholes = {name: torch.arange(size, dtype=torch.float32) - 3.5 for name, size in (("w", 8), ("v", 4))}
+    parts = {
+        f"{name} {rank}": nn.Parameter(value.chunk(2)[rank].clone()) for rank in ranks for name, value in wholes.items()
+    }
+    optimizer = optimizer_of(way, list(parts.items()))
+    metrics = []
+    for step in range(3):
+        for name, param in parts.items():
+            param.grad = param.detach() * (step + 1)
+            wrong = step == 1 and (name.endswith("1") or fault == "missing everywhere")
+            if wrong and fault.startswith("missing"):
+                param.grad = None
+            elif wrong:
+                param.grad[0] = float(fault[:3])
+        optimizer.step()
+        told = optimizer.stats() if way == "chain" else optimizer.attachment.stats()
+        metrics.append(told["RelativeWeightDecay"]["metric"].item())
+    return {name: param.detach() for name, param in parts.items()}, metrics
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fault", GRADIENTS)
+def test_gradients_that_are_wrong_on_one_rank_end_as_in_one_process(worlds, fault, way):
+    ((whole, metrics),) = worlds.run(0, with_faulty_gradients, way, fault, True)
+    assert "nan" in fault or "inf" in fault or all(param.isfinite().all() for param in whole.values())
+    for params, told in worlds.run(2, with_faulty_gradients, way, fault, False):
+        assert str(told) == str(metrics)
+        assert all(torch.equal(param.nan_to_num(7.0), whole[name].nan_to_num(7.0)) for name, param in params.items())
+    assert (metrics[1] == 0) == (fault == "missing everywhere")
