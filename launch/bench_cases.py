@@ -157,9 +157,17 @@ def torchzero_update(named: Named) -> Way:
     return step
 
 
+def _is_meant(name: str, word: str, names: set[str]) -> bool:
+    return name == word if word in names else word in name
+
+
 def chosen(words: Sequence[str]) -> list[Case]:
-    """The cases whose names hold one of `words`, those they are compared with, and the baseline. All, for no words."""
+    """The cases whose names hold one of `words` (a whole name: only that one), what they are compared with, and the baseline.
+
+    All, for no words.
+    """
     every = cases()
-    wanted = {case.name for case in every if not words or any(word in case.name for word in words)}
+    names = {case.name for case in every}
+    wanted = {name for name in names if not words or any(_is_meant(name, word, names) for word in words)}
     wanted |= {case.against for case in every if case.name in wanted} | {BASELINE}
     return [case for case in every if case.name in wanted]
