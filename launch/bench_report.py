@@ -142,26 +142,26 @@ def plan_table(plans: list[Record]) -> Table:
 
 
 def draw(runs: list[Record], picture: Path) -> None:
-    """Median step time over the number of parameters, a panel for each number of ranks, a line a case."""
+    """Step time over the number of parameters, a panel for each number of ranks, a line a case: the best, which others disturb least."""
     import matplotlib
     from matplotlib import pyplot
 
     matplotlib.use("Agg")  # no display is needed, and none may be there
     worlds = sorted({run["ranks"] for run in runs})
     figure, panels = pyplot.subplots(
-        1, len(worlds), figsize=(5 * len(worlds), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(worlds), figsize=(5 * len(worlds), 4), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for panel, ranks in zip(panels[0], worlds, strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for run in runs:
             for row in run["cases"] if run["ranks"] == ranks else []:
-                lines.setdefault(row["name"], []).append((run["tensors"], row["seconds"]["median"] * 1000))
+                lines.setdefault(row["name"], []).append((run["tensors"], row["seconds"]["best"] * 1000))
         for name, points in lines.items():
             panel.loglog([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name)
         panel.set_title(f"{ranks} rank{'s' if ranks > 1 else ''}")
         panel.set_xlabel("parameters (1024 elements each)")
         panel.grid(alpha=0.25)
-    panels[0][0].set_ylabel("median step, ms")
+    panels[0][0].set_ylabel("best step, ms")
     panels[0][0].legend(frameon=False, fontsize=8)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150)
