@@ -10,7 +10,7 @@ from torch import Tensor
 # Elements in a block. On a CPU, what several operations in a row touch should stay in the cache; but every operation ends
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
 # count, and small enough that its temporaries do not either.
-_CPU_BLOCK = 1 << 18
+_CPU_BLOCK = 1 << 19
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 

@@ -76,6 +76,10 @@ def pull_(
     tally = tally if pulls else None
     mask = _needed(mask, pulls, lists)
     factors = Factors.of(pulls, scale, params)
+    if factors.is_one_product and updates is None and tally is None and params[0].dtype not in LOW:
+        # Memory is read once and no temporary is made: blocks would gain nothing.
+        torch._foreach_mul_(params, _factor(factors.keep, range(len(params)), params))
+        return
     for places, (ps, *rest) in blocks(*lists):
         ps_wide, *rest_wide = _widened(scratch, ps, *rest)
         block_mask = None if mask is None else Mask(rest_wide[-1], mask.sign)
@@ -219,6 +223,11 @@ class Factors:
         bent = [replace(pull, rate=_fitted(pull.rate, params)) for pull in pulls if not pull.is_linear]
         return cls(keep, bent, _fitted(scale, params))
 
+    @property
+    def is_one_product(self) -> bool:
+        """Whether the pulls are p ← keep·p and nothing else."""
+        return self.keep is not None and not self.bent
+
 
 def _pull_block_(
     ps: list[Tensor],
@@ -262,7 +271,7 @@ def _fitted(rate: Rate, params: list[Tensor]) -> Rate:
     return rate.to(params[0].device, torch.float32 if params[0].dtype in LOW else params[0].dtype)
 
 
-def _factor(rate: Rate, places: list[int], like: list[Tensor]) -> Any:
+def _factor(rate: Rate | None, places: Sequence[int], like: list[Tensor]) -> Any:
     """A rate in the form that foreach takes: a number, a 0-d tensor of the dtype of `like`, or one such for each tensor."""
     if not isinstance(rate, Tensor):
         return rate
