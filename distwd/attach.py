@@ -128,10 +128,9 @@ class Attachment:
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
         self._each_alone = len(hosts) == 1 or all(decay.need(decay.defaults) is None for decay in decays)
         self._direct = any(decay.target == "params_direct" for decay in rules)
-        self._began = False
         self._round = Round(hosts, self._each_alone, self._follows)
         self._step: Step | None = None
-        self._rehearses = self._raised = self._acted = False
+        self._began = self._rehearses = self._raised = self._acted = False
         self._snapshot = Snapshot()
         self._lent = Lent()
         write_keys(self._conductor.groups, self._defaults)
@@ -247,10 +246,12 @@ class Attachment:
             self._snapshot.take(self._conductor.playing())
 
     def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
-        self._round.note_gradients()
-        if self._rehearses and self._acted:
-            self._conductor.act_unseen(self._new_step(host))
-        if self._rehearses or self._follows:
+        if self._rehearses:
+            if self._acted:
+                self._conductor.act_unseen(self._new_step(host))
+            return
+        self._round.note_gradients(host)
+        if self._follows:
             return
         if first or self._step is None:
             self._step = self._new_step(host)

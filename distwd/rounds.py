@@ -28,6 +28,7 @@ class Round:
         self._hosts, self._each_alone, self._follows = hosts, each_alone, follows
         self._stepped: dict[int, Tensor | None] = {}
         self._grads: dict[int, list[Tensor | None]] = {}
+        self._moved: list[Tensor] = []  # parameters with a gradient, of hosts that have stepped
         self._scaling: Any = None
 
     @property
@@ -54,20 +55,32 @@ class Round:
         self._scaling = None if self._each_alone else _scaling()
 
     def enter(self, host: Host) -> None:
-        """`host` steps; a GradScaler's verdict on it is known now, on the others it may not be."""
+        """`host` steps; a GradScaler's verdict on it is known now, on the others it may not be.
+
+        Raises ValueError if what stepped before has lost its gradients: by them the round will know what was updated.
+        """
+        if any(param.grad is None for param in self._moved):
+            self.end()
+            raise ValueError(
+                f"gradients were cleared before {type(host).__name__} stepped, but decay of several optimizers depends on the updates "
+                "of all; call zero_grad when all have stepped"
+            )
         self._stepped[id(host)] = getattr(host, "found_inf", None)
 
     def rehearses(self, host: Host, conductor: Conductor, has_closure: bool) -> bool:
-        """As `is_rehearsal`. Until a step is real, checkpoint code asks each host alone, and that is no part of a round."""
-        asked = self._hosts if conductor.has_agreed and not self._each_alone else [host]
-        found = is_rehearsal(asked, conductor, has_closure)
-        if found and not conductor.has_agreed:
+        """As `is_rehearsal`. Checkpoint code asks each host alone, and that is no part of a round."""
+        found = is_rehearsal([host], conductor, has_closure)
+        if found:
             self.end()
         return found
 
-    def note_gradients(self) -> None:
-        """The gradients are there now: a closure may have just made them."""
-        if not self._each_alone and not self._follows:
+    def note_gradients(self, host: Host) -> None:
+        """The gradients of `host`, which steps, are there now: a closure may have just made them."""
+        if self._each_alone:
+            return
+        if self._follows:
+            self._moved += [param for group in host.param_groups for param in group["params"] if param.grad is not None]
+        else:
             # Held, and not only their ids: a new gradient may come to lie where an old one was.
             self._grads = {id(each): _grads(each) for each in self._hosts}
 
@@ -82,7 +95,7 @@ class Round:
 
     def end(self) -> None:
         """The round is over: let go of its gradients."""
-        self._stepped, self._grads, self._scaling = {}, {}, None
+        self._stepped, self._grads, self._moved, self._scaling = {}, {}, [], None
 
 
 def refuse_under_scaler(hosts: Sequence[Host], decays: Sequence[Decay], coupling: str, follows: bool) -> None:

@@ -163,6 +163,25 @@ def test_an_update_that_never_comes_is_refused():
         hosts[0].step()
 
 
+def test_gradients_that_are_cleared_before_all_have_stepped_are_missed():
+    """The round could not tell what the first host has updated, and would neither decay nor count it."""
+    params = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.nn.Parameter(torch.ones(2))}
+    first, second = (torch.optim.SGD([param], lr=0.1) for param in params.values())
+    attach([first, second], RelativeWeightDecay(0.1))
+    for late in (True, False, False):
+        for param in params.values():
+            param.grad = torch.ones(2)
+        first.step()
+        if late:
+            first.zero_grad()
+            before = params["b"].detach().clone()
+            with pytest.raises(ValueError, match="zero_grad when all have stepped"):
+                second.step()
+            assert torch.equal(params["b"], before)
+        else:
+            second.step()
+
+
 def test_updates_may_be_made_from_gradients_that_come_one_after_the_other():
     ours, theirs = fp32_parameters(), fp32_parameters()
     hosts = halves(ours)

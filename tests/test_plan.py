@@ -201,3 +201,14 @@ def test_a_metric_of_gradients_is_that_of_the_whole(worlds, layout):
 def test_the_same_run_twice_has_the_same_bits(worlds):
     first, second = (worlds.run(2, runs.train, "fsdp2", "update_twice")[0].params for _ in range(2))
     assert differing(first, second) == []
+
+
+def test_a_plan_is_built_again_for_another_dtype():
+    """A metric has the dtype of the model as it is now."""
+    param = torch.nn.Parameter(torch.ones(3))
+    chain = distwd.Chain([("w", param)], distwd.RelativeWeightDecay(0.1, norm_input="params"), distwd.LR(0.1))
+    for dtype in (torch.float32, torch.float64):
+        param.data = param.data.to(dtype)
+        param.grad = torch.ones_like(param)
+        chain.step()
+        assert chain.stats()["RelativeWeightDecay"]["metric"].dtype == dtype

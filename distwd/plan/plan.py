@@ -208,7 +208,7 @@ def build_plan(
 
 def _stamp(tensor: Tensor) -> Any:
     """What must not change as long as a plan is to hold."""
-    return tensor._spec if isinstance(tensor, DTensor) else tensor.shape
+    return tensor._spec if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
 
 
 def _fits(entry: Entry, planned: Entry, stamp: Any) -> bool:
