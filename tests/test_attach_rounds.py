@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from distwd import CautiousWeightDecay, RelativeWeightDecay, attach
+from tests.layouts import whole_model
 from tests.one_process import fp32_parameters
 from tests.oracle import metric_of
-from tests.runs import differing, grads_of
+from tests.runs import PARAMS_SEED, differing, grads_of
 from tests.wire import Wire
 
 COUPLINGS = ("gradient", "lr", "none")
@@ -219,3 +221,31 @@ def test_a_round_has_one_collective_and_a_skipped_one_none(worlds):
     for params, counts in worlds.run(2, under_a_scaler):
         assert counts[1:] == [int(len(infinite) < 2) for infinite in INFINITE[1:]]
         assert differing(params, alone) == []
+
+
+def saved_between_steps(coupling: str, norm_input: str, asked: bool) -> dict[str, torch.Tensor]:
+    """Two hosts that keep no state: torch's checkpoint code steps each of them at lr 0 whenever it saves."""
+    params = {n: torch.nn.Parameter(v) for n, v in whole_model(PARAMS_SEED).items()}
+    model = torch.nn.Module()
+    for name, param in params.items():
+        model.register_parameter(name.replace(".", "_"), param)
+    members = list(params.values())
+    hosts = [torch.optim.SGD(some, lr=0.1) for some in (members[:2], members[2:])]
+    attach(hosts, RelativeWeightDecay(0.1, norm_input=norm_input), coupling=coupling)
+    for _ in range(2):
+        for seed, param in enumerate(members):
+            param.grad = torch.full_like(param, 0.1 * seed)
+        for host in hosts:
+            host.step()
+        for host in hosts:
+            host.zero_grad()
+        if asked:
+            get_optimizer_state_dict(model, hosts)
+    return {n: p.detach() for n, p in params.items()}
+
+
+@pytest.mark.parametrize("norm_input", ["params", "update"])
+@pytest.mark.parametrize("coupling", ["none", "lr", "gradient"])
+def test_saving_hosts_that_keep_no_state_decays_nothing_between_steps(coupling, norm_input):
+    saved, untouched = (saved_between_steps(coupling, norm_input, asked) for asked in (True, False))
+    assert differing(saved, untouched) == []

@@ -294,31 +294,3 @@ def test_an_old_checkpoint_loads_and_the_decay_goes_on():
     optimizer.load_state_dict(old)
     optimizer.step()
     assert optimizer.param_groups[0]["distwd_weight_decay"] == 0.25
-
-
-def saved_between_steps(coupling: str, norm_input: str, asked: bool) -> dict[str, torch.Tensor]:
-    """Two hosts that keep no state: torch's checkpoint code steps each of them at lr 0 whenever it saves."""
-    params = {n: torch.nn.Parameter(v) for n, v in whole_model(PARAMS_SEED).items()}
-    model = torch.nn.Module()
-    for name, param in params.items():
-        model.register_parameter(name.replace(".", "_"), param)
-    members = list(params.values())
-    hosts = [torch.optim.SGD(some, lr=0.1) for some in (members[:2], members[2:])]
-    attach(hosts, RelativeWeightDecay(0.1, norm_input=norm_input), coupling=coupling)
-    for _ in range(2):
-        for seed, param in enumerate(members):
-            param.grad = torch.full_like(param, 0.1 * seed)
-        for host in hosts:
-            host.step()
-        for host in hosts:
-            host.zero_grad()
-        if asked:
-            get_optimizer_state_dict(model, hosts)
-    return {n: p.detach() for n, p in params.items()}
-
-
-@pytest.mark.parametrize("norm_input", ["params", "update"])
-@pytest.mark.parametrize("coupling", ["none", "lr", "gradient"])
-def test_saving_hosts_that_keep_no_state_decays_nothing_between_steps(coupling, norm_input):
-    saved, untouched = (saved_between_steps(coupling, norm_input, asked) for asked in (True, False))
-    assert differing(saved, untouched) == []
