@@ -180,3 +180,23 @@ def test_gradients_that_are_wrong_on_one_rank_end_as_in_one_process(worlds, faul
         assert str(told) == str(metrics)
         assert all(torch.equal(param.nan_to_num(7.0), whole[name].nan_to_num(7.0)) for name, param in params.items())
     assert (metrics[1] == 0) == (fault == "missing everywhere")
+
+
+def listed_twice_here(names: list[str]) -> list[str]:
+    """One rank gives one tensor under two names, or one name twice; a correct call after that works."""
+    one = parameter(3)
+    other = one if names == ["w", "v"] and guilty() else parameter(3)
+    params = [(names[0], one), (names[1] if guilty() else "v", other)]
+    try:
+        distwd.Plan.build(params)
+    except distwd.PlanError as error:
+        return [str(error), str(distwd.Plan.build([("w", one)]).numel)]
+    return []
+
+
+@pytest.mark.parametrize(("names", "words"), [(["w", "v"], r"\(tied\)"), (["w", "w"], "is listed twice")])
+def test_a_tensor_listed_twice_on_one_rank_is_refused_on_every_rank(worlds, names, words):
+    told = worlds.run(2, listed_twice_here, names)
+    assert told[0] == told[1]
+    assert re.search(rf"^rank \d: . {'is the same tensor as . ' if 'tied' in words else ''}{words}", told[0][0])
+    assert told[0][1] == "3"
