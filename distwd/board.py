@@ -1,6 +1,6 @@
 """A board in a process group's store, where a rank says why it cannot go on, or asks what costs no collective.
 
-Host memory only; a step that goes well never looks.
+Host memory only. A step that goes well looks once, if it is the first: whether it is a real one.
 """
 
 from __future__ import annotations
