@@ -31,7 +31,7 @@ from .keys import free_keys, with_keys, write_keys
 from .layout import Layout
 from .naming import Naming
 from .plan.plan import Plan
-from .refusals import as_hosts, check_decays, check_groups, check_host
+from .refusals import as_hosts, check_groups, check_hosts
 from .rehearsal import is_within_a_step, mark_idle
 from .rounding import KEY, Rounding
 from .rounds import Round, refuse_under_scaler
@@ -50,6 +50,7 @@ def attach(
     rounding: str = "nearest",
     seed: int = 0,
     track_unchanged: bool = False,
+    compile: bool = False,
 ) -> Attachment:
     """Add decay to an optimizer that exists, through its own step hooks.
 
@@ -62,7 +63,7 @@ def attach(
         others: numbers of the parameters, and of the updates of fused ones.)
     decays: rules; λ is kept in the groups' key `distwd_weight_decay`, read at every step, and saved with them.
     group, layout, check_replicas: as for `Chain`. rounding, seed: as for `Chain`, of what distwd itself writes to bf16 and
-        fp16 parameters: the decay. How the optimizer rounds its own step, it has done already. track_unchanged: as for `Chain`.
+        fp16 parameters: the decay. How the optimizer rounds its own step, it has done already. track_unchanged, compile: as for `Chain`.
     named_parameters: names, where the optimizer was built without.
     Raises ValueError if the optimizer decays already or has no step hooks (a wrapper: attach to what it wraps);
     PlanError at the first step as `Chain`.
@@ -80,7 +81,8 @@ def attach(
     >>> attachment.remove()
     """
     holders = Holders.of(group, layout, check_replicas)
-    return Attachment(as_hosts(optimizer), decays, coupling, holders, named_parameters, rounding, seed, track_unchanged)
+    ways = (rounding, seed, track_unchanged, compile)
+    return Attachment(as_hosts(optimizer), decays, coupling, holders, named_parameters, ways)
 
 
 class Attachment:
@@ -106,14 +108,11 @@ class Attachment:
         coupling: str,
         holders: Holders,
         named_parameters: Iterable[tuple[str, Tensor]] | None,
-        rounding: str,
-        seed: int,
-        track_unchanged: bool,
+        ways: tuple[str, int, bool, bool],
     ) -> None:
+        rounding, seed, tracks, compiles = ways
         check_choice("coupling", coupling, COUPLINGS)
-        check_decays(decays)
-        for host in hosts:
-            check_host(host, decays, coupling)
+        check_hosts(hosts, decays, coupling)
         self._hosts, self._decays, self._coupling = list(hosts), tuple(decays), coupling
         self._naming = Naming(named_parameters or (), self._shown())
         keys = free_keys(hosts, len(decays))
@@ -122,7 +121,8 @@ class Attachment:
         self._defaults = lambdas | rounds.defaults
         self.keys = list(self._defaults)
         places = sentence(decays, coupling, keys, [place.label for place in places_of(decays)])
-        self._conductor = Conductor(places, holders, self._shown, rounds, track_unchanged, self._naming.named)
+        self._conductor = Conductor(places, holders, self._shown, rounds, tracks, compiles, self._naming.named)
+        self._conductor.check_compiler()
         rules = [decay for decay in decays if decay.target != "closure"]
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.

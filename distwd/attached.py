@@ -13,8 +13,7 @@ from torch import Tensor
 from .decays.rule import Decay
 from .hosts import ELEMENTWISE, KNOWS_DECOUPLED
 from .hosts.lending import like_whole
-from .kernels.pull import count, drag_
-from .kernels.rounding import subtract
+from .kernels.writing import count, drag_
 from .local import local_tensor
 from .plan.entries import Entry
 from .step import Batch, Step, unless
@@ -151,11 +150,11 @@ class Lent:
 
 
 class Snapshot:
-    """The local parameters as they were before a host stepped, and afterwards the step it made."""
+    """The local parameters as they were before a host stepped."""
 
     def __init__(self) -> None:
         self.before: dict[int, Tensor] = {}
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
 
     def take(self, entries: Iterable[tuple[int, Entry]]) -> None:
         """Copy the parameters of these (position, entry) pairs, into the buffers of earlier snapshots where they fit."""
@@ -163,19 +162,18 @@ class Snapshot:
         alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for position, entry in entries:
             local = local_tensor(entry.tensor)
-            self.before[position] = self._buffer("before", position, local, local.dtype)
+            self.before[position] = self._buffer(position, local)
             kept, current = alike.setdefault((local.device, local.dtype), ([], []))
             kept.append(self.before[position])
             current.append(local)
         for kept, current in alike.values():
             torch._foreach_copy_(kept, current)
 
-    def _buffer(self, use: str, position: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    def _buffer(self, position: int, like: Tensor) -> Tensor:
         """Kept, since memory given out anew in every step costs more than what is written to it."""
-        buffer = self._buffers.get((use, position))
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != dtype or buffer.device != like.device:
-            buffer = torch.empty_like(like, dtype=dtype, requires_grad=False)
-            self._buffers[use, position] = buffer
+        buffer = self._buffers.get(position)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self._buffers[position] = torch.empty_like(like, requires_grad=False)
         return buffer
 
     @contextmanager
@@ -196,13 +194,10 @@ class Snapshot:
         moved_to = []
         step.old = self.before
         for batch in step.batches:
-            old = [self.before[position] for position in batch.index]
-            dtype = torch.float32 if batch.is_low else old[0].dtype
-            moved = [self._buffer("moved", *pair, dtype) for pair in zip(batch.index, old, strict=True)]
-            subtract(batch.params, old, moved)
-            batch.update, batch.owns_update, batch.flipped = moved, True, True
             moved_to.append(batch.params)
-            batch.params = old
+            batch.params = [self.before[position] for position in batch.index]
+            # new − old is −update. It is left to whoever needs it, a block at a time.
+            batch.update, batch.minus, batch.owns_update, batch.flipped = moved_to[-1], batch.params, False, True
             if per_lr:
                 batch.scale = _inverse(batch.group["lr"])
         return moved_to

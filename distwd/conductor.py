@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 
 from .accounts import audit_of
 from .errors import PlanError, Stranded
+from .kernels.compiled import check_compiler
 from .kernels.scratch import Scratch
 from .kernels.tally import Tally
 from .layout import Layout, check_layout
@@ -54,6 +55,7 @@ class Conductor:
 
     in_step, in_closure: what acts in a step, and in every evaluation of a closure. groups: the param groups as they are now.
     rounding: how parameters of low precision are written. tracks: whether to count what the decay leaves unchanged.
+    compiles: whether formulas go through torch.compile.
     named: what gives groups names for their parameters, where others know them.
     """
 
@@ -64,6 +66,7 @@ class Conductor:
         groups: Callable[[], Groups],
         rounding: Rounding,
         tracks: bool,
+        compiles: bool,
         named: Callable[[Groups], Sequence[Mapping[str, Any]]] = lambda groups: groups,
     ) -> None:
         self.in_closure = tuple(place for place in places if getattr(place.transform, "target", "") == "closure")
@@ -75,12 +78,13 @@ class Conductor:
         self._tallies: dict[int, Tally] = {}
         self._roster = Roster()
         self._plan: Plan | None = None
-        self._scratch = Scratch()
+        self._compiles, self._scratch = compiles, Scratch(compiles)
         self._planned: tuple[Any, Any] | None = None  # the schedules that all ranks had when the plan was built
         self._agreed = self._told = False  # whether all ranks are known to train; whether this one has left word
         self._compares = False  # whether the first real step compares the gradients of copies
         self._num_asked = 0
-        self._meter = Meter(lambda: self.plan)
+        # In a step, `prepare` has seen to it that the plan fits.
+        self._meter = Meter(lambda: self._plan or self.plan)
 
     @property
     def groups(self) -> Groups:
@@ -125,6 +129,12 @@ class Conductor:
         """All-reduces per step, and per evaluation of a closure."""
         world = World.of(self._holders.group)
         return sum(num_phases(phases, world) for phases in self._schedules())
+
+    def check_compiler(self) -> None:
+        """Raise ValueError if torch.compile is asked for and does not work here."""
+        if self._compiles:
+            for device in {entry.tensor.device.type for entry in self.entries} - {"meta"}:
+                check_compiler(device)
 
     def audit(self) -> str:
         """What is decayed, by how much, and by which rule."""

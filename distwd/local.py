@@ -30,6 +30,8 @@ def local_like(tensor: Tensor, param: Tensor) -> Tensor:
     A gradient may come in other placements than its parameter (`Replicate`, `Partial`); then it is redistributed first, as
     torch's own optimizers do implicitly. With equal placements this costs nothing.
     """
+    if type(tensor) in _PLAIN:
+        return tensor
     if isinstance(tensor, DTensor) and isinstance(param, DTensor) and tensor.placements != param.placements:
         tensor = tensor.redistribute(placements=param.placements)
     return local_tensor(tensor)

@@ -45,7 +45,7 @@ class Meter:
         plan = self._plan()
         needs = list(dict.fromkeys(need for _, need in phase.asks))
         sources = {of: step.source(of) for of in dict.fromkeys(need.of for need in needs)}
-        requests = [plan.request(need.metric, sources[need.of][0], need.scope, sources[need.of][1]) for need in needs]
+        requests = [plan.request(need.metric, sources[need.of], need.scope) for need in needs]
         numbers = dict(zip(needs, measure(requests, plan.world, step.scratch), strict=True))
         if step.grad_scale is not None:
             numbers = {need: _unscaled(number, need, step.grad_scale) for need, number in numbers.items()}

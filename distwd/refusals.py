@@ -29,7 +29,14 @@ _PIECE_BY_PIECE = (
 )
 
 
-def check_decays(decays: Sequence[Any]) -> None:
+def check_hosts(hosts: Sequence[Any], decays: Sequence[Any], coupling: str) -> None:
+    """Raise ValueError if there are no rules, or if decay cannot be attached to one of `hosts`."""
+    _check_decays(decays)
+    for host in hosts:
+        _check_host(host, decays, coupling)
+
+
+def _check_decays(decays: Sequence[Any]) -> None:
     """Raise ValueError unless there is at least one rule, and only rules."""
     if not decays:
         raise ValueError("attach needs at least one rule, e.g. attach(optimizer, WeightDecay(0.1))")
@@ -42,7 +49,7 @@ def check_decays(decays: Sequence[Any]) -> None:
             )
 
 
-def check_host(host: Any, decays: Sequence[Decay], coupling: str) -> None:
+def _check_host(host: Any, decays: Sequence[Decay], coupling: str) -> None:
     """Raise ValueError if decay cannot be attached to `host`, by class name, with what to attach to instead."""
     name = type(host).__name__
     _refuse_wrapper(host, name)

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .kernels.pull import Mask, Pull, Rate, fold, pull_
+from .kernels.pull import Mask, Pull, Rate
 from .kernels.rounding import LOW, Draws, Noise
 from .kernels.scratch import Scratch
 from .kernels.tally import Tally
+from .kernels.writing import differences, fold, pull_
 from .local import local_like, local_tensor
+from .metrics.measure import Share, shares_of
 from .metrics.moments import wide_dtype
 from .plan.entries import Entry
 
@@ -23,8 +25,9 @@ class Batch:
     """The parameters of one param group, device and dtype that have a gradient this step, as local tensors.
 
     index: their positions among all parameters. What is pending is scale · (−update if flipped else update) + Σ pulls.
-    At first `update` is the gradients themselves (`owns_update` False: not ours to write to). absorbed: whether pulls
-    have become part of `update`. draws: noise for what is written to the parameters; None: it is rounded to the nearest.
+    At first `update` is the gradients themselves (`owns_update` False: not ours to write to). minus: what is yet to be subtracted
+    from `update`: the whole difference would cost the memory of another shard. absorbed: whether pulls have become part of
+    `update`. draws: noise for what is written to the parameters; None: it is rounded to the nearest.
     tally: counts what the decay leaves unchanged. at_once: pulls that have been written already.
     """
 
@@ -37,6 +40,7 @@ class Batch:
     update: list[Tensor]
     scratch: Scratch
     owns_update: bool = False
+    minus: list[Tensor] | None = None
     flipped: bool = False
     scale: Rate = 1.0
     pulls: list[Pull] = field(default_factory=list)
@@ -57,7 +61,7 @@ class Batch:
 
     @property
     def is_plain(self) -> bool:
-        """Whether `update` is the pending update as it stands, but perhaps for its sign."""
+        """Whether the pending update is `update` (minus `minus`), but perhaps for its sign."""
         return not self.pulls and self.is_unscaled
 
     @property
@@ -68,7 +72,7 @@ class Batch:
     @property
     def mask(self) -> Mask:
         """What cautious pulls look at."""
-        return Mask(self.update, -1 if self.flipped else 1)
+        return Mask(self.update, -1 if self.flipped else 1, self.minus)
 
     @property
     def signed_scale(self) -> Rate:
@@ -82,8 +86,14 @@ class Batch:
         scratch, noise, tally = self.scratch, self.noise, self.tally
         pull_(self.params, pulls, updates, scale, self.mask, scratch=scratch, noise=noise, tally=tally, clear=clear)
 
+    def settle(self) -> None:
+        """Subtract what is yet to be subtracted from `update`."""
+        if self.minus is not None:
+            self.update, self.owns_update, self.minus = differences(self.update, self.minus), True, None
+
     def fold(self) -> None:
         """Make `update` the pending update exactly."""
+        self.settle()
         out = self.update if self.owns_update else [torch.empty_like(u) for u in self.update]
         fold(self.update, self.params, self.pulls, self.signed_scale, out, self.mask, scratch=self.scratch)
         self.absorbed = self.absorbed or bool(self.pulls)
@@ -159,19 +169,18 @@ class Step:
         for batch in self.batches:
             batch.update, batch.owns_update, batch.flipped = [moved[param] for param in batch.whole], True, True
 
-    def source(self, of: str) -> tuple[list[Tensor | None], bool]:
-        """The local tensors that a metric of `of` is taken of, by parameter (None: no gradient), and whether to negate them."""
+    def source(self, of: str) -> list[Share]:
+        """What a metric of `of` is taken of; parameters without a gradient are missing in all but "params"."""
         if of == "params":
-            return [self._param(position) for position in range(len(self.entries))], False
-        if of == "update":
-            self.fold()
-            # One sign for all: groups whose lr is not 1 have just been folded, the others may still be flipped.
-            self.fold(exact=any(batch.flipped != self.batches[0].flipped for batch in self.batches))
-        found: list[Tensor | None] = [None] * len(self.entries)
+            return shares_of([self._param(position) for position in range(len(self.entries))])
+        if of == "grad":
+            return [Share(batch.index, batch.grads) for batch in self.batches]
+        self._run_host()
         for batch in self.batches:
-            for position, tensor in zip(batch.index, batch.grads if of == "grad" else batch.update, strict=True):
-                found[position] = tensor
-        return found, of == "update" and any(batch.flipped for batch in self.batches)
+            # A difference is scaled when it has been measured, which costs less than making it.
+            if batch.pulls or (batch.minus is None and not batch.is_unscaled):
+                batch.fold()
+        return [Share(batch.index, batch.update, batch.minus or (), batch.signed_scale) for batch in self.batches]
 
     def _param(self, position: int) -> Tensor | None:
         entry = self.entries[position]
@@ -199,6 +208,8 @@ class Step:
         waiting = self.host is not None and self.host.reads_params
         if waiting or any(batch.pulls for batch in self.batches):
             self.fold()
+        for batch in self.batches:
+            batch.settle()
 
     def release_grads(self) -> None:
         """Before someone writes to the gradients: an update that has gone on from them must not see it."""
@@ -234,7 +245,7 @@ def unless(found_inf: Tensor, rate: Rate) -> Tensor:
 def _batches(
     entries: Iterable[tuple[int, Entry]], groups: Sequence[dict[str, Any]], scratch: Scratch
 ) -> Iterator[Batch]:
-    found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
+    found: dict[tuple[int, torch.device, torch.dtype], list[tuple[int, Tensor, Tensor, Tensor]]] = {}
     for position, entry in entries:
         param = entry.tensor
         if (gradient := param.grad) is None:
@@ -243,15 +254,9 @@ def _batches(
             raise ValueError(
                 f"the gradient of {entry.name} is sparse; use dense gradients (for an embedding: sparse=False)"
             )
-        local, grad = local_tensor(param), local_like(gradient, param)
-        key = (entry.group, local.device, local.dtype)
-        if key not in found:
-            found[key] = Batch(groups[entry.group], entry.group, [], [], [], [], [], scratch)
-        batch = found[key]
-        batch.index.append(position)
-        batch.whole.append(param)
-        batch.params.append(local)
-        batch.grads.append(grad)
-    for batch in found.values():
-        batch.update = batch.grads
-        yield batch
+        local = local_tensor(param)
+        row = (position, param, local, local_like(gradient, param))
+        found.setdefault((entry.group, local.device, local.dtype), []).append(row)
+    for (group, _, _), rows in found.items():
+        index, whole, params, grads = map(list, zip(*rows, strict=True))
+        yield Batch(groups[group], group, index, whole, params, grads, grads, scratch)

@@ -117,8 +117,11 @@ def test_the_ways_to_be_compared_take_the_same_step(cases):
         case.make(named)()
         return torch.cat([param.detach().flatten() for _, param in named])
 
-    result = {case.name: after_a_step(case) for case in cases.cases()}
+    result = {case.name: after_a_step(case) for case in cases.cases(large=True)}
+    compiled = [name for name in result if name.endswith(", compiled")]
+    assert len(compiled) == 6
     for one, other in (
+        *((name, name.removesuffix(", compiled")) for name in compiled),
         ("absolute", "AdamW fused"),
         ("AdamW foreach", "AdamW fused"),
         ("attach, absolute", "AdamW fused"),

@@ -38,11 +38,11 @@ def named_params(count: int, numel: int) -> list[tuple[str, torch.nn.Parameter]]
     return named
 
 
-def stepper(way: str, rule: str, named: list[tuple[str, torch.nn.Parameter]]):
+def stepper(way: str, rule: str, named: list[tuple[str, torch.nn.Parameter]], compile: bool = False):
     if way == "chain":
-        return distwd.Chain(named, distwd.Adam(fused=True), RULES[rule], distwd.LR(1e-3)).step
+        return distwd.Chain(named, distwd.Adam(fused=True), RULES[rule], distwd.LR(1e-3), compile=compile).step
     optimizer = torch.optim.AdamW(named, lr=1e-3, weight_decay=0, fused=True)
-    distwd.attach(optimizer, RULES[rule])
+    distwd.attach(optimizer, RULES[rule], compile=compile)
     return optimizer.step
 
 
@@ -100,7 +100,7 @@ def bytes_of(monkeypatch):
     return importlib.import_module("bench_ranks")._cpu_bytes_of
 
 
-def extra_bytes(bytes_of, way: str, rule: str | None, count: int, numel: int) -> int:
+def extra_bytes(bytes_of, way: str, rule: str, count: int, numel: int, compile: bool = False) -> int:
     """At the peak of a step, beyond what fused AdamW keeps for the same parameters."""
 
     def measured(make) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def extra_bytes(bytes_of, way: str, rule: str | None, count: int, numel: int) ->
         return bytes_of(begin, lambda: made[0]())
 
     plain, _ = measured(lambda named: torch.optim.AdamW(named, lr=1e-3, fused=True).step)
-    _, peak = measured(lambda named: stepper(way, rule, named))
+    _, peak = measured(lambda named: stepper(way, rule, named, compile))
     return peak - plain
 
 
@@ -132,10 +132,24 @@ def test_decay_without_an_update_needs_a_block_and_no_more(bytes_of, way, rule):
     assert rule == "absolute" or extra >= 8 * min(block_size(torch.device("cpu")), 5 * MIB)  # the record sees blocks
 
 
+@by_way
 @pytest.mark.parametrize("rule", ["relative update", "cautious"])
-def test_decay_that_looks_at_the_update_needs_one_shard(bytes_of, rule):
-    extra = extra_bytes(bytes_of, "chain", rule, 2, 5 * MIB)
+def test_decay_that_looks_at_the_update_needs_one_shard(bytes_of, way, rule):
+    extra = extra_bytes(bytes_of, way, rule, 2, 5 * MIB)
     assert SHARD <= extra <= SHARD + SHARD // 2
+
+
+@by_way
+@pytest.mark.parametrize(("rule", "shards"), [("relative params", 0), ("relative update", 1)])
+def test_compiled_formulas_need_no_block(bytes_of, way, rule, shards):
+    """Not after a step under a dispatch mode either (as debuggers and profilers of torch are): torch does not compile there."""
+    step = stepper(way, rule, named_params(2, 100_000), compile=True)
+    step()
+    with Launches() as seen:
+        step()
+    assert "aten::_foreach_mul_" in seen.names or "aten::abs_" in seen.names
+    extra = extra_bytes(bytes_of, way, rule, 2, 5 * MIB, compile=True)
+    assert shards * SHARD <= extra <= shards * SHARD + MIB // 4
 
 
 # --- objects --------------------------------------------------------------------------------------------------------

@@ -201,8 +201,14 @@ def test_no_module_holds_state_that_changes(path):
 
 @pytest.mark.parametrize("path", FILES, ids=place_of)
 def test_no_cache_lives_longer_than_an_optimizer(path):
-    """A functools.cache over tensors, meshes or groups keeps them alive, and outlives a process group."""
+    """A functools.cache over tensors, meshes or groups keeps them alive, and outlives a process group.
+
+    One holds neither: what torch.compile has made of a formula, which torch itself keeps for the process.
+    """
     text = path.read_text(encoding="utf-8")
+    if place_of(path) == "kernels/compiled.py":
+        assert text.count("functools.cache") == 2
+        return
     assert not re.search(r"\b(lru_cache|functools\.cache|from functools import .*\bcache\b)", text)
 
 

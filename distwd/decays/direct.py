@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_nonnegative, check_ord
-from ..kernels.pull import Pull, pull_
+from ..kernels.pull import Pull
 from ..kernels.rounding import LOW
 from ..kernels.scratch import Scratch
+from ..kernels.writing import pull_
 from ..local import local_tensor
 from ..plan.entries import Entry, entries_of
 from ..plan.pieces import check_tensor

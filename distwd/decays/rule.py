@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import check_choice, check_nonnegative, check_ord
-from ..kernels.pull import Pull, fold
+from ..kernels.pull import Pull
+from ..kernels.writing import fold
 from ..metrics.metric import Metric
 from ..step import Batch, Step
 from ..transform import Place, Transform

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.pull import count
+from ..kernels.writing import count
 from ..local import local_tensor
 from ..step import Batch
 from .base import Host

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..kernels.rounding import differences
+from ..kernels.writing import differences
 from ..step import Batch
 from .base import Host
 from .lending import like_whole

@@ -10,7 +10,7 @@ from torch import Tensor
 # Elements in a block. On a CPU, what several operations in a row touch should stay in the cache; but every operation ends
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
 # count, and small enough that its temporaries do not either.
-_CPU_BLOCK = 1 << 19
+_CPU_BLOCK = 1 << 18
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
@@ -28,20 +28,33 @@ def small_size(device: torch.device) -> int:
     return _CPU_SMALL if device.type == "cpu" else _GPU_BLOCK
 
 
-def blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Tensor], ...]]]:
+def is_large(pieces: Sequence[Tensor]) -> bool:
+    """Whether a block is a flat stretch of a large tensor, or several whole ones."""
+    return pieces[0].dim() == 1 and pieces[0].numel() > small_size(pieces[0].device)
+
+
+Block = tuple[list[int], tuple[list[Tensor], ...]]
+
+
+def blocks(*lists: Sequence[Tensor], together: int = 0) -> Iterator[Block]:
     """Cut equally long lists of equally shaped tensors alike; yields (places in the lists, lists of pieces).
 
-    Large tensors come in flat slices, small ones together, empty ones not at all. The pieces are views: writing to them
-    writes to the tensors. A tensor that is not contiguous comes whole.
+    Large tensors come in flat slices, small ones together, empty ones not at all. The pieces are views: writing
+    to them writes to the tensors. A tensor that is not contiguous comes as it is.
+    together: large tensors come uncut, that many at a time and the rest one by one; 0: cut.
     """
     device = lists[0][0].device if lists[0] else torch.device("cpu")
     size, small = block_size(device), small_size(device)
     places: list[int] = []
     filled = 0
+    uncut: list[Block] = []
     for place, tensors in enumerate(zip(*lists, strict=True)):
         numel = tensors[0].numel()
         if numel > small:
-            yield from _slices(place, tensors, size)
+            if together and all(tensor.is_contiguous() for tensor in tensors):
+                uncut.append(([place], tuple([tensor.view(-1)] for tensor in tensors)))
+            else:
+                yield from _slices(place, tensors, size)
         elif numel:
             if filled + numel > size:
                 yield places, _chosen(lists, places)
@@ -50,13 +63,25 @@ def blocks(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Ten
             filled += numel
     if places:
         yield places, _chosen(lists, places)
+    while uncut:
+        number = together if len(uncut) >= together else 1
+        yield _joined(uncut[:number])
+        uncut = uncut[number:]
+
+
+def _joined(some: Sequence[Block]) -> Block:
+    """One block of several."""
+    places = [place for own, _ in some for place in own]
+    return places, tuple(
+        [piece for pieces in one for piece in pieces] for one in zip(*(lists for _, lists in some), strict=True)
+    )
 
 
 def _chosen(lists: tuple[Sequence[Tensor], ...], places: list[int]) -> tuple[list[Tensor], ...]:
     return tuple([tensors[place] for place in places] for tensors in lists)
 
 
-def _slices(place: int, tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[list[int], tuple[list[Tensor], ...]]]:
+def _slices(place: int, tensors: tuple[Tensor, ...], size: int) -> Iterator[Block]:
     if not all(tensor.is_contiguous() for tensor in tensors):
         yield [place], tuple([tensor] for tensor in tensors)
         return

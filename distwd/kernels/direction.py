@@ -25,8 +25,8 @@ def strength(ps: list[Tensor], ord: float, rate: Any, scratch: Scratch, use: str
         found = scratch.make("sign", use, ps)
     else:
         found = _power(scratch.make("abs", "magnitude", ps), ord - 1, scratch, use)
-        torch._foreach_mul_(found, scratch.make("sign", "sign", ps))
-    torch._foreach_mul_(found, rate)
+        scratch.apply_("mul", found, scratch.make("sign", "sign", ps))
+    scratch.apply_("mul", found, rate)
     return found
 
 
@@ -35,18 +35,26 @@ def masked(ps: list[Tensor], us: list[Tensor], sign: int, scratch: Scratch, use:
     # The sign of u, not u itself: a product of two small numbers would vanish.
     signs = scratch.make("sign", "sign", us)
     kept = scratch.make("mul", use, ps, signs)
-    clamp_ = torch._foreach_clamp_min_ if sign > 0 else torch._foreach_clamp_max_
-    clamp_(kept, 0.0)
-    torch._foreach_mul_(kept, signs)
+    scratch.apply_("clamp_min" if sign > 0 else "clamp_max", kept, 0.0)
+    scratch.apply_("mul", kept, signs)
     return kept
+
+
+def is_exact(ord: float) -> bool:
+    """Whether d(p) is made of operations that round once in IEEE arithmetic, so that whoever computes them gets the same bits."""
+    return ord in (1, 2) or _is_product(ord - 1)
+
+
+def _is_product(exponent: float) -> bool:
+    return exponent.is_integer() and 2 <= exponent <= 8
 
 
 def _power(magnitudes: list[Tensor], exponent: float, scratch: Scratch, use: str) -> list[Tensor]:
     """|p|^exponent from |p|, apart from it."""
-    if exponent.is_integer() and 2 <= exponent <= 8:
+    if _is_product(exponent):
         powers = scratch.make("mul", use, magnitudes, magnitudes)
         for _ in range(int(exponent) - 2):
-            torch._foreach_mul_(powers, magnitudes)
+            scratch.apply_("mul", powers, magnitudes)
         return powers
     powers = scratch.make("abs", use, magnitudes)
     for power in powers:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import block_size, blocks
+from .blocks import block_size
 from .scratch import Scratch
 
 LOW = (torch.bfloat16, torch.float16)
@@ -118,20 +118,6 @@ class Draws:
         """For the next write."""
         self._num_writes += 1
         return self._make(self._num_writes - 1)
-
-
-def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """new − old as new tensors; of bf16 and fp16 in float32, where it is not rounded to 8 or 11 bits again."""
-    out = [torch.empty_like(tensor, dtype=torch.float32 if tensor.dtype in LOW else None) for tensor in new]
-    subtract(new, old, out)
-    return out
-
-
-def subtract(new: list[Tensor], old: list[Tensor], out: list[Tensor]) -> None:
-    """out ← new − old, computed in the dtype of `out`."""
-    for _, (outs, news, olds) in blocks(out, new, old):
-        torch._foreach_copy_(outs, news)
-        torch._foreach_sub_(outs, olds)
 
 
 def write_(

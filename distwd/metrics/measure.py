@@ -4,27 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.scratch import Scratch
 from ..world import World
-from .metric import Metric, Moment
+from .metric import COUNT, SUM, Metric, Moment
 from .moments import combine, identity, local_moments, moments_of_each
 from .reduce import Partial, reduce_partials
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Tensors of one device that count towards one cell.
+class Share:
+    """Some of the tensors that a metric is taken of, local and of one device: scale · (tensor − minus).
 
-    negated: measure -x, not x. zeros: elements beside them count as zero (parameters without a gradient).
+    positions: of their parameters. minus: subtracted a block at a time; empty: nothing.
+    """
+
+    positions: Sequence[int]
+    tensors: Sequence[Tensor]
+    minus: Sequence[Tensor] = ()
+    scale: float | Tensor = 1.0
+
+
+def shares_of(tensors: Sequence[Tensor | None]) -> list[Share]:
+    """Local tensors, by parameter (None: there is none), as shares."""
+    found: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+    for position, tensor in enumerate(tensors):
+        if tensor is not None:
+            positions, own = found.setdefault(tensor.device, ([], []))
+            positions.append(position)
+            own.append(tensor)
+    return [Share(*lists) for lists in found.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors of one device that count towards one cell: scale · (tensor − minus).
+
+    zeros: elements beside them count as zero (parameters without a gradient).
     """
 
     cell: int
     tensors: list[Tensor]
-    negated: bool = False
+    minus: list[Tensor]
+    scale: float | Tensor = 1.0
     zeros: bool = False
 
 
@@ -60,8 +86,7 @@ def _local(request: Request, scratch: Scratch) -> dict[Moment, Tensor]:
     found: dict[Moment, dict[int, list[Tensor]]] = {moment: {} for moment in moments}
     for part, values in zip(request.parts, _of_parts(request.parts, moments, scratch), strict=True):
         for moment, value in values.items():
-            value = -value if part.negated and moment.kind == "sum" else value
-            found[moment].setdefault(part.cell, []).append(value.to(device))
+            found[moment].setdefault(part.cell, []).append(_scaled(value, moment, part.scale).to(device))
             if part.zeros and moment.of_zeros is not None:
                 found[moment][part.cell].append(value.new_full((), moment.of_zeros).to(device))
     return {moment: _by_cell(cells, moment, request.numel) for moment, cells in found.items()}
@@ -69,13 +94,35 @@ def _local(request: Request, scratch: Scratch) -> dict[Moment, Tensor]:
 
 def _of_parts(parts: Sequence[Part], moments: Sequence[Moment], scratch: Scratch) -> Iterator[Mapping[Moment, Tensor]]:
     """The moments of each part. Parts of one tensor are measured together with others of its length."""
-    alike: dict[tuple[torch.device, int], list[Tensor]] = {}
-    for tensor in (part.tensors[0] for part in parts if len(part.tensors) == 1 and part.tensors[0].numel()):
-        alike.setdefault((tensor.device, tensor.numel()), []).append(tensor)
-    of_each = {key: iter(moments_of_each(tensors, moments, scratch)) for key, tensors in alike.items()}
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for part in parts:
-        key = (part.tensors[0].device, part.tensors[0].numel()) if len(part.tensors) == 1 else None
-        yield next(of_each[key]) if key in of_each else local_moments(part.tensors, moments, scratch)
+        if (key := _kind(part)) is not None:
+            tensors, minus = alike.setdefault(key, ([], []))
+            tensors += part.tensors
+            minus += part.minus
+    of_each = {key: iter(moments_of_each(*lists, moments, scratch)) for key, lists in alike.items()}
+    for part in parts:
+        key = _kind(part)
+        yield local_moments(part.tensors, moments, scratch, part.minus) if key is None else next(of_each[key])
+
+
+def _kind(part: Part) -> Any:
+    """What parts of one tensor have to have in common to be measured together; None for others."""
+    if len(part.tensors) != 1 or not part.tensors[0].numel():
+        return None
+    return part.tensors[0].device, part.tensors[0].numel(), bool(part.minus)
+
+
+def _scaled(value: Tensor, moment: Moment, scale: float | Tensor) -> Tensor:
+    """The moment of scale · x, of that of x."""
+    if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and moment != SUM)):
+        return value
+    factor = scale.to(value.device, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
+    if moment == COUNT:
+        return torch.where(factor == 0, 0.0, value)
+    if moment == SUM:
+        return value * factor
+    return value * factor.abs() ** (moment.p if moment.kind == "power" else 1)
 
 
 def _by_cell(cells: dict[int, list[Tensor]], moment: Moment, numel: Tensor) -> Tensor:

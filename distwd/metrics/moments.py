@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.blocks import block_size, blocks, small_size
+from ..kernels.blocks import block_size, blocks, is_large, small_size
+from ..kernels.compiled import TOGETHER, TRACED, compiled
+from ..kernels.pull import difference
 from ..kernels.scratch import Scratch
 from .metric import ABS, COUNT, MAX, MIN, SQUARE, SUM, Moment
 
@@ -18,34 +20,45 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def local_moments(
-    tensors: Sequence[Tensor], moments: Iterable[Moment], scratch: Scratch | None = None
+    tensors: Sequence[Tensor], moments: Iterable[Moment], scratch: Scratch | None = None, minus: Sequence[Tensor] = ()
 ) -> dict[Moment, Tensor]:
     """Each moment over all elements of `tensors` (one device), as a 0-d float64 tensor there.
 
     A NaN anywhere makes every moment NaN. Without elements a moment is its identity. scratch: where blocks are worked on.
+    minus: measure the differences to these; empty: none.
     """
-    scratch = scratch or Scratch()
-    parts: dict[Moment, list[Tensor]] = {moment: [] for moment in moments}
-    for _, (pieces,) in blocks(tensors):
-        for moment, (value,) in _of_rows(_widened(pieces, scratch).view(1, -1), parts, scratch).items():
-            parts[moment].append(value)
+    scratch, ordered = scratch or Scratch(), _ordered(moments)
+    parts: dict[Moment, list[Tensor]] = {moment: [] for moment in ordered}
+    together = TOGETHER if scratch.compiles else 0
+    for places, lists in blocks(*((tensors, minus) if minus else (tensors,)), together=together):
+        if together and is_large(lists[0]):
+            values = compiled(_traced, ordered, len(places))(*lists)
+        else:
+            values = _of_rows(_widened(*lists, scratch=scratch).view(1, -1), ordered, scratch)
+        for moment, value in zip(ordered, values, strict=True):
+            parts[moment].append(value[0])
     device = tensors[0].device if tensors else torch.device("cpu")
     return {moment: combine(values or [identity(moment, device)], moment) for moment, values in parts.items()}
 
 
 def moments_of_each(
-    tensors: Sequence[Tensor], moments: Iterable[Moment], scratch: Scratch
+    tensors: Sequence[Tensor], minus: Sequence[Tensor], moments: Iterable[Moment], scratch: Scratch
 ) -> list[dict[Moment, Tensor]]:
     """`local_moments` of every single one of `tensors`, which have one device and equally many elements, not none."""
     numel, device = tensors[0].numel(), tensors[0].device
     if len(tensors) == 1 or numel > small_size(device):
-        return [local_moments([tensor], moments, scratch) for tensor in tensors]
+        return [
+            local_moments([tensor], moments, scratch, minus[number : number + 1])
+            for number, tensor in enumerate(tensors)
+        ]
     found: list[dict[Moment, Tensor]] = []
-    rows = block_size(device) // numel
+    rows, ordered = block_size(device) // numel, _ordered(moments)
     for start in range(0, len(tensors), rows):
-        some = tensors[start : start + rows]
-        values = _of_rows(_widened(some, scratch).view(len(some), numel), moments, scratch)
-        found += [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        some, less = tensors[start : start + rows], minus[start : start + rows]
+        values = _of_rows(_widened(some, less, scratch=scratch).view(len(some), numel), ordered, scratch)
+        found += [
+            dict(zip(ordered, row, strict=True)) for row in zip(*(value.unbind() for value in values), strict=True)
+        ]
     return found
 
 
@@ -64,25 +77,46 @@ def combine(values: list[Tensor], moment: Moment) -> Tensor:
     return stacked.amax() if moment == MAX else stacked.amin()
 
 
-def _widened(pieces: Sequence[Tensor], scratch: Scratch) -> Tensor:
-    """All elements of `pieces` in float64, flat: squares and powers taken in float32 would overflow, vanish, and round."""
-    numel, device, dtype = sum(piece.numel() for piece in pieces), pieces[0].device, pieces[0].dtype
-    wide = scratch.take("wide", numel, device, wide_dtype(device))
+def _ordered(moments: Iterable[Moment]) -> tuple[Moment, ...]:
+    """The sum first: the others may leave absolute values behind."""
+    return tuple(sorted(moments, key=lambda moment: moment != SUM))
+
+
+def _traced(moments: tuple[Moment, ...], num: int, *lists: list[Tensor]) -> list[Tensor]:
+    """The moments over `num` tensors (minus as many others, if there is a second list), each [1]."""
+    each = [
+        _of_rows(_widened(*([one[i]] for one in lists), scratch=TRACED).view(1, -1), moments, TRACED)
+        for i in range(num)
+    ]
+    return [
+        combine([row[0] for row in rows], moment).view(1)
+        for moment, rows in zip(moments, zip(*each, strict=True), strict=True)
+    ]
+
+
+def _widened(pieces: Sequence[Tensor], minus: Sequence[Tensor] = (), *, scratch: Scratch) -> Tensor:
+    """All elements of `pieces` (− minus) in float64, flat: squares and powers taken in float32 would overflow, vanish, and round."""
+    if minus:
+        pieces = difference(list(pieces), list(minus), scratch)
+    device, dtype = pieces[0].device, pieces[0].dtype
     if len(pieces) == 1:
-        wide.view(pieces[0].shape).copy_(pieces[0])
-        return wide
+        return scratch.copies("float64", list(pieces), wide_dtype(device))[0]
+    numel = sum(piece.numel() for piece in pieces)
+    wide = scratch.take("wide", numel, device, wide_dtype(device))
     # torch joins many tensors fast only where it need not convert them.
     one_dtype = all(piece.dtype == dtype for piece in pieces)
     narrow = scratch.take("narrow", numel, device, dtype) if one_dtype else wide
-    torch.cat([piece.reshape(-1) for piece in pieces], out=narrow)
+    rows = {piece.shape[1:] if piece.dim() else None for piece in pieces}
+    if len(rows) == 1 and (row := rows.pop()) is not None:  # views of many small tensors cost as much as all the rest
+        torch.cat(list(pieces), out=narrow.view(-1, *row))
+    else:
+        torch.cat([piece.reshape(-1) for piece in pieces], out=narrow)
     return wide.copy_(narrow)
 
 
-def _of_rows(x: Tensor, moments: Iterable[Moment], scratch: Scratch) -> dict[Moment, Sequence[Tensor]]:
-    """Moments of each row of a block; leaves anything in it."""
-    # The sum first: the others may leave absolute values behind.
-    wanted = sorted(moments, key=lambda moment: moment != SUM)
-    return {moment: _of_row(x, moment, scratch).unbind() for moment in wanted}
+def _of_rows(x: Tensor, moments: Sequence[Moment], scratch: Scratch) -> list[Tensor]:
+    """Each moment, [rows], of a block; leaves anything in it."""
+    return [_of_row(x, moment, scratch) for moment in moments]
 
 
 def _of_row(x: Tensor, moment: Moment, scratch: Scratch) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import compress
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..kernels.scratch import Scratch
 from ..layout import Layout, check_layout
 from ..local import local_like
-from ..metrics.measure import Part, Request, measure
+from ..metrics.measure import Part, Request, Share, measure, shares_of
 from ..metrics.metric import Metric, parse_metric
 from ..metrics.moments import wide_dtype
 from ..world import World
@@ -23,6 +25,8 @@ from .entries import Entry, entries_of
 from .explain import explain_change
 from .pieces import Piece
 from .table import format_plan
+
+Made = TypeVar("Made")
 
 _MAX_KEPT = 64
 
@@ -48,9 +52,9 @@ class Plan:
     cells: tuple[int, ...]
     num_groups: int
     _built: Built = field(repr=False)
-    _stamps: tuple[Any, ...] = field(repr=False)
-    _numel: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
-    _index: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _stamps: list[Any] = field(repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _index: dict[tuple[tuple[int, ...], Any], Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -97,7 +101,7 @@ class Plan:
                     raise ValueError(
                         f"{piece.name}: got a local tensor of shape {tuple(local.shape)}, the plan has {piece.local_shape}"
                     )
-            (value,) = measure([self.request(kind, locals_)], self.world, Scratch())
+            (value,) = measure([self.request(kind, shares_of(locals_))], self.world, Scratch())
         return value[0].to(self.result_dtype)
 
     @property
@@ -105,27 +109,71 @@ class Plan:
         """The dtype of metrics, the same on every rank: float32, or float64 for a model in float64."""
         return torch.float64 if self._built.is_wide else torch.float32
 
-    def request(
-        self, metric: Metric, locals_: Sequence[Tensor | None], scope: str = "all", negated: bool = False
-    ) -> Request:
-        """What to measure of local tensors in the plan's order; pieces that another rank speaks for are left out."""
-        chosen: dict[tuple[int, torch.device], list[Tensor]] = {}
-        device = self._device(locals_)
-        missing: set[int] = set()
-        cells = self._cells(scope)
-        for local, owned, cell, piece in zip(locals_, self.owned, cells, self.pieces, strict=True):
-            if owned and local is not None:
-                counted = local if not piece.padding else local.flatten()[: piece.numel]
-                chosen.setdefault((cell, local.device), []).append(counted)
-            elif owned:
-                missing.add(cell)
-        parts = [Part(cell, tensors, negated, cell in missing) for (cell, _), tensors in chosen.items()]
-        absent = missing.difference(cell for cell, _ in chosen)
-        parts += [Part(cell, [], zeros=True) for cell in sorted(absent)]
+    def request(self, metric: Metric, shares: Sequence[Share], scope: str = "all") -> Request:
+        """What to measure of local tensors; pieces that another rank speaks for are left out, missing ones count as zeros."""
+        parts: list[Part] = []
+        missing = self._num_owned(scope).copy()
+        for share in shares:
+            for cell, some in self._owned_among(share.positions, scope).items():
+                tensors = self._counted(share.positions, share.tensors, some)
+                minus = self._counted(share.positions, share.minus, some) if share.minus else []
+                parts.append(Part(cell, tensors, minus, share.scale))
+                missing[cell] -= len(some)
+        place_of = {part.cell: place for place, part in enumerate(parts)}
+        for cell in sorted(cell for cell, number in missing.items() if number):
+            if cell in place_of:
+                parts[place_of[cell]] = replace(parts[place_of[cell]], zeros=True)
+            else:
+                parts.append(Part(cell, [], [], zeros=True))
+        device = shares[0].tensors[0].device if shares else self.world.device
         return Request(metric, parts, self._numel_of(scope, device))
 
-    def _device(self, locals_: Sequence[Tensor | None]) -> torch.device:
-        return next((local.device for local in locals_ if local is not None), self.world.device)
+    def _counted(self, positions: Sequence[int], locals_: Sequence[Tensor], some: Sequence[int]) -> list[Tensor]:
+        """Some of the local tensors, without what only pads them."""
+        if not self._has_padding:
+            return [locals_[place] for place in some]
+        pieces = [self.pieces[positions[place]] for place in some]
+        return [
+            locals_[place].flatten()[: piece.numel] if piece.padding else locals_[place]
+            for place, piece in zip(some, pieces, strict=True)
+        ]
+
+    @property
+    def _has_padding(self) -> bool:
+        return self._kept("padding", lambda: any(piece.padding for piece in self.pieces))
+
+    def _num_owned(self, scope: str) -> Counter[int]:
+        """By cell, how many pieces this rank speaks for."""
+        return self._kept(scope, lambda: Counter(compress(self._cells(scope), self.owned)))
+
+    def _owned_among(self, positions: Sequence[int], scope: str) -> dict[int, list[int]]:
+        """By cell, which of these positions are of pieces that this rank speaks for."""
+
+        def find() -> dict[int, list[int]]:
+            cells, found = self._cells(scope), defaultdict(list)
+            for place, position in enumerate(positions):
+                if self.owned[position]:
+                    found[cells[position]].append(place)
+            return found
+
+        return self._kept_of(positions, scope, find)
+
+    def _kept(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What is made once, and not in every step."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    def _kept_of(self, positions: Sequence[int], key: Any, make: Callable[[], Made]) -> Made:
+        """What is made once for some of the parameters."""
+        full = (tuple(positions), key)
+        if full not in self._index:
+            if len(self._index) >= _MAX_KEPT:  # gradients that come and go make ever new combinations
+                self._index.clear()
+            self._index[full] = make()
+        made: Made = self._index[full]
+        return made
 
     def _cells(self, scope: str) -> Sequence[int]:
         if scope == "all":
@@ -134,14 +182,12 @@ class Plan:
 
     def _numel_of(self, scope: str, device: torch.device) -> Tensor:
         """[cells] elements over all ranks, kept on `device`."""
-        if (scope, device) not in self._numel:
-            by_scope = {
-                "all": self._built.numel.sum().reshape(1),
-                "group": self._built.group_numel,
-                "tensor": self._built.numel,
-            }
-            self._numel[scope, device] = by_scope[scope].to(device, wide_dtype(device))
-        return self._numel[scope, device]
+
+        def make() -> Tensor:
+            by_scope = {"all": self._built.numel.sum().reshape(1), "group": self._built.group_numel}
+            return by_scope.get(scope, self._built.numel).to(device, wide_dtype(device))
+
+        return self._kept(("numel", scope, device), make)
 
     @property
     def num_names(self) -> int:
@@ -165,12 +211,9 @@ class Plan:
 
     def cells_of(self, positions: Sequence[int], device: torch.device) -> Tensor:
         """Where the numbers of these parameters stand among per-tensor numbers; kept on `device`, so that a step copies nothing."""
-        key = (tuple(positions), device)
-        if key not in self._index:
-            if len(self._index) >= _MAX_KEPT:  # gradients that come and go make ever new combinations
-                self._index.clear()
-            self._index[key] = torch.tensor([self.cells[position] for position in positions], device=device)
-        return self._index[key]
+        return self._kept_of(
+            positions, device, lambda: torch.tensor([self.cells[position] for position in positions], device=device)
+        )
 
     def offset_of(self, position: int) -> int:
         """Elements of the whole before a piece that is known by its number, if the plan was built to tell."""
@@ -178,7 +221,10 @@ class Plan:
 
     def fits(self, entries: Sequence[Entry]) -> bool:
         """Whether `entries` still have the names, groups, shapes and placements that this plan was built for, in whatever storage."""
-        return len(entries) == len(self.entries) and all(map(_fits, entries, self.entries, self._stamps))
+        if entries is not self.entries and list(map(_identity, entries)) != list(map(_identity, self.entries)):
+            return False
+        # Lists compare their elements by identity first, and few stamps are ever compared otherwise.
+        return [_stamp(entry.tensor) for entry in entries] == self._stamps
 
     def meet(self, entries: Sequence[Entry], rules: str) -> None:
         """Wait until every rank is about to build another plan. Raises PlanError if some are not: they go on with this one."""
@@ -201,7 +247,7 @@ def build_plan(
     check_layout(layout or {})
     call = Call(World.of(group), layout or {}, check_replicas, rules, offsets)
     built = build(entries, call)
-    stamps = tuple(_stamp(entry.tensor) for entry in entries)
+    stamps = [_stamp(entry.tensor) for entry in entries]
     world = replace(call.world, board=built.board)
     return Plan(world, entries, built.pieces, built.owned, built.name_ids, built.num_groups, built, stamps)
 
@@ -211,7 +257,5 @@ def _stamp(tensor: Tensor) -> Any:
     return tensor._spec if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
 
 
-def _fits(entry: Entry, planned: Entry, stamp: Any) -> bool:
-    now = _stamp(entry.tensor)
-    same = now is stamp or (type(now) is type(stamp) and now == stamp)
-    return same and (entry is planned or (entry.name == planned.name and entry.group == planned.group))
+def _identity(entry: Entry) -> tuple[str, int]:
+    return entry.name, entry.group

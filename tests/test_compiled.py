@@ -1,0 +1,188 @@
+"""compile=True: the same results from fused formulas, no compiling after the first steps, less memory, and an error without a compiler."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import distwd
+from distwd.kernels import compiled as compiling
+
+# More large tensors than one call takes, one that does not end in a whole vector, and small ones, which are not compiled.
+NUMELS = [40_000, 70_003, 120_000, 7, 300]
+RULES = {
+    "relative params": distwd.RelativeWeightDecay(0.1, norm_input="params"),
+    "relative update": distwd.RelativeWeightDecay(0.1),
+    "cautious": distwd.CautiousWeightDecay(0.1),
+    "several moments": distwd.RelativeWeightDecay(0.1, ord=1, norm_input="grad", metric="std"),
+    "by tensor": distwd.RelativeWeightDecay(0.1, ord=3, cautious=True, scope="tensor"),
+    "fractional order": distwd.WeightDecay(0.1, ord=2.5),
+}
+# The formulas that differ: each takes seconds to compile.
+CASES = [("chain", rule, torch.float32) for rule in RULES]
+CASES += [("attach", rule, torch.float32) for rule in ("relative update", "cautious")]
+CASES += [("attach", "relative update", torch.bfloat16), ("chain", "relative update", torch.float64)]
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch):
+    """Two tensors a call, not eight, which take longer to compile."""
+    for module in ("distwd.kernels.writing", "distwd.metrics.moments"):
+        monkeypatch.setattr(f"{module}.TOGETHER", 2)
+
+
+def params(dtype: torch.dtype = torch.float32, numels: list[int] = NUMELS) -> list[tuple[str, torch.nn.Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    named = [(f"p{i}", torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype))) for i, n in enumerate(numels)]
+    for _, param in named:
+        param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+    return named
+
+
+def optimizer(way: str, rule: distwd.WeightDecay, named: list, compile: bool):
+    if way == "chain":
+        chain = distwd.Chain(named, distwd.Adam(), rule, distwd.LR(1e-2), compile=compile)
+        return chain, chain
+    host = torch.optim.AdamW(named, lr=1e-2, weight_decay=0)
+    return host, distwd.attach(host, rule, compile=compile)
+
+
+def stepped(way: str, rule: str, dtype: torch.dtype, compile: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters after some steps with a learning rate that changes, and the last coefficients."""
+    named = params(dtype)
+    stepping, told = optimizer(way, RULES[rule], named, compile)
+    for step in range(3):
+        stepping.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        stepping.step()
+    coefficients = [number for numbers in told.stats().values() for number in torch.utils._pytree.tree_leaves(numbers)]
+    return [param.detach() for _, param in named], coefficients
+
+
+@pytest.mark.parametrize(("way", "rule", "dtype"), CASES)
+def test_compiled_formulas_give_the_same_bits(way, rule, dtype):
+    ours, ours_told = stepped(way, rule, dtype, compile=True)
+    plain, plain_told = stepped(way, rule, dtype, compile=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    # Metrics add up in another order, in float64: what is left of that after rounding to float32 is, in practice, nothing.
+    torch.testing.assert_close(ours_told, plain_told, rtol=2**-23, atol=0)
+
+
+def calls_of(way: str, rule: str) -> int:
+    """How many calls of compiled formulas a step makes."""
+    made: list[int] = []
+    find = compiling.compiled
+
+    def counting(*form):
+        made.append(1)
+        return find(*form)
+
+    stepping, _ = optimizer(way, RULES[rule], params(), compile=True)
+    with (
+        mock.patch("distwd.kernels.writing.compiled", counting),
+        mock.patch("distwd.metrics.moments.compiled", counting),
+    ):
+        stepping.step()
+    return len(made)
+
+
+@pytest.mark.parametrize(
+    ("way", "rule", "passes"),
+    [
+        ("chain", "relative params", 1),
+        ("chain", "relative update", 2),
+        ("chain", "cautious", 1),
+        ("attach", "relative update", 2),
+        ("chain", "fractional order", 0),
+    ],
+)
+def test_large_tensors_go_through_the_compiler_some_at_a_time(way, rule, passes):
+    """A metric is one pass, and so is the writing of a mask or an update; with one call for two tensors and one for the third."""
+    assert calls_of(way, rule) == passes * 2
+
+
+def test_nothing_is_compiled_again_when_numbers_or_lengths_change():
+    for numels in (NUMELS, [numel + 8 for numel in NUMELS]):
+        stepping, _ = optimizer("chain", RULES["relative update"], params(numels=numels), compile=True)
+        stepping.step()
+        graphs = counters["stats"]["unique_graphs"]
+        for lr in (1e-3, torch.tensor(1e-4)):
+            stepping.param_groups[0]["lr"] = lr
+            stepping.step()
+    # A learning rate that is a tensor is another form, as bits may depend on it: eager arithmetic differs there too.
+    stepping.param_groups[0]["lr"] = torch.tensor(1e-5)
+    stepping.step()
+    assert counters["stats"]["unique_graphs"] <= graphs + 2
+    assert not counters["graph_break"]
+
+
+# --- on ranks ---------------------------------------------------------------------------------------------------------
+
+
+def _trained_on_ranks(compile: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(300, 601), torch.nn.Linear(601, 299))
+    if torch.distributed.is_initialized():
+        fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    rule = distwd.RelativeWeightDecay(0.1, cautious=True)
+    chain = distwd.Chain(model.named_parameters(), distwd.Adam(foreach=True), rule, distwd.LR(1e-2), compile=compile)
+    for step in range(3):
+        for number, param in enumerate(model.parameters()):
+            whole = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + number))
+            if isinstance(param, torch.distributed.tensor.DTensor):
+                whole = torch.distributed.tensor.distribute_tensor(whole, param.device_mesh, param.placements)
+            param.grad = whole
+        chain.step()
+    wholes = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [whole.detach().clone() for whole in wholes], chain.stats()["RelativeWeightDecay"]["coefficient"]
+
+
+def test_compiled_on_ranks_equals_one_process_that_does_not_compile(worlds):
+    plain, coefficient = _trained_on_ranks(compile=False)
+    for params_, told in worlds.run(2, _trained_on_ranks, True):
+        assert all(torch.equal(a, b) for a, b in zip(params_, plain, strict=True))
+        assert torch.equal(told, coefficient)
+
+
+# --- the argument -----------------------------------------------------------------------------------------------------
+
+
+def test_copies_compile_too():
+    chain = distwd.Chain(params(), distwd.Adam(), RULES["cautious"], distwd.LR(1e-2), compile=True)
+    for twin in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert twin._conductor._scratch.compiles
+
+
+PROGRAM = """
+import torch, distwd
+p = torch.nn.Parameter(torch.ones(40_000))
+for make in (
+    lambda: distwd.Chain([p], distwd.CautiousWeightDecay(0.1), distwd.LR(0.1), compile=True),
+    lambda: distwd.attach(torch.optim.SGD([p], lr=0.1), distwd.CautiousWeightDecay(0.1), compile=True),
+):
+    try:
+        make()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_without_a_compiler_it_is_refused_at_once(tmp_path):
+    env = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    told = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True).stdout
+    lines = told.strip().split("\n")
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith(
+            "compile=True: torch.compile does not work here, it needs a C++ compiler (gcc or clang) on cpu"
+        )
+        assert "or leave compile out" in line
