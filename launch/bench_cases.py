@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +61,8 @@ class Case:
     is_foreign: bool = False
 
 
-def cases() -> list[Case]:
-    """All ways that work here; the first is what the others are compared with."""
+def cases(large: bool = False) -> list[Case]:
+    """All ways that work here; the first is what the others are compared with. large: also those for large tensors only."""
     relative = distwd.RelativeWeightDecay
     found = [
         Case(BASELINE, lambda named: _adamw(named, fused=True)),
@@ -79,11 +82,17 @@ def cases() -> list[Case]:
     }
     goals = {case.name: case.goal for case in found}
     for name, rule in rules.items():
-        found.append(Case(f"attach, {name}", lambda named, rule=rule: _attach(named, rule), goals[name]))  # type: ignore[misc]
+        found.append(Case(f"attach, {name}", partial(_attach, rule=rule), goals[name]))
+    for name, rule in rules.items() if large and _compiles() else ():
+        if name != "absolute":  # a product, or the host's own
+            found += [
+                Case(f"{name}, compiled", partial(_chain, rule=rule, compile=True), goals[name]),
+                Case(f"attach, {name}, compiled", partial(_attach, rule=rule, compile=True), goals[name]),
+            ]
     for norm_input in ("params", "update"):
         rule = relative(DECAY, norm_input=norm_input, scope="tensor")
         name = f"relative {norm_input}"
-        found.append(Case(f"{name}, per tensor", lambda named, rule=rule: _chain(named, rule), "≤ 1.3", name))  # type: ignore[misc]
+        found.append(Case(f"{name}, per tensor", partial(_chain, rule=rule), "≤ 1.3", name))
     found += [
         Case("by hand, params", by_hand_params, "≥ 5", "relative params"),
         Case("by hand, update", by_hand_update, "≥ 5", "relative update"),
@@ -98,14 +107,24 @@ def _adamw(named: Named, fused: bool) -> Way:
     return torch.optim.AdamW(named, lr=LR, weight_decay=DECAY, **kind).step  # type: ignore[arg-type]
 
 
-def _chain(named: Named, *rules: Any) -> Way:
-    return distwd.Chain(named, distwd.Adam(fused=True), *rules, distwd.LR(LR)).step
+def _chain(named: Named, rule: Any = None, compile: bool = False) -> Way:
+    rules = [] if rule is None else [rule]
+    return distwd.Chain(named, distwd.Adam(fused=True), *rules, distwd.LR(LR), compile=compile).step
 
 
-def _attach(named: Named, rule: Any) -> Way:
+def _attach(named: Named, rule: Any, compile: bool = False) -> Way:
     optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
-    distwd.attach(optimizer, rule)
+    distwd.attach(optimizer, rule, compile=compile)
     return optimizer.step
+
+
+def _compiles() -> bool:
+    try:
+        distwd.Chain([torch.nn.Parameter(torch.ones(1))], distwd.LR(LR), compile=True)
+    except ValueError as error:
+        print(f"left out: the compiled ways. {error}", file=sys.stderr)
+        return False
+    return True
 
 
 # --- without distwd: a number of each parameter, so with DTensors a collective for each --------------------------------
@@ -161,12 +180,17 @@ def _is_meant(name: str, word: str, names: set[str]) -> bool:
     return name == word if word in names else word in name
 
 
-def chosen(words: Sequence[str]) -> list[Case]:
+def has_large(shapes: Shapes) -> bool:
+    """Whether there are tensors that compile=True is for, on several ranks too."""
+    return any(math.prod(shape) >= 1 << 20 for _, shape in shapes)
+
+
+def chosen(words: Sequence[str], large: bool = False) -> list[Case]:
     """The cases whose names hold one of `words` (a whole name: only that one), what they are compared with, and the baseline.
 
     All, for no words.
     """
-    every = cases()
+    every = cases(large)
     names = {case.name for case in every}
     wanted = {name for name in names if not words or any(_is_meant(name, word, names) for word in words)}
     wanted |= {case.against for case in every if case.name in wanted} | {BASELINE}

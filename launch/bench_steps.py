@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench_cases import BASELINE, Case, Named, Shapes, Way, chosen
+from bench_cases import BASELINE, Case, Named, Shapes, Way, chosen, has_large
 from bench_ranks import Here, collectives_of
 
 Record = dict[str, Any]
@@ -36,7 +36,7 @@ def _measure_model(here: Here, shapes: Shapes, rounds: int, words: Sequence[str]
     grads, values = here.shards(shapes, seed=1), here.shards(shapes, seed=2)
     ready: list[Ready] = []
     failed: dict[str, str] = {}
-    for case in chosen(words):
+    for case in chosen(words, has_large(shapes)):
         outcome = _prepare(here, case, here.named(shapes, values, grads))
         if isinstance(outcome, str):
             failed[case.name] = outcome
