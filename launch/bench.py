@@ -57,6 +57,9 @@ def parse_options() -> argparse.Namespace:
         "--quick", action="store_true", help="small models, few rounds: shows that it works, not how fast"
     )
     parser.add_argument("--curves", action="store_true", help="also step time over the number of parameters")
+    parser.add_argument(
+        "--points", type=int, nargs="+", metavar="N", help="numbers of parameters for --curves (100 1000 10000)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     parser.add_argument("--picture", type=Path, default=Path("runs/bench.png"), help="where --curves draws to")
     options = parser.parse_args()
@@ -114,7 +117,7 @@ class Bench:
 
     def curves(self) -> list[Record]:
         """Step time over the number of parameters, of 1024 elements each."""
-        counts = (10, 100) if self.options.quick else (100, 1000, 10000)
+        counts = self.options.points or ((10, 100) if self.options.quick else (100, 1000, 10000))
         found = [
             run
             for ranks in self.worlds([1, 2, 4])
