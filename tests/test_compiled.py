@@ -119,20 +119,18 @@ def test_nothing_is_compiled_again_when_numbers_or_lengths_change():
         for lr in (1e-3, torch.tensor(1e-4)):
             stepping.param_groups[0]["lr"] = lr
             stepping.step()
-    # A learning rate that is a tensor is another form, as bits may depend on it: eager arithmetic differs there too.
-    stepping.param_groups[0]["lr"] = torch.tensor(1e-5)
-    stepping.step()
-    assert counters["stats"]["unique_graphs"] <= graphs + 2
+        assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
 
 
 # --- on ranks ---------------------------------------------------------------------------------------------------------
 
 
-def _trained_on_ranks(compile: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _trained_on_ranks(compile: bool, sharded: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Two matrices with uneven rows, and one with two, so that the third rank has none."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(300, 601), torch.nn.Linear(601, 299))
-    if torch.distributed.is_initialized():
+    model = torch.nn.Sequential(torch.nn.Linear(300, 601), torch.nn.Linear(601, 299), torch.nn.Linear(40_000, 2))
+    if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
     rule = distwd.RelativeWeightDecay(0.1, cautious=True)
     chain = distwd.Chain(model.named_parameters(), distwd.Adam(foreach=True), rule, distwd.LR(1e-2), compile=compile)
@@ -147,9 +145,10 @@ def _trained_on_ranks(compile: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     return [whole.detach().clone() for whole in wholes], chain.stats()["RelativeWeightDecay"]["coefficient"]
 
 
-def test_compiled_on_ranks_equals_one_process_that_does_not_compile(worlds):
+@pytest.mark.parametrize(("ranks", "sharded"), [(2, True), (3, True), (2, False)], ids=["fsdp2", "empty", "copies"])
+def test_compiled_on_ranks_equals_one_process_that_does_not_compile(worlds, ranks, sharded):
     plain, coefficient = _trained_on_ranks(compile=False)
-    for params_, told in worlds.run(2, _trained_on_ranks, True):
+    for params_, told in worlds.run(ranks, _trained_on_ranks, True, sharded):
         assert all(torch.equal(a, b) for a, b in zip(params_, plain, strict=True))
         assert torch.equal(told, coefficient)
 

@@ -40,7 +40,7 @@ def masked(ps: list[Tensor], us: list[Tensor], sign: int, scratch: Scratch, use:
     return kept
 
 
-def is_exact(ord: float) -> bool:
+def is_elementary(ord: float) -> bool:
     """Whether d(p) is made of operations that round once in IEEE arithmetic, so that whoever computes them gets the same bits."""
     return ord in (1, 2) or _is_product(ord - 1)
 

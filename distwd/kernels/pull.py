@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import is_exact, masked, strength
+from .direction import is_elementary, masked, strength
 from .rounding import LOW
 from .scratch import Scratch
 
@@ -50,9 +50,9 @@ class Mask:
     sign: int = 1
     minus: list[Tensor] | None = None
 
-    def update(self, scratch: Scratch) -> list[Tensor]:
-        """u, or u − minus, of a block."""
-        return self.us if self.minus is None else difference(self.us, self.minus, scratch)
+    def settled(self, scratch: Scratch) -> Mask:
+        """The same of a block, with nothing left to subtract."""
+        return self if self.minus is None else Mask(difference(self.us, self.minus, scratch), self.sign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Factors:
     def is_exact(self, is_last: bool) -> bool:
         """Whether whoever computes this gets the same bits: p + alpha·u in one operation may be one rounding or two."""
         scale_is_exact = is_last or isinstance(self.scale, Tensor) or self.has_unit_scale
-        return scale_is_exact and all(is_exact(pull.ord) for pull in self.bent)
+        return scale_is_exact and all(is_elementary(pull.ord) for pull in self.bent)
 
     def form(self) -> Factors:
         """The same without its numbers: what is alike in every step, and can be hashed."""
@@ -166,13 +166,13 @@ def folded(
         if not isinstance(scale, Tensor) and scale == 1
         else scratch.make("mul", "folded", us, factor(scale, places, us))
     )
-    update = None if mask is None else mask.update(scratch)
+    mask = mask and mask.settled(scratch)
     for pull in pulls:
         if pull.is_linear and not isinstance(pull.rate, Tensor):
             # With one rounding, as torch's own optimizers add their weight_decay to the gradient.
             result = list(torch._foreach_add(result, ps, alpha=pull.sign * pull.rate))
         else:
-            one = _strength(pull, ps, places, update, mask, scratch)
+            one = _strength(pull, ps, places, mask, scratch)
             result = list(torch._foreach_add(result, one, alpha=pull.sign))
     return result
 
@@ -180,24 +180,23 @@ def folded(
 def _strengths(
     pulls: Sequence[Pull], ps: list[Tensor], places: Sequence[int], mask: Mask | None, scratch: Scratch
 ) -> list[list[Tensor]]:
-    update = None if mask is None else mask.update(scratch)
-    return [_strength(pull, ps, places, update, mask, scratch, f"strength {n}") for n, pull in enumerate(pulls)]
+    mask = mask and mask.settled(scratch)
+    return [_strength(pull, ps, places, mask, scratch, f"strength {n}") for n, pull in enumerate(pulls)]
 
 
 def _strength(
     pull: Pull,
     ps: list[Tensor],
     places: Sequence[int],
-    update: list[Tensor] | None,
     mask: Mask | None,
     scratch: Scratch,
     use: str = "strength 0",
 ) -> list[Tensor]:
-    """rate · mask · d(p), in temporaries of the size of the block. update: what the mask is taken of."""
+    """rate · mask · d(p), in temporaries of the size of the block. mask: settled."""
     rate = factor(pull.rate, places, ps)
     if pull.cautious:
-        assert mask is not None and update is not None, "a cautious pull needs a mask"
-        ps = masked(ps, update, pull.sign * mask.sign, scratch, f"masked {use}")
+        assert mask is not None, "a cautious pull needs a mask"
+        ps = masked(ps, mask.us, pull.sign * mask.sign, scratch, f"masked {use}")
         if pull.ord == 2:  # in place: a temporary less in the cache is worth more than an operation less
             scratch.apply_("mul", ps, rate)
             return ps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,17 +43,8 @@ def pull_(
         # Memory is read once and no temporary is made: blocks would gain nothing.
         torch._foreach_mul_(params, factor(factors.keep, range(len(params)), params))
         return
-    roles = _roles(lists, mask, pulls, has_updates=updates is not None, clear=clear)
-    compiles = scratch.compiles and noise is None and tally is None and factors.is_exact(clear or updates is None)
-    for places, (ps, *rest) in blocks(*lists, together=TOGETHER if compiles else 0):
-        if compiles and is_large(ps):
-            _run_compiled(_write_block_, factors, roles, places, [ps, *rest])
-            continue
-        spans = spans_of(ps, places, params)
-        without = None if tally is None else _without_pulls(ps, rest, places, roles, scale, scratch, noise, spans)
-        _write_block_(factors, roles, [ps, *rest], places, scratch, noise, spans)
-        if tally is not None and without is not None:
-            tally.add(ps, without)
+    roles = _roles(lists, mask, pulls, second=None if updates is None else "updates", clear=clear)
+    _write_(lists, factors, roles, scratch, noise, tally)
 
 
 def drag_(
@@ -67,18 +58,10 @@ def drag_(
     tally: Tally | None = None,
 ) -> None:
     """t ← t − Σ pull(p), in place: the pulls of one list of tensors, written to another of the same shapes."""
-    lists = [targets, params]
-    factors = Factors.apart(pulls, params)
-    roles = _roles(lists, mask, pulls)
-    compiles = scratch.compiles and noise is None and tally is None and factors.is_exact(is_last=True)
-    for places, pieces in blocks(*lists, together=TOGETHER if compiles else 0) if pulls else ():
-        if compiles and is_large(pieces[0]):
-            _run_compiled(_write_dragged_, factors, roles, places, pieces)
-            continue
-        without = None if tally is None else [t.clone() for t in pieces[0]]
-        _write_dragged_(factors, roles, list(pieces), places, scratch, noise, spans_of(pieces[0], places, targets))
-        if tally is not None and without is not None:
-            tally.add(pieces[0], without)
+    if pulls:
+        lists = [targets, params]
+        roles = _roles(lists, mask, pulls, second="params")
+        _write_(lists, Factors.apart(pulls, params), roles, scratch, noise, tally)
 
 
 def count(params: list[Tensor], pulls: Sequence[Pull], tally: Tally | None, scratch: Scratch) -> None:
@@ -106,7 +89,7 @@ def fold(
 ) -> None:
     """out ← scale·u + Σ sign·pull(p): what is pending becomes part of the update. `out` may be `updates` itself."""
     lists = [params, out, updates]
-    roles = _roles(lists, mask, pulls)
+    roles = _roles(lists, mask, pulls, second=None)
     for places, (ps, outs, *rest) in blocks(*lists):
         ps_wide, us_wide, *more = _widened(scratch, ps, *rest)
         block_mask = roles.mask([ps_wide, us_wide, us_wide, *more])
@@ -124,13 +107,17 @@ def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """What the lists of a block are for: which of them a mask is taken of (us, minus), and whether the second is an update."""
+    """What the lists of a block are for. The first is written.
 
+    second: "updates" that are subtracted, the "params" that pulls are of where the first are not, or None. clear: whether to leave
+    zeros in it. us, minus, sign: the places of what a mask is taken of, and its sign; us None: there is no mask.
+    """
+
+    second: str | None
+    clear: bool = False
     us: int | None = None
     minus: int | None = None
     sign: int = 1
-    has_updates: bool = False
-    clear: bool = False
 
     def mask(self, lists: Sequence[list[Tensor]]) -> Mask | None:
         """The mask of a block."""
@@ -140,13 +127,13 @@ class Roles:
 
 
 def _roles(
-    lists: list[list[Tensor]], mask: Mask | None, pulls: Sequence[Pull], has_updates: bool = False, clear: bool = False
+    lists: list[list[Tensor]], mask: Mask | None, pulls: Sequence[Pull], second: str | None, clear: bool = False
 ) -> Roles:
     """Adds to `lists` what a mask is taken of, if a pull looks at it and it is not among them."""
     if mask is None or not any(pull.cautious for pull in pulls):
-        return Roles(has_updates=has_updates, clear=clear)
+        return Roles(second, clear)
     minus = None if mask.minus is None else _place_in(lists, mask.minus)
-    return Roles(_place_in(lists, mask.us), minus, mask.sign, has_updates, clear)
+    return Roles(second, clear, _place_in(lists, mask.us), minus, mask.sign)
 
 
 def _place_in(lists: list[list[Tensor]], one: list[Tensor]) -> int:
@@ -157,24 +144,32 @@ def _place_in(lists: list[list[Tensor]], one: list[Tensor]) -> int:
     return len(lists) - 1
 
 
-def _run_compiled(
-    formula: Callable[..., None], factors: Factors, roles: Roles, places: list[int], pieces: Sequence[list[Tensor]]
-) -> None:
-    """A formula on a block of large tensors."""
-    run = compiled(_traced, formula, factors.form(), roles, len(places))
-    run(factors.numbers(places, pieces[0][0]), *pieces)
-
-
-def _traced(
-    formula: Callable[..., None],
-    form: Factors,
+def _write_(
+    lists: list[list[Tensor]],
+    factors: Factors,
     roles: Roles,
-    num: int,
-    numbers: list[Tensor],
-    *pieces: list[Tensor],
+    scratch: Scratch,
+    noise: Noise | None,
+    tally: Tally | None,
 ) -> None:
+    """Write the first of `lists`, block by block."""
+    compiles = scratch.compiles and noise is None and tally is None
+    compiles = compiles and factors.is_exact(is_last=roles.clear or roles.second != "updates")
+    for places, pieces in blocks(*lists, together=TOGETHER if compiles else 0):
+        if compiles and is_large(pieces[0]):
+            run = compiled(_traced, factors.form(), roles, len(places))
+            run(factors.numbers(places, pieces[0][0]), *pieces)
+            continue
+        spans = spans_of(pieces[0], places, lists[0])
+        without = None if tally is None else _without_pulls(factors, roles, pieces, places, scratch, noise, spans)
+        _write_block_(factors, roles, pieces, places, scratch, noise, spans)
+        if tally is not None and without is not None:
+            tally.add(pieces[0], without)
+
+
+def _traced(form: Factors, roles: Roles, num: int, numbers: list[Tensor], *pieces: list[Tensor]) -> None:
     """form: what is alike in every step; numbers: the rest of the factors. num: tensors in each list."""
-    formula(form.filled(numbers), roles, pieces, range(num), TRACED)
+    _write_block_(form.filled(numbers), roles, pieces, range(num), TRACED)
 
 
 def _write_block_(
@@ -186,28 +181,15 @@ def _write_block_(
     noise: Noise | None = None,
     spans: Sequence[Span] = (),
 ) -> None:
-    """pieces: p, then u if there are updates, then what a mask is taken of."""
     wide = _widened(scratch, *pieces)
-    us = wide[1] if roles.has_updates else None
-    pull_block_(wide[0], places, factors, us, roles.mask(wide), scratch, roles.clear)
+    mask = roles.mask(wide)
+    if roles.second == "params":
+        drag_block_(wide[0], wide[1], places, factors, mask, scratch)
+    else:
+        pull_block_(wide[0], places, factors, wide[1] if roles.second else None, mask, scratch, roles.clear)
     _narrow(pieces[0], wide[0], scratch, noise, spans)
     if roles.clear:
         scratch.clear_(pieces[1])
-
-
-def _write_dragged_(
-    factors: Factors,
-    roles: Roles,
-    pieces: Sequence[list[Tensor]],
-    places: Sequence[int],
-    scratch: Scratch,
-    noise: Noise | None = None,
-    spans: Sequence[Span] = (),
-) -> None:
-    """pieces: what is written, what the pulls are of, then what a mask is taken of."""
-    wide = _widened(scratch, *pieces)
-    drag_block_(wide[0], wide[1], places, factors, roles.mask(wide), scratch)
-    _narrow(pieces[0], wide[0], scratch, noise, spans)
 
 
 def _widened(scratch: Scratch, *lists: list[Tensor]) -> list[list[Tensor]]:
@@ -230,18 +212,16 @@ def _narrow(
 
 
 def _without_pulls(
-    ps: list[Tensor],
-    rest: Sequence[list[Tensor]],
-    places: list[int],
+    factors: Factors,
     roles: Roles,
-    scale: Rate,
+    pieces: Sequence[list[Tensor]],
+    places: Sequence[int],
     scratch: Scratch,
     noise: Noise | None,
     spans: Sequence[Span],
 ) -> list[Tensor]:
     """What would be written to a block without any pull, as new tensors."""
-    copies = [p.clone() for p in ps]
-    updates = [[u.clone() for u in rest[0]]] if roles.has_updates else []
-    plain = Roles(has_updates=roles.has_updates, clear=roles.clear)
-    _write_block_(Factors.of((), scale, ps), plain, [copies, *updates], places, scratch, noise, spans)
-    return copies
+    copies = [[one.clone() for one in some] for some in pieces[: 1 if roles.second is None else 2]]
+    unpulled = Factors(None, (), factors.scale)
+    _write_block_(unpulled, Roles(roles.second, roles.clear), copies, places, scratch, noise, spans)
+    return copies[0]
