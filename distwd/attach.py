@@ -13,19 +13,18 @@ from .attached import (
     COUPLINGS,
     Lent,
     PutBackGrads,
-    Snapshot,
     batches_of,
     heed_scaler,
     must_follow,
     sentence,
     with_closure,
-    write_after,
     write_before,
     write_gradients,
 )
 from .checks import check_choice
 from .conductor import Conductor, Holders, in_step
 from .decays.rule import Decay
+from .following import Following
 from .hosts import IDLE, without_mark
 from .keys import free_keys, with_keys, write_keys
 from .layout import Layout
@@ -127,11 +126,10 @@ class Attachment:
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
         self._each_alone = len(hosts) == 1 or all(decay.need(decay.defaults) is None for decay in decays)
-        self._direct = any(decay.target == "params_direct" for decay in rules)
+        self._following = Following(self._hosts, coupling == "lr", any(d.target == "params_direct" for d in rules))
         self._round = Round(hosts, self._each_alone, self._follows)
         self._step: Step | None = None
         self._began = self._rehearses = self._raised = self._acted = False
-        self._snapshot = Snapshot()
         self._lent = Lent()
         write_keys(self._conductor.groups, self._defaults)
         self._handles = [handle for host in hosts for handle in self._hook(host)]
@@ -196,6 +194,7 @@ class Attachment:
             host.register_step_pre_hook(self._before),
             host.register_state_dict_pre_hook(lambda _: self._restore()),
             host.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
+            host.register_load_state_dict_pre_hook(lambda *_: self._restore()),
             host.register_load_state_dict_pre_hook(lambda _, saved: with_keys(saved, host.param_groups, self.keys)),
             host.register_load_state_dict_post_hook(mark_idle),
         ]
@@ -243,7 +242,7 @@ class Attachment:
         self._conductor.prepare(again=self._began)
         self._began, self._rehearses, self._raised = True, False, True  # until the post hook says otherwise
         if self._follows:
-            self._snapshot.take(self._conductor.playing())
+            self._following.begin(self._conductor)
 
     def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
         if self._rehearses:
@@ -252,6 +251,7 @@ class Attachment:
             return
         self._round.note_gradients(host)
         if self._follows:
+            self._following.show(host, self._conductor)
             return
         if first or self._step is None:
             self._step = self._new_step(host)
@@ -270,6 +270,7 @@ class Attachment:
         if is_within_a_step(host):
             return
         self._raised = False
+        self._following.take_back(stepped=True)
         mark_idle(host)
         self._lent.take_back(stepped=True)
         if not self._round.is_complete():
@@ -279,16 +280,15 @@ class Attachment:
         if self._follows and not self._rehearses:
             step = self._new_step(host)
             step.grad_scale = None  # a fused kernel has unscaled the gradients
-            with self._snapshot.restored_on_error(step.entries):
-                moved_to = self._snapshot.rewind(step, per_lr=self._coupling == "lr")
+            with self._following.adopted(step):
                 self._conductor.act(step, self._conductor.in_step)
-                write_after(step, moved_to, self._direct)
             self._conductor.finish(step, host.param_groups if self._each_alone else step.groups)
         self._round.end()
 
     def _restore(self) -> None:
         self._lent.take_back(stepped=False)
         self._step = None
+        self._following.take_back(stepped=False)
 
     def _new_step(self, host: torch.optim.Optimizer) -> Step:
         step = self._conductor.new_step({})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch import Tensor
 from .decays.rule import Decay
 from .hosts import ELEMENTWISE, KNOWS_DECOUPLED
 from .hosts.lending import like_whole
-from .kernels.writing import count, drag_
-from .local import local_tensor
-from .plan.entries import Entry
+from .kernels.writing import count
 from .step import Batch, Step, unless
 from .transform import Place, Transform
 
@@ -56,9 +53,7 @@ class HostLR(Transform):
 
     def apply(self, step: Step, place: Place) -> None:
         for batch in step.batches:
-            lr = batch.group["lr"]
-            batch.scale = batch.scale * lr
-            batch.pulls = [pull.scaled(lr) for pull in batch.pulls]
+            batch.scale_by(batch.group["lr"])
 
 
 def sentence(decays: Sequence[Decay], coupling: str, keys: Sequence[str], labels: Sequence[str]) -> tuple[Place, ...]:
@@ -68,7 +63,7 @@ def sentence(decays: Sequence[Decay], coupling: str, keys: Sequence[str], labels
     host: list[Any] = [(HostStep(), {}, "host")]
     words = rules + host if ascends else host + rules + ([(HostLR(), {}, "lr")] if coupling == "lr" else [])
     return tuple(
-        AttachedPlace(transform, index, label, own, (), ascends or getattr(transform, "target", "") == "closure")
+        AttachedPlace(transform, index, label, own, ascends=ascends or getattr(transform, "target", "") == "closure")
         for index, (transform, own, label) in enumerate(words)
     )
 
@@ -147,87 +142,6 @@ class Lent:
             if param.grad is stand_in and (stepped or stand_in._version == version):
                 param.grad = grad
         self.groups, self.grads = {}, []
-
-
-class Snapshot:
-    """The local parameters as they were before a host stepped."""
-
-    def __init__(self) -> None:
-        self.before: dict[int, Tensor] = {}
-        self._buffers: dict[int, Tensor] = {}
-
-    def take(self, entries: Iterable[tuple[int, Entry]]) -> None:
-        """Copy the parameters of these (position, entry) pairs, into the buffers of earlier snapshots where they fit."""
-        self.before = {}
-        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for position, entry in entries:
-            local = local_tensor(entry.tensor)
-            self.before[position] = self._buffer(position, local)
-            kept, current = alike.setdefault((local.device, local.dtype), ([], []))
-            kept.append(self.before[position])
-            current.append(local)
-        for kept, current in alike.values():
-            torch._foreach_copy_(kept, current)
-
-    def _buffer(self, position: int, like: Tensor) -> Tensor:
-        """Kept, since memory given out anew in every step costs more than what is written to it."""
-        buffer = self._buffers.get(position)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype or buffer.device != like.device:
-            buffer = self._buffers[position] = torch.empty_like(like, requires_grad=False)
-        return buffer
-
-    @contextmanager
-    def restored_on_error(self, entries: Sequence[Entry]) -> Iterator[None]:
-        """Undo the host's step on the parameters where its decay fails, as when another rank has died."""
-        try:
-            yield
-        except Exception:
-            for position, old in self.before.items():
-                local_tensor(entries[position].tensor).copy_(old)
-            raise
-
-    def rewind(self, step: Step, per_lr: bool) -> list[list[Tensor]]:
-        """Make `step` one before the host's: its parameters the old ones, its update what the host did (over lr, if asked).
-
-        Returns the parameters as they are now, by batch. At lr 0 the update over lr is taken as 0.
-        """
-        moved_to = []
-        step.old = self.before
-        for batch in step.batches:
-            moved_to.append(batch.params)
-            batch.params = [self.before[position] for position in batch.index]
-            # new − old is −update. It is left to whoever needs it, a block at a time.
-            batch.update, batch.minus, batch.owns_update, batch.flipped = moved_to[-1], batch.params, False, True
-            if per_lr:
-                batch.scale = _inverse(batch.group["lr"])
-        return moved_to
-
-
-def _inverse(lr: float | Tensor) -> float | Tensor:
-    if isinstance(lr, Tensor):
-        return torch.where(lr == 0, 0.0, 1 / lr)
-    return 1 / lr if lr else 0.0
-
-
-def write_after(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: bool) -> None:
-    """Write the pulls, which are of the old parameters, to the new ones.
-
-    decayed_at_once: a rule has changed the old parameters themselves; then the whole step is written to those instead.
-    """
-    for batch, params in zip(step.batches, moved_to, strict=True):
-        if batch.absorbed or decayed_at_once:
-            batch.pull_(batch.pulls, batch.update, batch.signed_scale)
-            torch._foreach_copy_(params, batch.params)
-        else:
-            drag_(
-                params,
-                batch.params,
-                batch.pulls,
-                batch.mask,
-                scratch=batch.scratch,
-                noise=batch.noise,
-                tally=batch.tally,
-            )
 
 
 def batches_of(host: torch.optim.Optimizer, step: Step) -> list[Batch]:

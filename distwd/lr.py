@@ -36,6 +36,4 @@ class LR(Transform):
 
     def apply(self, step: Step, place: Place) -> None:
         for batch in step.batches:
-            lr = batch.group[place.keys["lr"]]
-            batch.scale = batch.scale * lr
-            batch.pulls = [pull.scaled(lr) for pull in batch.pulls]
+            batch.scale_by(batch.group[place.keys["lr"]])

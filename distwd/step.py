@@ -24,9 +24,10 @@ from .plan.entries import Entry
 class Batch:
     """The parameters of one param group, device and dtype that have a gradient this step, as local tensors.
 
-    index: their positions among all parameters. What is pending is scale · (−update if flipped else update) + Σ pulls.
+    index: their positions among all parameters. What is pending is scale/ahead · (−update if flipped else update) + Σ pulls.
     At first `update` is the gradients themselves (`owns_update` False: not ours to write to). minus: what is yet to be subtracted
-    from `update`: the whole difference would cost the memory of another shard. absorbed: whether pulls have become part of
+    from `update`: the whole difference would cost the memory of another shard. ahead: a factor that `update` has already, and that the
+    sentence comes to later. absorbed: whether pulls have become part of
     `update`. draws: noise for what is written to the parameters; None: it is rounded to the nearest.
     tally: counts what the decay leaves unchanged. at_once: pulls that have been written already.
     """
@@ -43,6 +44,7 @@ class Batch:
     minus: list[Tensor] | None = None
     flipped: bool = False
     scale: Rate = 1.0
+    ahead: Rate | None = None
     pulls: list[Pull] = field(default_factory=list)
     absorbed: bool = False
     draws: Draws | None = None
@@ -62,7 +64,7 @@ class Batch:
     @property
     def is_plain(self) -> bool:
         """Whether the pending update is `update` (minus `minus`), but perhaps for its sign."""
-        return not self.pulls and self.is_unscaled
+        return not self.pulls and self.ahead is None and self.is_unscaled
 
     @property
     def is_unscaled(self) -> bool:
@@ -77,7 +79,16 @@ class Batch:
     @property
     def signed_scale(self) -> Rate:
         """The factor of `update`."""
-        return -self.scale if self.flipped else self.scale
+        scale = self.scale if self.ahead is None else self.scale * inverse(self.ahead)
+        return -scale if self.flipped else scale
+
+    def scale_by(self, lr: Rate) -> None:
+        """Multiply what is pending by a learning rate."""
+        if lr is self.ahead:
+            self.ahead = None
+        else:
+            self.scale = self.scale * lr
+        self.pulls = [pull.scaled(lr) for pull in self.pulls]
 
     def pull_(
         self, pulls: Sequence[Pull], updates: list[Tensor] | None = None, scale: Rate = 1.0, clear: bool = False
@@ -98,6 +109,7 @@ class Batch:
         fold(self.update, self.params, self.pulls, self.signed_scale, out, self.mask, scratch=self.scratch)
         self.absorbed = self.absorbed or bool(self.pulls)
         self.update, self.owns_update, self.flipped, self.scale, self.pulls = out, True, False, 1.0, []
+        self.ahead = None
 
 
 class Waiting(Protocol):
@@ -177,8 +189,7 @@ class Step:
             return [Share(batch.index, batch.grads) for batch in self.batches]
         self._run_host()
         for batch in self.batches:
-            # A difference is scaled when it has been measured, which costs less than making it.
-            if batch.pulls or (batch.minus is None and not batch.is_unscaled):
+            if batch.pulls:  # what is only scaled, or a difference, is made so when it is measured
                 batch.fold()
         return [Share(batch.index, batch.update, batch.minus or (), batch.signed_scale) for batch in self.batches]
 
@@ -230,6 +241,13 @@ class Step:
             batch.pull_(batch.pulls, batch.update, batch.signed_scale, clear=batch.owns_update)
         for host in self.hosts.values():
             host.cleared(rest)
+
+
+def inverse(lr: Rate) -> Rate:
+    """1/lr; at lr 0 it is 0, and an update over lr is taken as 0."""
+    if isinstance(lr, Tensor):
+        return torch.where(lr == 0, 0.0, 1 / lr)
+    return 1 / lr if lr else 0.0
 
 
 def unless(found_inf: Tensor, rate: Rate) -> Tensor:

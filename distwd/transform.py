@@ -15,10 +15,11 @@ class Transform(ABC):
     """One word of the sentence. Holds its defaults only; what a chain changes lives in the chain.
 
     defaults: hyperparameters by name; each is a key of the chain's param groups. changes: what it may change of
-    "update", "grad" and "params" before the step is written.
+    "update", "grad" and "params" before the step is written. is_linear: whether scaling what is pending before it is the same as after.
     """
 
     defaults: dict[str, Any]
+    is_linear: ClassVar[bool] = True
     changes: ClassVar[frozenset[str]] = frozenset({"update"})
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -36,7 +37,8 @@ class Transform(ABC):
 class Place:
     """A transform in a chain: its position, its label ("WeightDecay", "WeightDecay_1"), and the group key of each hyperparameter.
 
-    maximize_keys: the keys `maximize` of the optimizers that come later.
+    maximize_keys: the keys `maximize` of the optimizers that come later. lr_key: the key of the learning rate that will scale what is
+    pending here, if one will before another optimizer.
     """
 
     transform: Transform
@@ -44,6 +46,7 @@ class Place:
     label: str
     keys: dict[str, str]
     maximize_keys: tuple[str, ...] = ()
+    lr_key: str | None = None
 
     def sign(self, group: Mapping[str, Any]) -> int:
         """−1 if an optimizer after this place maximizes: then the update here will be ascended, and decay must be subtracted from it."""
@@ -66,12 +69,26 @@ def places_of(transforms: Sequence[Transform]) -> tuple[Place, ...]:
         labels_taken.add(label)
         places.append(Place(transform, index, label, keys))
     maximize = [place.keys.get("maximize") for place in places]
-    return tuple(replace(p, maximize_keys=tuple(filter(None, maximize[_first_host_after(p) :]))) for p in places)
+    return tuple(
+        replace(
+            p, maximize_keys=tuple(filter(None, maximize[_first_host_after(p) :])), lr_key=_next_lr(places, p.index)
+        )
+        for p in places
+    )
 
 
 def _first_host_after(place: Place) -> int:
     # A rule with target="closure" acts before all optimizers, wherever it stands.
     return 0 if getattr(place.transform, "target", "") == "closure" else place.index + 1
+
+
+def _next_lr(places: Sequence[Place], index: int) -> str | None:
+    for place in places[index + 1 :]:
+        if not place.transform.is_linear:
+            return None
+        if "lr" in place.keys:
+            return place.keys["lr"]
+    return None
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -34,6 +34,8 @@ class Wrap(Transform):
     tensor([0.5000, 0.5000])
     """
 
+    is_linear = False
+
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], **kwargs: Any) -> None:
         self.optimizer_class = optimizer_class
         self.kwargs = kwargs

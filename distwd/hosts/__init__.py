@@ -12,6 +12,7 @@ from .elementwise import ELEMENTWISE, KNOWS_DECOUPLED, ElementwiseHost
 from .lending import IDLE, mark_stateless, without_mark
 from .search import SearchHost, needs_closure
 from .whole import WholeHost
+from .zeros import Zeros
 
 __all__ = [
     "ELEMENTWISE",
@@ -19,6 +20,7 @@ __all__ = [
     "KNOWS_DECOUPLED",
     "Host",
     "SearchHost",
+    "Zeros",
     "host_for",
     "mark_stateless",
     "needs_closure",

@@ -12,6 +12,7 @@ from ..kernels.writing import count
 from ..local import local_tensor
 from ..step import Batch
 from .base import Host
+from .zeros import Zeros
 
 # Elementwise, linear in lr, and blind to the parameters' values: these can run on any shard, and on zeros in the
 # parameters' stead. Exactly these classes: a subclass may do anything.
@@ -36,8 +37,7 @@ class ElementwiseHost(Host):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._zeros: dict[int, Tensor] = {}
-        self._clean: set[int] = set()
+        self._zeros = Zeros()
 
     def begins_whole(self, groups: Sequence[dict[str, Any]]) -> bool:
         """All but SGD with dampening, whose buffer begins as the first gradient."""
@@ -73,13 +73,21 @@ class ElementwiseHost(Host):
 
     def update(self, batches: Sequence[Batch]) -> None:
         """batch.update ← what zeros become: −scale·update."""
-        targets = [self._zeros_for(batch) for batch in batches]
+        targets = [self._zeros.take(batch.index, batch.params) for batch in batches]
+        aheads = [self._lr_ahead(batch) for batch in batches]
         # bf16 and fp16 hold the update itself better than lr times it, which fp16 may not hold at all.
-        scales = [batch.scale if self._takes(batch) and not batch.is_low else 1.0 for batch in batches]
+        own = [batch.scale if self._takes(batch) and not batch.is_low else 1.0 for batch in batches]
+        scales = [scale if ahead is None else ahead for scale, ahead in zip(own, aheads, strict=True)]
         self._step_on(targets, batches, scales, [0.0] * len(batches))
-        for batch, target, scale in zip(batches, targets, scales, strict=True):
-            batch.scale = batch.scale if scale is not batch.scale else 1.0
+        for batch, target, scale, ahead in zip(batches, targets, own, aheads, strict=True):
+            batch.scale, batch.ahead = batch.scale if scale is not batch.scale else 1.0, ahead
             batch.update, batch.owns_update, batch.flipped = target, True, True
+
+    def _lr_ahead(self, batch: Batch) -> float | None:
+        """The learning rate that the chain comes to later: what the optimizer multiplies by it needs no multiplication there."""
+        key = self.place.lr_key
+        lr = batch.group[key] if key is not None and batch.is_unscaled and not batch.is_low else None
+        return lr if isinstance(lr, float) and lr > 0 else None
 
     def _takes(self, batch: Batch) -> bool:
         """Whether the scale may be given to the optimizer as its lr; torch's foreach kernels refuse most tensors."""
@@ -114,25 +122,9 @@ class ElementwiseHost(Host):
                 for tensor in tensors:
                     tensor.grad = None
 
-    def _zeros_for(self, batch: Batch) -> list[Tensor]:
-        """Zeros in the shape of the local parameters; kept, since a buffer made anew costs more than clearing one."""
-        zeros = []
-        for position, local in zip(batch.index, batch.params, strict=True):
-            kept = self._zeros.get(position)
-            if kept is None or kept.shape != local.shape or kept.dtype != local.dtype or kept.device != local.device:
-                kept = self._zeros[position] = torch.empty_like(local, requires_grad=False)
-                self._clean.discard(position)
-            zeros.append(kept)
-        if dirty := [zero for position, zero in zip(batch.index, zeros, strict=True) if position not in self._clean]:
-            torch._foreach_zero_(dirty)
-        self._clean.difference_update(batch.index)
-        return zeros
-
     def cleared(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            for position, update in zip(batch.index, batch.update, strict=True):
-                if update is self._zeros.get(position):
-                    self._clean.add(position)
+            self._zeros.cleared(batch.index, batch.update)
 
 
 def _is_as_given(batch: Batch) -> bool:

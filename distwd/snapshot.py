@@ -1,0 +1,88 @@
+"""The parameters as they were before their hosts stepped, and what the hosts did: the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .kernels.writing import drag_
+from .local import local_tensor
+from .plan.entries import Entry
+from .step import Step
+
+
+class Snapshot:
+    """The local parameters as they were before a host stepped: right for every host."""
+
+    def __init__(self) -> None:
+        self.before: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
+
+    def take(self, entries: Iterable[tuple[int, Entry]]) -> None:
+        """Copy the parameters of these (position, entry) pairs, into the buffers of earlier snapshots where they fit."""
+        self.before = {}
+        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for position, entry in entries:
+            local = local_tensor(entry.tensor)
+            self.before[position] = self._buffer(position, local)
+            kept, current = alike.setdefault((local.device, local.dtype), ([], []))
+            kept.append(self.before[position])
+            current.append(local)
+        for kept, current in alike.values():
+            torch._foreach_copy_(kept, current)
+
+    def _buffer(self, position: int, like: Tensor) -> Tensor:
+        """Kept, since memory given out anew in every step costs more than what is written to it."""
+        buffer = self._buffers.get(position)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self._buffers[position] = torch.empty_like(like, requires_grad=False)
+        return buffer
+
+    @contextmanager
+    def adopted(self, step: Step, per_lr: bool, decayed_at_once: bool) -> Iterator[None]:
+        """Make `step` one before the host's: its parameters the old ones, its update what the host did (over lr, if asked).
+
+        When the block has ended, its pulls, which are of the old parameters, are written to the new ones. decayed_at_once: a rule
+        changes the old parameters themselves; then the whole step is written to those instead. Where the decay fails, as when
+        another rank has died, the host's step is undone.
+        """
+        try:
+            moved_to = self._rewind(step, per_lr)
+            yield
+            _write(step, moved_to, decayed_at_once)
+        except Exception:
+            for position, old in self.before.items():
+                local_tensor(step.entries[position].tensor).copy_(old)
+            raise
+
+    def _rewind(self, step: Step, per_lr: bool) -> list[list[Tensor]]:
+        """Returns the parameters as they are now, by batch."""
+        moved_to = []
+        step.old = self.before
+        for batch in step.batches:
+            moved_to.append(batch.params)
+            batch.params = [self.before[position] for position in batch.index]
+            # new − old is −update. It is left to whoever needs it, a block at a time.
+            batch.update, batch.minus, batch.owns_update, batch.flipped = moved_to[-1], batch.params, False, True
+            batch.ahead = batch.group["lr"] if per_lr else None
+        return moved_to
+
+
+def _write(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: bool) -> None:
+    for batch, params in zip(step.batches, moved_to, strict=True):
+        if batch.absorbed or decayed_at_once:
+            batch.pull_(batch.pulls, batch.update, batch.signed_scale)
+            torch._foreach_copy_(params, batch.params)
+        else:
+            drag_(
+                params,
+                batch.params,
+                batch.pulls,
+                batch.mask,
+                scratch=batch.scratch,
+                noise=batch.noise,
+                tally=batch.tally,
+            )
