@@ -184,7 +184,7 @@ class Step:
     def source(self, of: str) -> list[Share]:
         """What a metric of `of` is taken of; parameters without a gradient are missing in all but "params"."""
         if of == "params":
-            return shares_of([self._param(position) for position in range(len(self.entries))])
+            return shares_of(self._params())
         if of == "grad":
             return [Share(batch.index, batch.grads) for batch in self.batches]
         self._run_host()
@@ -193,11 +193,11 @@ class Step:
                 batch.fold()
         return [Share(batch.index, batch.update, batch.minus or (), batch.signed_scale) for batch in self.batches]
 
-    def _param(self, position: int) -> Tensor | None:
-        entry = self.entries[position]
-        if entry.group not in self.in_play:
-            return None
-        return self.old[position] if position in self.old else local_tensor(entry.tensor)
+    def _params(self) -> list[Tensor | None]:
+        """Local parameters as the step began, by position; None for those of groups that are not in play."""
+        old, in_play = self.old, self.in_play
+        now = [local_tensor(entry.tensor) if entry.group in in_play else None for entry in self.entries]
+        return [old.get(position, tensor) for position, tensor in enumerate(now)] if old else now
 
     def fold(self, exact: bool = False) -> None:
         """Make `batch.update` the update at this place: run a waiting optimizer, add what is pending.
@@ -263,7 +263,7 @@ def unless(found_inf: Tensor, rate: Rate) -> Tensor:
 def _batches(
     entries: Iterable[tuple[int, Entry]], groups: Sequence[dict[str, Any]], scratch: Scratch
 ) -> Iterator[Batch]:
-    found: dict[tuple[int, torch.device, torch.dtype], list[tuple[int, Tensor, Tensor, Tensor]]] = {}
+    found: dict[tuple[int, torch.device, torch.dtype], tuple[list[int], list[Tensor], list[Tensor], list[Tensor]]] = {}
     for position, entry in entries:
         param = entry.tensor
         if (gradient := param.grad) is None:
@@ -273,8 +273,13 @@ def _batches(
                 f"the gradient of {entry.name} is sparse; use dense gradients (for an embedding: sparse=False)"
             )
         local = local_tensor(param)
-        row = (position, param, local, local_like(gradient, param))
-        found.setdefault((entry.group, local.device, local.dtype), []).append(row)
-    for (group, _, _), rows in found.items():
-        index, whole, params, grads = map(list, zip(*rows, strict=True))
+        key = (entry.group, local.device, local.dtype)
+        if (lists := found.get(key)) is None:
+            lists = found[key] = ([], [], [], [])
+        index, whole, params, grads = lists
+        index.append(position)
+        whole.append(param)
+        params.append(local)
+        grads.append(local_like(gradient, param))
+    for (group, _, _), (index, whole, params, grads) in found.items():
         yield Batch(groups[group], group, index, whole, params, grads, grads, scratch)

@@ -34,9 +34,11 @@ def shares_of(tensors: Sequence[Tensor | None]) -> list[Share]:
     found: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
     for position, tensor in enumerate(tensors):
         if tensor is not None:
-            positions, own = found.setdefault(tensor.device, ([], []))
-            positions.append(position)
-            own.append(tensor)
+            device = tensor.device
+            if (lists := found.get(device)) is None:
+                lists = found[device] = ([], [])
+            lists[0].append(position)
+            lists[1].append(tensor)
     return [Share(*lists) for lists in found.values()]
 
 

@@ -101,14 +101,17 @@ def _widened(pieces: Sequence[Tensor], minus: Sequence[Tensor] = (), *, scratch:
     device, dtype = pieces[0].device, pieces[0].dtype
     if len(pieces) == 1:
         return scratch.copies("float64", list(pieces), wide_dtype(device))[0]
-    numel = sum(piece.numel() for piece in pieces)
+    first = pieces[0].shape
+    alike = all(piece.shape == first for piece in pieces)
+    numel = len(pieces) * pieces[0].numel() if alike else sum(piece.numel() for piece in pieces)
     wide = scratch.take("wide", numel, device, wide_dtype(device))
     # torch joins many tensors fast only where it need not convert them.
     one_dtype = all(piece.dtype == dtype for piece in pieces)
     narrow = scratch.take("narrow", numel, device, dtype) if one_dtype else wide
-    rows = {piece.shape[1:] if piece.dim() else None for piece in pieces}
-    if len(rows) == 1 and (row := rows.pop()) is not None:  # views of many small tensors cost as much as all the rest
-        torch.cat(list(pieces), out=narrow.view(-1, *row))
+    # Views of many small tensors would cost as much as all the rest.
+    rows = {first[1:]} if alike else {piece.shape[1:] for piece in pieces}
+    if len(rows) == 1 and all(piece.dim() for piece in (pieces[:1] if alike else pieces)):
+        torch.cat(list(pieces), out=narrow.view(-1, *rows.pop()))
     else:
         torch.cat([piece.reshape(-1) for piece in pieces], out=narrow)
     return wide.copy_(narrow)
