@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,34 +86,37 @@ def measure(requests: Sequence[Request], world: World, scratch: Scratch) -> list
 def _local(request: Request, scratch: Scratch) -> dict[Moment, Tensor]:
     """This rank's moments by cell, [cells] on the device of `request.numel`."""
     moments, device = request.metric.moments, request.numel.device
-    found: dict[Moment, dict[int, list[Tensor]]] = {moment: {} for moment in moments}
-    for part, values in zip(request.parts, _of_parts(request.parts, moments, scratch), strict=True):
+    cells: list[int] = []
+    found: dict[Moment, list[Tensor]] = {moment: [] for moment in moments}
+    for parts, values in _measured(request.parts, moments, scratch):
+        cells += [part.cell for part in parts]
         for moment, value in values.items():
-            found[moment].setdefault(part.cell, []).append(_scaled(value, moment, part.scale).to(device))
-            if part.zeros and moment.of_zeros is not None:
-                found[moment][part.cell].append(value.new_full((), moment.of_zeros).to(device))
-    return {moment: _by_cell(cells, moment, request.numel) for moment, cells in found.items()}
+            found[moment].append(_scaled(value, moment, parts[0].scale).to(device))
+    with_zeros = [part.cell for part in request.parts if part.zeros]
+    for moment, values_of in found.items():
+        if with_zeros and moment.of_zeros is not None:
+            values_of.append(request.numel.new_full((len(with_zeros),), moment.of_zeros))
+    return {
+        moment: _by_cell(cells if moment.of_zeros is None else cells + with_zeros, values_of, moment, request.numel)
+        for moment, values_of in found.items()
+    }
 
 
-def _of_parts(parts: Sequence[Part], moments: Sequence[Moment], scratch: Scratch) -> Iterator[Mapping[Moment, Tensor]]:
-    """The moments of each part. Parts of one tensor are measured together with others of its length."""
-    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+def _measured(
+    parts: Sequence[Part], moments: Sequence[Moment], scratch: Scratch
+) -> Iterator[tuple[Sequence[Part], Mapping[Moment, Tensor]]]:
+    """All parts, some at a time, with their moments, [parts] each. Parts of one tensor are measured together with others of its length."""
+    alike: dict[Any, list[Part]] = {}
     for part in parts:
-        if (key := _kind(part)) is not None:
-            tensors, minus = alike.setdefault(key, ([], []))
-            tensors += part.tensors
-            minus += part.minus
-    of_each = {key: iter(moments_of_each(*lists, moments, scratch)) for key, lists in alike.items()}
-    for part in parts:
-        key = _kind(part)
-        yield local_moments(part.tensors, moments, scratch, part.minus) if key is None else next(of_each[key])
-
-
-def _kind(part: Part) -> Any:
-    """What parts of one tensor have to have in common to be measured together; None for others."""
-    if len(part.tensors) != 1 or not part.tensors[0].numel():
-        return None
-    return part.tensors[0].device, part.tensors[0].numel(), bool(part.minus)
+        if len(part.tensors) != 1 or not (numel := part.tensors[0].numel()):
+            values = local_moments(part.tensors, moments, scratch, part.minus)
+            yield [part], {moment: value.view(1) for moment, value in values.items()}
+            continue
+        scale = id(part.scale) if isinstance(part.scale, Tensor) else part.scale
+        alike.setdefault((part.tensors[0].device, numel, bool(part.minus), scale), []).append(part)
+    for some in alike.values():
+        tensors, minus = [part.tensors[0] for part in some], [one for part in some for one in part.minus]
+        yield some, moments_of_each(tensors, minus, moments, scratch)
 
 
 def _scaled(value: Tensor, moment: Moment, scale: float | Tensor) -> Tensor:
@@ -127,6 +131,14 @@ def _scaled(value: Tensor, moment: Moment, scale: float | Tensor) -> Tensor:
     return value * factor.abs() ** (moment.p if moment.kind == "power" else 1)
 
 
-def _by_cell(cells: dict[int, list[Tensor]], moment: Moment, numel: Tensor) -> Tensor:
-    nothing = [identity(moment, numel.device)]
-    return torch.stack([combine(cells.get(cell, nothing), moment) for cell in range(len(numel))])
+def _by_cell(cells: list[int], values: list[Tensor], moment: Moment, numel: Tensor) -> Tensor:
+    """Values, in all one for each of `cells`, combined where several are of the same cell."""
+    if not cells:
+        return torch.full_like(numel, moment.identity)
+    joined = torch.cat(values)
+    if cells == list(range(len(numel))):
+        return joined
+    nothing, by_cell = [identity(moment, numel.device)], defaultdict[int, list[Tensor]](list)
+    for cell, value in zip(cells, joined.unbind(), strict=True):
+        by_cell[cell].append(value)
+    return torch.stack([combine(by_cell.get(cell, nothing), moment) for cell in range(len(numel))])

@@ -43,23 +43,22 @@ def local_moments(
 
 def moments_of_each(
     tensors: Sequence[Tensor], minus: Sequence[Tensor], moments: Iterable[Moment], scratch: Scratch
-) -> list[dict[Moment, Tensor]]:
-    """`local_moments` of every single one of `tensors`, which have one device and equally many elements, not none."""
-    numel, device = tensors[0].numel(), tensors[0].device
+) -> dict[Moment, Tensor]:
+    """`local_moments` of every single one of `tensors`, [tensors] each; they have one device and equally many elements, not none."""
+    numel, device, ordered = tensors[0].numel(), tensors[0].device, _ordered(moments)
+    found: dict[Moment, list[Tensor]] = {moment: [] for moment in ordered}
     if len(tensors) == 1 or numel > small_size(device):
-        return [
-            local_moments([tensor], moments, scratch, minus[number : number + 1])
-            for number, tensor in enumerate(tensors)
-        ]
-    found: list[dict[Moment, Tensor]] = []
-    rows, ordered = block_size(device) // numel, _ordered(moments)
-    for start in range(0, len(tensors), rows):
-        some, less = tensors[start : start + rows], minus[start : start + rows]
-        values = _of_rows(_widened(some, less, scratch=scratch).view(len(some), numel), ordered, scratch)
-        found += [
-            dict(zip(ordered, row, strict=True)) for row in zip(*(value.unbind() for value in values), strict=True)
-        ]
-    return found
+        for number, tensor in enumerate(tensors):
+            for moment, value in local_moments([tensor], ordered, scratch, minus[number : number + 1]).items():
+                found[moment].append(value.view(1))
+    else:
+        rows = block_size(device) // numel
+        for start in range(0, len(tensors), rows):
+            some, less = tensors[start : start + rows], minus[start : start + rows]
+            values = _of_rows(_widened(some, less, scratch=scratch).view(len(some), numel), ordered, scratch)
+            for moment, value in zip(ordered, values, strict=True):
+                found[moment].append(value)
+    return {moment: torch.cat(values) for moment, values in found.items()}
 
 
 def identity(moment: Moment, device: torch.device) -> Tensor:
