@@ -38,7 +38,7 @@ class StandIns:
 
     def __init__(self) -> None:
         self._zeros = Zeros()
-        self._whole: dict[int, tuple[Tensor, DTensorSpec]] = {}
+        self._whole: dict[int, tuple[Tensor, Tensor, DTensorSpec]] = {}
         self._known: tuple[Entry, ...] | None = None
         self._are_plain = False
         self._host: torch.optim.Optimizer | None = None
@@ -81,8 +81,8 @@ class StandIns:
         if not isinstance(param, DTensor):
             return zero
         kept = self._whole.get(position)
-        if kept is None or local_tensor(kept[0]) is not zero or kept[1] is not param._spec:
-            kept = self._whole[position] = like_whole(zero, param), param._spec
+        if kept is None or kept[1] is not zero or kept[2] is not param._spec:
+            kept = self._whole[position] = like_whole(zero, param), zero, param._spec
         return kept[0]
 
     def take_back(self, stepped: bool) -> None:

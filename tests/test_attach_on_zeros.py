@@ -70,14 +70,15 @@ def test_a_host_on_zeros_is_the_chain_bit_for_bit(host, rule, coupling):
 
 
 def seen_by_host(monkeypatch) -> list[list[torch.Tensor]]:
-    """What the groups of torch's Adam show it, step by step."""
-    seen, init_group = [], torch.optim.Adam._init_group
+    """What the groups of torch's AdamW show it, step by step."""
+    # On the class itself: once dynamo has been imported, each optimizer class has an `_init_group` of its own.
+    seen, init_group = [], torch.optim.AdamW._init_group
 
     def watched(self, group, *lists):
         seen.append([param.detach().clone() for param in group["params"]])
         return init_group(self, group, *lists)
 
-    monkeypatch.setattr(torch.optim.Adam, "_init_group", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", watched)
     return seen
 
 
@@ -121,7 +122,7 @@ def test_who_looks_at_the_parameters_in_a_hook_finds_them(of, monkeypatch):
 def broken(optimizer, monkeypatch) -> None:
     """A step that ends in the host's own error."""
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "_init_group", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(torch.optim.AdamW, "_init_group", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
 
