@@ -10,7 +10,8 @@ from torch import Tensor
 # Elements in a block. On a CPU, what several operations in a row touch should stay in the cache; but every operation ends
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
 # count, and small enough that its temporaries do not either.
-_CPU_BLOCK = 1 << 18
+_CPU_BLOCK = 1 << 17  # for each thread
+_CPU_LEAST = 1 << 18
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
@@ -20,7 +21,9 @@ _CPU_SMALL = 1 << 15
 
 def block_size(device: torch.device) -> int:
     """The number of elements worked on at a time on `device`, at most."""
-    return min(_CPU_BLOCK * torch.get_num_threads(), _CPU_MOST) if device.type == "cpu" else _GPU_BLOCK
+    if device.type != "cpu":
+        return _GPU_BLOCK
+    return min(max(_CPU_BLOCK * torch.get_num_threads(), _CPU_LEAST), _CPU_MOST)
 
 
 def small_size(device: torch.device) -> int:

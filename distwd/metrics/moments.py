@@ -34,7 +34,7 @@ def local_moments(
         if together and is_large(lists[0]):
             values = compiled(_traced, ordered, len(places))(*lists)
         else:
-            values = _of_rows(_widened(*lists, scratch=scratch).view(1, -1), ordered, scratch)
+            values = _of_block(*lists, moments=ordered, rows=1, scratch=scratch)
         for moment, value in zip(ordered, values, strict=True):
             parts[moment].append(value[0])
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -55,7 +55,7 @@ def moments_of_each(
         rows = block_size(device) // numel
         for start in range(0, len(tensors), rows):
             some, less = tensors[start : start + rows], minus[start : start + rows]
-            values = _of_rows(_widened(some, less, scratch=scratch).view(len(some), numel), ordered, scratch)
+            values = _of_block(some, less, moments=ordered, rows=len(some), scratch=scratch)
             for moment, value in zip(ordered, values, strict=True):
                 found[moment].append(value)
     return {moment: torch.cat(values) for moment, values in found.items()}
@@ -77,15 +77,14 @@ def combine(values: list[Tensor], moment: Moment) -> Tensor:
 
 
 def _ordered(moments: Iterable[Moment]) -> tuple[Moment, ...]:
-    """The sum first: the others may leave absolute values behind."""
+    """The sum first: the others leave absolute values behind."""
     return tuple(sorted(moments, key=lambda moment: moment != SUM))
 
 
 def _traced(moments: tuple[Moment, ...], num: int, *lists: list[Tensor]) -> list[Tensor]:
     """The moments over `num` tensors (minus as many others, if there is a second list), each [1]."""
     each = [
-        _of_rows(_widened(*([one[i]] for one in lists), scratch=TRACED).view(1, -1), moments, TRACED)
-        for i in range(num)
+        _of_block(*([one[place]] for one in lists), moments=moments, rows=1, scratch=TRACED) for place in range(num)
     ]
     return [
         combine([row[0] for row in rows], moment).view(1)
@@ -93,13 +92,30 @@ def _traced(moments: tuple[Moment, ...], num: int, *lists: list[Tensor]) -> list
     ]
 
 
-def _widened(pieces: Sequence[Tensor], minus: Sequence[Tensor] = (), *, scratch: Scratch) -> Tensor:
-    """All elements of `pieces` (− minus) in float64, flat: squares and powers taken in float32 would overflow, vanish, and round."""
+def _of_block(
+    pieces: Sequence[Tensor],
+    minus: Sequence[Tensor] = (),
+    *,
+    moments: Sequence[Moment],
+    rows: int,
+    scratch: Scratch,
+) -> list[Tensor]:
+    """Each moment, [rows], of `pieces` (− minus); a row is equally many elements of them."""
     if minus:
         pieces = difference(list(pieces), list(minus), scratch)
+    signed = SUM in moments
+    x = _widened(pieces, signed, scratch).view(rows, -1)
+    return [_of_row(x, moment, signed, scratch) for moment in moments]
+
+
+def _widened(pieces: Sequence[Tensor], signed: bool, scratch: Scratch) -> Tensor:
+    """All elements of `pieces` in float64, flat: squares and powers taken in float32 would overflow, vanish, and round.
+
+    signed: as they are; else their absolute values, taken where that costs least.
+    """
     device, dtype = pieces[0].device, pieces[0].dtype
     if len(pieces) == 1:
-        return scratch.copies("float64", list(pieces), wide_dtype(device))[0]
+        return _one_widened(pieces[0], signed, scratch)
     first = pieces[0].shape
     alike = all(piece.shape == first for piece in pieces)
     numel = len(pieces) * pieces[0].numel() if alike else sum(piece.numel() for piece in pieces)
@@ -113,15 +129,22 @@ def _widened(pieces: Sequence[Tensor], minus: Sequence[Tensor] = (), *, scratch:
         torch.cat(list(pieces), out=narrow.view(-1, *rows.pop()))
     else:
         torch.cat([piece.reshape(-1) for piece in pieces], out=narrow)
+    if not signed:
+        narrow.abs_()
     return wide.copy_(narrow)
 
 
-def _of_rows(x: Tensor, moments: Sequence[Moment], scratch: Scratch) -> list[Tensor]:
-    """Each moment, [rows], of a block; leaves anything in it."""
-    return [_of_row(x, moment, scratch) for moment in moments]
+def _one_widened(piece: Tensor, signed: bool, scratch: Scratch) -> Tensor:
+    wide = wide_dtype(piece.device)
+    if signed:
+        return scratch.copies("float64", [piece], wide)[0]
+    if scratch is TRACED:  # a compiled loop has half as many float32 as float64 to take the absolute value of
+        return scratch.copies("float64", scratch.make("abs", "narrow", [piece]), wide)[0]
+    return scratch.copies("float64", [piece], wide)[0].abs_()
 
 
-def _of_row(x: Tensor, moment: Moment, scratch: Scratch) -> Tensor:
+def _of_row(x: Tensor, moment: Moment, signed: bool, scratch: Scratch) -> Tensor:
+    """The moment of each row, [rows]; leaves anything in `x`. signed: whether `x` is not absolute values already."""
     if moment == SUM:
         return x.sum(1)
     if moment == SQUARE:
@@ -130,7 +153,8 @@ def _of_row(x: Tensor, moment: Moment, scratch: Scratch) -> Tensor:
     if moment == COUNT:
         # A NaN is not zero; adding 0·(Σx − Σx) would hide infinities, so it is asked for by name.
         return torch.where(x.isnan().any(1), torch.nan, torch.count_nonzero(x, 1).to(x.dtype))
-    x.abs_()
+    if signed:
+        x.abs_()
     if moment == ABS:
         return x.sum(1)
     if moment in (MAX, MIN):
