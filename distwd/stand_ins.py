@@ -9,20 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.optim import optimizer as torch_optimizer
 
-from .hosts import ELEMENTWISE, Zeros
-from .hosts.lending import like_whole
+from .hosts import ELEMENTWISE, Zeros, lending
 from .kernels.rounding import LOW
-from .local import local_tensor
+from .local import local_like, local_tensor
 from .plan.entries import Entry
 from .step import Step
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A parameter, what a host sees in its stead, and the gradient that both have."""
+    """A parameter, what a host sees in its stead, and the gradient (of its own kind) that both have."""
 
     param: Tensor
     stand_in: Tensor
@@ -31,14 +29,14 @@ class Shown:
 
 
 class StandIns:
-    """Zeros for the parameters of one host; its groups show them, its state moves along, and the parameters stay as they are.
+    """Zeros for the parameters of one host; its groups show them, its state is lent to them, and the parameters stay as they are.
 
     Next to copying the parameters and taking the difference, that saves memory traffic, and −lr·u is not rounded to what p has room for.
+    What is shown is local, so that a host of DTensors is spared their dispatch.
     """
 
     def __init__(self) -> None:
         self._zeros = Zeros()
-        self._whole: dict[int, tuple[Tensor, Tensor, DTensorSpec]] = {}
         self._known: tuple[Entry, ...] | None = None
         self._are_plain = False
         self._host: torch.optim.Optimizer | None = None
@@ -65,25 +63,16 @@ class StandIns:
         zeros = self._zeros.take(positions, [local_tensor(param) for param in params])
         seen: dict[Tensor, Tensor] = {}
         self._host = host
-        for position, param, zero in zip(positions, params, zeros, strict=True):
-            seen[param] = stand_in = self._like(param, position, zero)
-            stand_in.grad = param.grad
+        for param, zero in zip(params, zeros, strict=True):
+            seen[param] = zero
             assert param.grad is not None
-            self._shown.append(Shown(param, stand_in, param.grad, _version(param.grad)))
-            if param in host.state:
-                host.state[stand_in] = host.state[param]
+            zero.grad = local_like(param.grad, param)
+            self._shown.append(Shown(param, zero, param.grad, _version(param.grad)))
+            if state := lending.lend(host.state, param, "", as_local=True):
+                host.state[zero] = state
         for group in host.param_groups:
             self._groups.append((group, group["params"]))
             group["params"] = [seen.get(param, param) for param in group["params"]]
-
-    def _like(self, param: Tensor, position: int, zero: Tensor) -> Tensor:
-        """`zero` as the kind of tensor that the parameter is; kept, as making a DTensor takes long."""
-        if not isinstance(param, DTensor):
-            return zero
-        kept = self._whole.get(position)
-        if kept is None or kept[1] is not zero or kept[2] is not param._spec:
-            kept = self._whole[position] = like_whole(zero, param), zero, param._spec
-        return kept[0]
 
     def take_back(self, stepped: bool) -> None:
         """Let the host have its parameters again, with the state that it has kept of them.
@@ -98,9 +87,7 @@ class StandIns:
         mixed = False
         for one in shown:
             assert host is not None
-            state = host.state.pop(one.stand_in, None)
-            if state is not None:
-                host.state[one.param] = state
+            lending.take_back(host.state, one.param, host.state.pop(one.stand_in, {}), "")
             if not stepped and one.stand_in.grad is None and one.param.grad is one.grad:
                 mixed = mixed or _version(one.grad) != one.version
                 one.param.grad = None
@@ -128,6 +115,11 @@ def _version(tensor: Tensor) -> int:
 
 
 def _is_plain(param: Tensor) -> bool:
-    """Whether a parameter is an ordinary tensor or a DTensor of one, in a dtype that holds −lr·u well."""
+    """Whether a parameter is an ordinary tensor or a DTensor of one, in a dtype that holds −lr·u well.
+
+    Not a DTensor without dimensions: what an optimizer keeps of it looks like a counter of steps, which is to stay an ordinary tensor.
+    """
     local = param._local_tensor if isinstance(param, DTensor) else param
-    return type(local) in (Tensor, torch.nn.Parameter) and local.dtype not in LOW
+    if type(local) not in (Tensor, torch.nn.Parameter) or local.dtype in LOW:
+        return False
+    return local is param or local.dim() > 0
