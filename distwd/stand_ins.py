@@ -58,16 +58,16 @@ class StandIns:
 
     def show(self, host: torch.optim.Optimizer, playing: Sequence[tuple[int, Entry]]) -> None:
         """Put zeros into the groups of `host`, for the (position, entry) pairs that have a gradient."""
-        moving = [(position, entry.tensor) for position, entry in playing if entry.tensor.grad is not None]
-        positions, params = [position for position, _ in moving], [param for _, param in moving]
-        zeros = self._zeros.take(positions, [local_tensor(param) for param in params])
+        moving = [
+            (position, entry.tensor, grad) for position, entry in playing if (grad := entry.tensor.grad) is not None
+        ]
+        zeros = self._zeros.take([position for position, *_ in moving], [local_tensor(param) for _, param, _ in moving])
         seen: dict[Tensor, Tensor] = {}
         self._host = host
-        for param, zero in zip(params, zeros, strict=True):
+        for (_, param, grad), zero in zip(moving, zeros, strict=True):
             seen[param] = zero
-            assert param.grad is not None
-            zero.grad = local_like(param.grad, param)
-            self._shown.append(Shown(param, zero, param.grad, _version(param.grad)))
+            zero.grad = local_like(grad, param)
+            self._shown.append(Shown(param, zero, grad, _version(grad)))
             if state := lending.lend(host.state, param, "", as_local=True):
                 host.state[zero] = state
         for group in host.param_groups:

@@ -115,7 +115,7 @@ class ElementwiseHost(Host):
             steps_on += zip(tensors, batch.whole, strict=True)
             if tensors is not batch.whole:
                 for tensor, update in zip(tensors, batch.update, strict=True):
-                    tensor.grad = update.to(tensor.dtype)
+                    tensor.grad = update if update.dtype == tensor.dtype else update.to(tensor.dtype)
         self._run(groups, steps_on)
         for batch, tensors in zip(batches, targets, strict=True):
             if tensors is not batch.whole:

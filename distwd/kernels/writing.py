@@ -160,7 +160,7 @@ def _write_(
             run = compiled(_traced, factors.form(), roles, len(places))
             run(factors.numbers(places, pieces[0][0]), *pieces)
             continue
-        spans = spans_of(pieces[0], places, lists[0])
+        spans = () if noise is None else spans_of(pieces[0], places, lists[0])
         without = None if tally is None else _without_pulls(factors, roles, pieces, places, scratch, noise, spans)
         _write_block_(factors, roles, pieces, places, scratch, noise, spans)
         if tally is not None and without is not None:
