@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import optimizer as torch_optimizer
 
 from distwd import LR, CautiousWeightDecay, Chain, RelativeWeightDecay, Wrap, attach
+from tests.model import mesh_of
 from tests.one_process import fp32_parameters
 from tests.runs import differing, grads_of
 
@@ -173,3 +175,41 @@ def test_gradients_added_to_those_of_a_broken_step_are_refused_once(monkeypatch)
     assert differing({name: param.detach() for name, param in params.items()}, before) == []
     other_params = fp32_parameters()
     assert differing(train(optimizer, params), train(adamw(other_params), other_params)) == []
+
+
+def kinds(value) -> object:
+    """What a state is made of, without its numbers."""
+    if isinstance(value, dict):
+        return {key: kinds(one) for key, one in value.items()}
+    of_shard = (value.placements, tuple(value.to_local().shape)) if isinstance(value, DTensor) else None
+    return type(value), tuple(value.shape), value.dtype, of_shard
+
+
+def states_on_a_rank(host: str, wholes: dict) -> list:
+    """By position, what is kept of DTensors by a bare optimizer, and by one that steps zeros in their stead."""
+    cls, mesh, found = getattr(torch.optim, host.split(",")[0]), mesh_of(3, names=("dp",)), []
+    for attached in (False, True):
+        params = {
+            name: torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0) if whole.dim() else Replicate()]))
+            for name, whole in wholes.items()
+        }
+        optimizer = cls(params.items(), lr=0.01, foreach=False, **HOSTS[host])
+        if attached:
+            attach(optimizer, RULES["relative"]())
+        for _ in range(2):
+            for param in params.values():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        found.append(kinds(optimizer.state_dict()["state"]))
+    return found
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["matrix and vector", "and a scalar"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_state_is_of_the_kind_that_the_host_alone_keeps(worlds, host, scalar):
+    wholes = {"matrix": torch.ones(4, 3), "vector": torch.ones(5)}
+    if scalar:  # as a plain tensor, what is kept of it would not go together with the parameter
+        wholes["scalar"] = torch.tensor(2.0)
+    for alone, attached in worlds.run(3, states_on_a_rank, host, wholes):
+        assert alone == attached
+        assert len(alone) == len(wholes)
