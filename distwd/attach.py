@@ -129,7 +129,7 @@ class Attachment:
         self._following = Following(self._hosts, coupling == "lr", any(d.target == "params_direct" for d in rules))
         self._round = Round(hosts, self._each_alone, self._follows)
         self._step: Step | None = None
-        self._began = self._rehearses = self._raised = self._acted = False
+        self._rehearses = self._raised = self._acted = False
         self._lent = Lent()
         write_keys(self._conductor.groups, self._defaults)
         self._handles = [handle for host in hosts for handle in self._hook(host)]
@@ -140,6 +140,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._following.forget()
         for host in self._hosts:
             host.state.pop(IDLE, None)  # type: ignore[call-overload]
         for group in self._conductor.groups:
@@ -178,8 +179,6 @@ class Attachment:
     def __str__(self) -> str:
         return f"{self!r}\n{self._conductor.audit()}"
 
-    # --- what the hosts hold -----------------------------------------------------------------------------------------
-
     def _shown(self) -> list[dict[str, Any]]:
         return [group for host in self._hosts for group in host.param_groups]
 
@@ -211,22 +210,23 @@ class Attachment:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if first:
             self._rehearses = self._round.rehearses(host, self._conductor, closure is not None)
-        if closure is not None:
-            return with_closure(args, kwargs, self._evaluating(host, closure, first))
-        if self._conductor.in_closure:
+        if closure is None and self._conductor.in_closure:
             raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
-        self._act_before(host, first)
-        return None
+        double = self._following.double_of(host) if self._follows else None
+        if closure is None and double is None:
+            self._act_before(host, first)
+            return None
+        # A double asks for its gradients when it steps: hooks that come after this one may still change them.
+        evaluating = self._evaluating(host, closure or (lambda: None), first)
+        return with_closure((double or host, *args[1:]), kwargs, evaluating)
 
     def _evaluating(self, host: torch.optim.Optimizer, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
-        decaying = self._conductor.decaying(closure)
-        waiting = [True]
+        decaying, waiting = self._conductor.decaying(closure), [True]
 
         def evaluate() -> Any:
             loss = decaying()
             if waiting and waiting.pop():
-                with torch.no_grad():
-                    self._act_before(host, first)
+                self._act_before(host, first)
             return loss
 
         return evaluate
@@ -239,11 +239,12 @@ class Attachment:
         for each in self._hosts:
             check_groups(each, self._coupling)
         write_keys(self._conductor.groups, self._defaults)
-        self._conductor.prepare(again=self._began)
-        self._began, self._rehearses, self._raised = True, False, True  # until the post hook says otherwise
+        self._conductor.prepare()
+        self._rehearses, self._raised = False, True  # until the post hook says otherwise
         if self._follows:
             self._following.begin(self._conductor)
 
+    @in_step
     def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
         if self._rehearses:
             if self._acted:
@@ -270,7 +271,7 @@ class Attachment:
         if is_within_a_step(host):
             return
         self._raised = False
-        self._following.take_back(stepped=True)
+        self._following.take_back(host)
         mark_idle(host)
         self._lent.take_back(stepped=True)
         if not self._round.is_complete():
@@ -288,7 +289,6 @@ class Attachment:
     def _restore(self) -> None:
         self._lent.take_back(stepped=False)
         self._step = None
-        self._following.take_back(stepped=False)
 
     def _new_step(self, host: torch.optim.Optimizer) -> Step:
         step = self._conductor.new_step({})

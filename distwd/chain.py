@@ -232,7 +232,7 @@ class Chain(torch.optim.Optimizer):
             raise ValueError(
                 f"{label} has target='closure': call step(closure) with a function that evaluates the model"
             )
-        self._conductor.prepare(again=self._acted)
+        self._conductor.prepare()
 
     def _make_hosts(self) -> None:
         wraps = [(place, place.transform) for place in self._places if isinstance(place.transform, Wrap)]

@@ -78,6 +78,7 @@ class Conductor:
         self._tallies: dict[int, Tally] = {}
         self._roster = Roster()
         self._plan: Plan | None = None
+        self._checked: tuple[Entry, ...] | None = None  # where no plan is needed
         self._compiles, self._scratch = compiles, Scratch(compiles)
         self._planned: tuple[Any, Any] | None = None  # the schedules that all ranks had when the plan was built
         self._agreed = self._told = False  # whether all ranks are known to train; whether this one has left word
@@ -149,8 +150,8 @@ class Conductor:
             told["unchanged_here"] = {index: tally.share() for index, tally in written}
         return told
 
-    def prepare(self, again: bool) -> None:
-        """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed, else unless `again`."""
+    def prepare(self) -> None:
+        """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed."""
         self.take_back()
         schedules = self._schedules()
         if any(schedules):
@@ -164,9 +165,10 @@ class Conductor:
             # Other numbers than before are other collectives: that, too, all ranks have to do together.
             if self.plan is not None and self._planned != schedules:
                 self._plan = self._build(self.entries)
-        elif not again:
-            for entry in self.entries:
+        elif self._checked is not (entries := self.entries):
+            for entry in entries:
                 check_tensor(entry.name, entry.tensor)
+            self._checked = entries
 
     def new_step(self, hosts: Mapping[int, Any]) -> Step:
         """A step of the gradients as they are now."""

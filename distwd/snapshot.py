@@ -11,7 +11,7 @@ from torch import Tensor
 from .kernels.writing import drag_
 from .local import local_tensor
 from .plan.entries import Entry
-from .step import Step
+from .step import Batch, Step
 
 
 class Snapshot:
@@ -42,27 +42,27 @@ class Snapshot:
         return buffer
 
     @contextmanager
-    def adopted(self, step: Step, per_lr: bool, decayed_at_once: bool) -> Iterator[None]:
-        """Make `step` one before the host's: its parameters the old ones, its update what the host did (over lr, if asked).
+    def adopted(self, step: Step, batches: Sequence[Batch], per_lr: bool, decayed_at_once: bool) -> Iterator[None]:
+        """Make these batches of `step` ones before the host's: their parameters the old ones, the update what it did (over lr, if asked).
 
         When the block has ended, its pulls, which are of the old parameters, are written to the new ones. decayed_at_once: a rule
         changes the old parameters themselves; then the whole step is written to those instead. Where the decay fails, as when
         another rank has died, the host's step is undone.
         """
         try:
-            moved_to = self._rewind(step, per_lr)
+            step.old = self.before
+            moved_to = self._rewind(batches, per_lr)
             yield
-            _write(step, moved_to, decayed_at_once)
+            _write(batches, moved_to, decayed_at_once)
         except Exception:
             for position, old in self.before.items():
                 local_tensor(step.entries[position].tensor).copy_(old)
             raise
 
-    def _rewind(self, step: Step, per_lr: bool) -> list[list[Tensor]]:
+    def _rewind(self, batches: Sequence[Batch], per_lr: bool) -> list[list[Tensor]]:
         """Returns the parameters as they are now, by batch."""
         moved_to = []
-        step.old = self.before
-        for batch in step.batches:
+        for batch in batches:
             moved_to.append(batch.params)
             batch.params = [self.before[position] for position in batch.index]
             # new − old is −update. It is left to whoever needs it, a block at a time.
@@ -71,8 +71,8 @@ class Snapshot:
         return moved_to
 
 
-def _write(step: Step, moved_to: Sequence[list[Tensor]], decayed_at_once: bool) -> None:
-    for batch, params in zip(step.batches, moved_to, strict=True):
+def _write(batches: Sequence[Batch], moved_to: Sequence[list[Tensor]], decayed_at_once: bool) -> None:
+    for batch, params in zip(batches, moved_to, strict=True):
         if batch.absorbed or decayed_at_once:
             batch.pull_(batch.pulls, batch.update, batch.signed_scale)
             torch._foreach_copy_(params, batch.params)

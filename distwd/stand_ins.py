@@ -1,125 +1,139 @@
-"""Zeros in the parameters' stead, shown to a host for the length of its step: what they become is its update."""
+"""Zeros in the parameters' stead, which a double of a host steps: what they become is the host's update."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import optimizer as torch_optimizer
 
 from .hosts import ELEMENTWISE, Zeros, lending
 from .kernels.rounding import LOW
-from .local import local_like, local_tensor
-from .plan.entries import Entry
-from .step import Step
+from .keys import attachments_of
+from .local import local_like
+from .step import Batch
+
+Host = torch.optim.Optimizer
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A parameter, what a host sees in its stead, and the gradient (of its own kind) that both have."""
+@dataclass(slots=True)
+class Double:
+    """What is stepped instead of a host, what the host was made of then, and the parameters with what stands in for them."""
 
-    param: Tensor
-    stand_in: Tensor
-    grad: Tensor
-    version: int
+    host: Host
+    attributes: dict[str, Any] = field(default_factory=dict)
+    shown: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def become(self, host: Host) -> None:
+        """Have all that `host` has."""
+        self.attributes = dict(vars(host))
+        vars(self.host).clear()
+        vars(self.host).update(self.attributes)
+
+    def let_go(self) -> None:
+        """Forget the gradients."""
+        for _, zero in self.shown:
+            grad, zero.grad = zero.grad, None
+            if grad is not None and grad.dtype != zero.dtype:
+                zero.grad_dtype = zero.dtype
+        self.shown = []
 
 
 class StandIns:
-    """Zeros for the parameters of one host; its groups show them, its state is lent to them, and the parameters stay as they are.
+    """Steps doubles of hosts on zeros; the parameters stay as they are, and so does the host until its double has stepped.
 
     Next to copying the parameters and taking the difference, that saves memory traffic, and −lr·u is not rounded to what p has room for.
-    What is shown is local, so that a host of DTensors is spared their dispatch.
+    Zeros are local, so that a host of DTensors is spared their dispatch.
     """
 
     def __init__(self) -> None:
         self._zeros = Zeros()
-        self._known: tuple[Entry, ...] | None = None
-        self._are_plain = False
-        self._host: torch.optim.Optimizer | None = None
-        self._groups: list[tuple[dict[str, object], list[Tensor]]] = []
-        self._shown: list[Shown] = []
+        self._doubles: dict[int, Double] = {}
+        self.positions: set[int] = set()
 
-    def can_serve(self, host: torch.optim.Optimizer, entries: tuple[Entry, ...]) -> bool:
-        """Whether `host` does to zeros what it would do to the parameters, and nobody else looks at its groups during a step.
+    def begin(self) -> None:
+        """No host has stepped yet. A step that was broken off has left nothing but doubles, which are let go."""
+        for double in self._doubles.values():
+            double.let_go()
+        self.positions = set()
 
-        bf16 and fp16 have too few bits to round −lr·u once more before it is added.
-        """
-        if type(host) not in ELEMENTWISE or any(group["differentiable"] for group in host.param_groups):
-            return False
-        if len(host._optimizer_step_pre_hooks) > 1 or torch_optimizer._global_optimizer_pre_hooks:
-            return False
-        if entries is not self._known:
-            self._known, self._are_plain = entries, all(_is_plain(entry.tensor) for entry in entries)
-        return self._are_plain
+    def double_of(self, host: Host) -> Host:
+        """The double, which for now steps what the host would. The same in every step, for those who compile steps."""
+        if id(host) not in self._doubles:
+            self._doubles[id(host)] = Double(object.__new__(type(host)))
+        self._doubles[id(host)].become(host)
+        return self._doubles[id(host)].host
 
-    def show(self, host: torch.optim.Optimizer, playing: Sequence[tuple[int, Entry]]) -> None:
-        """Put zeros into the groups of `host`, for the (position, entry) pairs that have a gradient."""
-        moving = [
-            (position, entry.tensor, grad) for position, entry in playing if (grad := entry.tensor.grad) is not None
+    def show(self, host: Host, moving: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+        """Put zeros into the groups of the host's double, for these (position, parameter, local parameter) with a gradient."""
+        double, seen = self._doubles[id(host)], dict[int, Tensor]()
+        state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+        positions = [position for position, *_ in moving]
+        zeros = self._zeros.take(positions, [local for *_, local in moving])
+        self.positions.update(positions)
+        for (_, param, _), zero in zip(moving, zeros, strict=True):
+            assert param.grad is not None
+            seen[id(param)] = zero
+            double.shown.append((param, zero))
+            _give_gradient(zero, local_like(param.grad, param))
+            if lent := lending.lend(host.state, param, "", as_local=True):
+                state[zero] = lent
+        double.host.param_groups = [
+            {**group, "params": [seen.get(id(param), param) for param in group["params"]]}
+            for group in host.param_groups
         ]
-        zeros = self._zeros.take([position for position, *_ in moving], [local_tensor(param) for _, param, _ in moving])
-        seen: dict[Tensor, Tensor] = {}
-        self._host = host
-        for (_, param, grad), zero in zip(moving, zeros, strict=True):
-            seen[param] = zero
-            zero.grad = local_like(grad, param)
-            self._shown.append(Shown(param, zero, grad, _version(grad)))
-            if state := lending.lend(host.state, param, "", as_local=True):
-                host.state[zero] = state
         for group in host.param_groups:
-            self._groups.append((group, group["params"]))
-            group["params"] = [seen.get(param, param) for param in group["params"]]
+            for param in group["params"]:
+                if id(param) not in seen and param.grad is not None:
+                    state[param] = host.state[param]
+        double.host.state = state  # type: ignore[assignment]
 
-    def take_back(self, stepped: bool) -> None:
-        """Let the host have its parameters again, with the state that it has kept of them.
-
-        Raises ValueError where the step was broken off (it has not `stepped`), the host's gradients have been cleared since, and
-        others have been added to those of the parameters: by `zero_grad` on the host, which then saw the stand-ins.
-        """
-        host, shown = self._host, self._shown
-        for group, params in self._groups:
-            group["params"] = params
-        self._host, self._groups, self._shown = None, [], []
-        mixed = False
-        for one in shown:
-            assert host is not None
-            lending.take_back(host.state, one.param, host.state.pop(one.stand_in, {}), "")
-            if not stepped and one.stand_in.grad is None and one.param.grad is one.grad:
-                mixed = mixed or _version(one.grad) != one.version
-                one.param.grad = None
-            one.stand_in.grad = None
-        if mixed:
-            raise ValueError(
-                "the last step was broken off by an error, and gradients have been added to those it had; they are cleared now: "
-                "evaluate and call backward() again"
-            )
+    def take_back(self, host: Host) -> None:
+        """Let the host have the state that its double, which has stepped, has kept; and what else it has noted."""
+        double = self._doubles.get(id(host))
+        if double is None:
+            return
+        for param, zero in double.shown:
+            lending.take_back(host.state, param, double.host.state[zero], "")
+        for key, value in vars(double.host).items():
+            if key not in ("param_groups", "state") and double.attributes.get(key, double) is not value:
+                setattr(host, key, value)
+        double.let_go()
 
     @contextmanager
-    def adopted(self, step: Step, per_lr: bool) -> Iterator[None]:
-        """What the zeros have become (over lr, if asked) is the pending update of `step`; written when the block has ended."""
-        for batch in step.batches:
+    def adopted(self, batches: Sequence[Batch], per_lr: bool) -> Iterator[None]:
+        """What the zeros have become (over lr, if asked) is the pending update of `batches`; written when the block has ended."""
+        for batch in batches:
             batch.update, batch.owns_update, batch.flipped = self._zeros.taken(batch.index), True, True
             batch.ahead = batch.group["lr"] if per_lr else None
         yield
-        for batch in step.batches:
+        for batch in batches:
             batch.pull_(batch.pulls, batch.update, batch.signed_scale, clear=True)
             self._zeros.cleared(batch.index, batch.update)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def can_be_doubled(host: Host) -> bool:
+    """Whether `host` does to zeros what it would do to the parameters; of two attachments one may have changed its groups."""
+    differentiable = any(group["differentiable"] for group in host.param_groups if type(host) in ELEMENTWISE)
+    return type(host) in ELEMENTWISE and not differentiable and len(attachments_of(host)) == 1
 
 
-def _is_plain(param: Tensor) -> bool:
-    """Whether a parameter is an ordinary tensor or a DTensor of one, in a dtype that holds −lr·u well.
+def can_stand_aside(local: Tensor, param: Tensor) -> bool:
+    """Whether zeros can be shown in the stead of a parameter: an ordinary tensor, or a DTensor of one, in a dtype that holds −lr·u well.
 
-    Not a DTensor without dimensions: what an optimizer keeps of it looks like a counter of steps, which is to stay an ordinary tensor.
+    Not for a DTensor without dimensions: what an optimizer keeps of it looks like a counter of steps, which is to stay an ordinary tensor.
     """
-    local = param._local_tensor if isinstance(param, DTensor) else param
     if type(local) not in (Tensor, torch.nn.Parameter) or local.dtype in LOW:
         return False
-    return local is param or local.dim() > 0
+    return local.dim() > 0 or not isinstance(param, DTensor)
+
+
+def _give_gradient(zero: Tensor, grad: Tensor) -> None:
+    if grad.dtype != zero.dtype:  # as the parameter's own `grad_dtype` allows
+        zero.grad_dtype = grad.dtype
+    zero.grad = grad

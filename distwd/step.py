@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +81,17 @@ class Batch:
         """The factor of `update`."""
         scale = self.scale if self.ahead is None else self.scale * inverse(self.ahead)
         return -scale if self.flipped else scale
+
+    def part(self, positions: Collection[int]) -> Batch:
+        """Only the parameters at these positions; before anything is pending."""
+        kept = [number for number, position in enumerate(self.index) if position in positions]
+        if len(kept) == len(self.index):
+            return self
+        lists: dict[str, Any] = {
+            name: [getattr(self, name)[number] for number in kept]
+            for name in ("index", "whole", "params", "grads", "update")
+        }
+        return replace(self, **lists)
 
     def scale_by(self, lr: Rate) -> None:
         """Multiply what is pending by a learning rate."""
@@ -251,13 +262,19 @@ def inverse(lr: Rate) -> Rate:
 
 
 def unless(found_inf: Tensor, rate: Rate) -> Tensor:
-    """`rate`, or 0 where `found_inf` is not 0: by selection, since 0 · inf is NaN."""
+    """`rate`, or 0 where `found_inf` is not 0 (or is True): by selection, since 0 · inf is NaN."""
     # Everything goes to where the flag is: bringing the flag here would wait for the device.
     if isinstance(rate, Tensor):
         rate = rate.to(found_inf.device, non_blocking=True)
     else:
         rate = torch.full((), rate, dtype=wide_dtype(found_inf.device), device=found_inf.device)
     return torch.where(found_inf != 0, 0.0, rate)
+
+
+def check_gradient(name: str, gradient: Tensor) -> None:
+    """Raise ValueError for a gradient that no rule can work on."""
+    if gradient.layout is not torch.strided:
+        raise ValueError(f"the gradient of {name} is sparse; use dense gradients (for an embedding: sparse=False)")
 
 
 def _batches(
@@ -268,10 +285,7 @@ def _batches(
         param = entry.tensor
         if (gradient := param.grad) is None:
             continue
-        if gradient.layout is not torch.strided:
-            raise ValueError(
-                f"the gradient of {entry.name} is sparse; use dense gradients (for an embedding: sparse=False)"
-            )
+        check_gradient(entry.name, gradient)
         local = local_tensor(param)
         key = (entry.group, local.device, local.dtype)
         if (lists := found.get(key)) is None:

@@ -101,3 +101,17 @@ def test_what_comes_off_leaves_everything_as_if_it_had_never_been_on(host, rule,
     before = everything(optimizer)
     attach(optimizer, RULES[rule], coupling=coupling).remove()
     assert everything(optimizer) == before
+
+
+@pytest.mark.parametrize("name", ["absolute", "of the update"])
+def test_a_parameter_that_no_rule_can_work_on_is_refused_when_it_comes_later(name):
+    w, late = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    attach(optimizer, RULES[name])
+    w.grad, late.grad = torch.ones(2), torch.ones(2, dtype=torch.complex64)
+    optimizer.step()
+    before = w.detach().clone()
+    optimizer.add_param_group({"params": [late]})
+    with pytest.raises(ValueError, match="param 1 is complex; pass torch.view_as_real of it instead"):
+        optimizer.step()
+    assert torch.equal(w, before)

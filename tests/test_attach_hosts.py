@@ -223,8 +223,6 @@ def test_several_hosts_share_their_numbers_as_if_they_were_one(name, coupling, o
     one = torch.optim.AdamW(theirs.items(), lr=0.01, weight_decay=0)
     attachment = attach(hosts, *RULES[name], coupling=coupling)
     attach(one, *RULES[name], coupling=coupling)
-    # What several hosts did is found from copies of the parameters; so it is of one that others look at.
-    one.register_step_pre_hook(lambda *_: None)
     for step in range(3):
         feed(ours, step)
         for host in hosts[::order]:

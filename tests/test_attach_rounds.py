@@ -190,9 +190,6 @@ def test_updates_may_be_made_from_gradients_that_come_one_after_the_other():
     one = torch.optim.SGD(theirs.items(), lr=LR, momentum=0.9)
     attach(hosts, RelativeWeightDecay(0.1))
     attach(one, RelativeWeightDecay(0.1))
-    one.register_step_pre_hook(
-        lambda *_: None
-    )  # so that what it did is found from copies of the parameters, as of several
     for step in range(3):
         for index, host in enumerate(hosts):
             feed(ours, 2 * step + index, 1.0)

@@ -204,3 +204,17 @@ def test_groups_whose_lr_is_1_have_the_sign_of_the_others(metric):
     update = torch.cat([grads[name].double() * lrs[name] for name in grads])
     expected = {"sum": update.sum(), "std": update.std(), "var": update.var()}[metric].item()
     assert chain.stats()["RelativeWeightDecay"]["metric"].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("host", [None, {"foreach": False}, {"foreach": True}], ids=["no host", "single", "foreach"])
+def test_cautious_decay_behind_a_learning_rate_of_0_decays_nothing(lr, host):
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    w.grad = torch.tensor([1.0, -1.0])
+    hosts = [] if host is None else [distwd.Wrap(torch.optim.SGD, **host)]
+    chain = distwd.Chain([w], *hosts, distwd.LR(lr), distwd.CautiousWeightDecay(0.1))
+    chain.step()
+    assert w.tolist() == [1.0, -2.0]
+    chain.param_groups[0]["lr"] = torch.tensor(0.5) if isinstance(lr, torch.Tensor) else 0.5
+    chain.step()
+    torch.testing.assert_close(w.detach(), torch.tensor([0.4, -1.3]))

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..checks import check_choice, check_nonnegative, check_ord
-from ..kernels.pull import Pull
+from ..kernels.pull import Pull, Rate
 from ..kernels.writing import fold
 from ..metrics.metric import Metric
-from ..step import Batch, Step
+from ..step import Batch, Step, unless
 from ..transform import Place, Transform
 
 TARGETS = ("update", "grad", "params_direct", "closure")
@@ -62,6 +64,8 @@ class Decay(Transform):
         on_gradients = self.target in ("grad", "closure") or (self.target == "update" and step.pulls_gradients)
         for batch, own, is_cautious in zip(step.batches, settings, cautious, strict=True):
             rate = step.rate(place, batch, own, on_gradients)
+            if is_cautious:
+                rate = _where_scaled(batch, rate)
             # A pull that is put while the update is not scaled yet will be scaled by exactly what scales the update.
             before_lr = own["weight_decay"] if batch.is_unscaled and self.need(own) is None else None
             self._put(batch, Pull(rate, float(own["ord"]), is_cautious, place.sign(batch.group), before_lr))
@@ -83,6 +87,13 @@ class Decay(Transform):
             batch.at_once.append(pull)
         else:
             fold(batch.grads, batch.params, [pull], 1.0, batch.grads, batch.mask, scratch=batch.scratch)
+
+
+def _where_scaled(batch: Batch, rate: Rate) -> Rate:
+    """`rate`, or 0 where the learning rate is 0: there the update is 0, whatever its mask is taken of."""
+    if isinstance(batch.scale, Tensor):
+        return unless(batch.scale == 0, rate)
+    return rate if batch.scale else 0.0
 
 
 def _words(decay: Decay) -> list[str]:

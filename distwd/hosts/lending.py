@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..local import local_tensor
+from ..local import local_like, local_tensor
 
 State = dict[str, Any]
 
@@ -22,7 +22,9 @@ def lend(states: dict[Tensor, State], param: Tensor, suffix: str, as_local: bool
     if not suffix and not (as_local and isinstance(param, DTensor)):
         return state
     own = ((key, value) for key, value in state.items() if key.endswith(suffix))
-    return {key.removesuffix(suffix): local_tensor(v) if as_local and isinstance(v, DTensor) else v for key, v in own}
+    return {
+        key.removesuffix(suffix): local_like(v, param) if as_local and isinstance(v, DTensor) else v for key, v in own
+    }
 
 
 def take_back(states: dict[Tensor, State], param: Tensor, lent: State, suffix: str) -> None:

@@ -16,6 +16,9 @@ class Zeros:
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}
+        self._strides: dict[
+            int, tuple[int, ...]
+        ] = {}  # of the parameters: fused kernels take elements as they lie in memory
         self._clean: set[int] = set()
 
     def take(self, positions: Sequence[int], params: Sequence[Tensor]) -> list[Tensor]:
@@ -23,8 +26,9 @@ class Zeros:
         zeros = []
         for position, param in zip(positions, params, strict=True):
             kept = self._kept.get(position)
-            if kept is None or kept.shape != param.shape or kept.dtype != param.dtype or kept.device != param.device:
+            if kept is None or not _is_like(kept, param) or self._strides[position] != param.stride():
                 kept = self._kept[position] = torch.empty_like(param, requires_grad=False)
+                self._strides[position] = param.stride()
                 self._clean.discard(position)
             zeros.append(kept)
         if dirty := [zero for position, zero in zip(positions, zeros, strict=True) if position not in self._clean]:
@@ -39,3 +43,7 @@ class Zeros:
     def cleared(self, positions: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Learn that `tensors` hold zeros, if they are those that were taken for the parameters at these positions."""
         self._clean.update(p for p, tensor in zip(positions, tensors, strict=True) if tensor is self._kept.get(p))
+
+
+def _is_like(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
