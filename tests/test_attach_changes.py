@@ -112,6 +112,6 @@ def test_a_parameter_that_no_rule_can_work_on_is_refused_when_it_comes_later(nam
     optimizer.step()
     before = w.detach().clone()
     optimizer.add_param_group({"params": [late]})
-    with pytest.raises(ValueError, match="param 1 is complex; pass torch.view_as_real of it instead"):
+    with pytest.raises(ValueError, match=r"param 1 is complex; pass torch.view_as_real of it instead"):
         optimizer.step()
     assert torch.equal(w, before)
