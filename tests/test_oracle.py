@@ -43,7 +43,8 @@ def test_directions_point_away_from_zero():
     assert torch.equal(direction(x, 2), x)
     assert torch.equal(direction(x, 3), x * x.abs())
     assert torch.equal(direction(x, 4), x**3)
-    assert direction(x, 1.5)[0].item() == -math.sqrt(2)
+    # Only these are exact everywhere: vector units round powers in their own ways.
+    assert direction(x, 1.5)[0].item() == pytest.approx(-math.sqrt(2), rel=4e-16)
 
 
 @pytest.mark.parametrize(
