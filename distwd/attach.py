@@ -126,7 +126,8 @@ class Attachment:
         self._follows = coupling != "gradient" and bool(rules) and must_follow(rules, hosts)
         # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
         self._each_alone = len(hosts) == 1 or all(decay.need(decay.defaults) is None for decay in decays)
-        self._following = Following(self._hosts, coupling == "lr", any(d.target == "params_direct" for d in rules))
+        at_once = any(decay.target == "params_direct" for decay in rules)
+        self._following = Following(coupling == "lr", at_once, waits=not self._each_alone)
         self._round = Round(hosts, self._each_alone, self._follows)
         self._step: Step | None = None
         self._rehearses = self._raised = self._acted = False
@@ -181,8 +182,6 @@ class Attachment:
 
     def _shown(self) -> list[dict[str, Any]]:
         return [group for host in self._hosts for group in host.param_groups]
-
-    # --- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook(self, host: torch.optim.Optimizer) -> list[Any]:
         after = host.register_step_post_hook(self._after)
@@ -242,7 +241,7 @@ class Attachment:
         self._conductor.prepare()
         self._rehearses, self._raised = False, True  # until the post hook says otherwise
         if self._follows:
-            self._following.begin(self._conductor)
+            self._following.begin([host] if self._each_alone else self._hosts, self._conductor)
 
     @in_step
     def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
@@ -271,7 +270,8 @@ class Attachment:
         if is_within_a_step(host):
             return
         self._raised = False
-        self._following.take_back(host)
+        if self._follows and not self._rehearses:
+            self._following.take_back(host, args[0])
         mark_idle(host)
         self._lent.take_back(stepped=True)
         if not self._round.is_complete():

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from .conductor import Conductor
+from .kernels.pull import Rate
 from .local import local_tensor
+from .plan.entries import Entry
 from .snapshot import Snapshot
 from .stand_ins import StandIns, can_be_doubled, can_stand_aside
 from .step import Batch, Step, check_gradient
@@ -23,33 +25,36 @@ class Following:
     the same way, whatever those ranks hold beside it: the two round differently.
 
     per_lr: whether what they did is over lr. decays_at_once: whether a rule changes the parameters before the step is written.
+    waits: whether the decay of one host waits for the others. Until then its step is to be seen, and its lr may change.
     """
 
-    def __init__(self, hosts: Sequence[Host], per_lr: bool, decays_at_once: bool) -> None:
-        self._hosts, self._per_lr, self._decays_at_once = hosts, per_lr, decays_at_once
+    def __init__(self, per_lr: bool, decays_at_once: bool, waits: bool) -> None:
+        self._per_lr, self._decays_at_once, self._waits = per_lr, decays_at_once, waits
         self.forget()
 
     def forget(self) -> None:
         """Let go of all memory."""
         self._snapshot, self._stand_ins = Snapshot(), StandIns()
         self._aside: set[int] = set()
+        self._lrs: dict[int, Rate] = {}
 
-    def begin(self, conductor: Conductor) -> None:
-        """Before the first host steps."""
+    def begin(self, hosts: Sequence[Host], conductor: Conductor) -> None:
+        """Before the first of these hosts steps, which will step together."""
         self._stand_ins.begin()
-        doubled = {id(group) for host in self._hosts if self._doubles(host) for group in host.param_groups}
-        indices = {index for index, group in enumerate(conductor.groups) if id(group) in doubled}
-        playing = conductor.playing()
-        self._aside = {
-            position
-            for position, entry in playing
-            if entry.group in indices and can_stand_aside(local_tensor(entry.tensor), entry.tensor)
-        }
-        self._snapshot.take([(position, entry) for position, entry in playing if position not in self._aside])
+        self._aside, self._lrs = set(), {}
+        copied = []
+        for host in hosts:
+            doubles = self._doubles(host)
+            for position, entry in _playing(host, conductor):
+                if doubles and can_stand_aside(local_tensor(entry.tensor)):
+                    self._aside.add(position)
+                else:
+                    copied.append((position, entry))
+        self._snapshot.take(copied)
 
     def _doubles(self, host: Host) -> bool:
         # A decay at once is undone from the copy if the step fails.
-        return not self._decays_at_once and can_be_doubled(host)
+        return not self._decays_at_once and not self._waits and can_be_doubled(host)
 
     def double_of(self, host: Host) -> Host | None:
         """What steps instead of `host`, once its gradients have been shown; None if that is the host itself."""
@@ -57,24 +62,29 @@ class Following:
 
     def show(self, host: Host, conductor: Conductor) -> None:
         """`host` steps now, and its gradients are there. Raises ValueError for sparse ones."""
-        own = {id(group) for group in host.param_groups}
-        indices = {index for index, group in enumerate(conductor.groups) if id(group) in own}
         moving = []
-        for position, entry in conductor.playing():
-            if entry.group in indices and (grad := entry.tensor.grad) is not None:
+        for position, entry in _playing(host, conductor):
+            if (grad := entry.tensor.grad) is not None:
                 check_gradient(entry.name, grad)
                 if position in self._aside:
                     moving.append((position, entry.tensor, local_tensor(entry.tensor)))
         if self._doubles(host):
             self._stand_ins.show(host, moving)
+        for group in host.param_groups if self._waits else ():
+            if (lr := group.get("lr")) is not None:
+                self._lrs[id(group)] = lr.clone() if isinstance(lr, torch.Tensor) else lr
 
-    def take_back(self, host: Host) -> None:
-        """`host` has stepped."""
-        self._stand_ins.take_back(host)
+    def take_back(self, host: Host, stepped: Host) -> None:
+        """`host` has stepped, or what has `stepped` for it. Raises ValueError if that is not its double, and it has one."""
+        if self._doubles(host):
+            self._stand_ins.take_back(host, stepped)
 
     @contextmanager
     def adopted(self, step: Step) -> Iterator[None]:
         """What the hosts did is the pending update of `step`, which is written when the block has ended."""
+        for batch in step.batches:
+            if id(batch.group) in self._lrs:
+                batch.group = {**batch.group, "lr": self._lrs[id(batch.group)]}
         moved, copied = self._stand_ins.positions, self._snapshot.before
         aside: list[Batch] = [part for batch in step.batches if (part := batch.part(moved)).index]
         rest: list[Batch] = [part for batch in step.batches if (part := batch.part(copied)).index]
@@ -84,3 +94,10 @@ class Following:
             self._snapshot.adopted(step, rest, self._per_lr, self._decays_at_once),
         ):
             yield
+
+
+def _playing(host: Host, conductor: Conductor) -> Iterator[tuple[int, Entry]]:
+    """The parameters of a host that are shown now, with their positions among all."""
+    own = set(map(id, host.param_groups))
+    indices = {index for index, group in enumerate(conductor.groups) if id(group) in own}
+    return ((position, entry) for position, entry in conductor.playing() if entry.group in indices)

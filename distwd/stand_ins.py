@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .hosts import ELEMENTWISE, Zeros, lending
 from .kernels.rounding import LOW
@@ -23,11 +22,11 @@ Host = torch.optim.Optimizer
 
 @dataclass(slots=True)
 class Double:
-    """What is stepped instead of a host, what the host was made of then, and the parameters with what stands in for them."""
+    """What is stepped instead of a host, what the host was made of then, and the parameters with what is stepped for them."""
 
     host: Host
     attributes: dict[str, Any] = field(default_factory=dict)
-    shown: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stepped: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def become(self, host: Host) -> None:
         """Have all that `host` has."""
@@ -36,12 +35,12 @@ class Double:
         vars(self.host).update(self.attributes)
 
     def let_go(self) -> None:
-        """Forget the gradients."""
-        for _, zero in self.shown:
-            grad, zero.grad = zero.grad, None
-            if grad is not None and grad.dtype != zero.dtype:
-                zero.grad_dtype = zero.dtype
-        self.shown = []
+        """Keep no gradient and no state alive."""
+        for param, zero in self.stepped:
+            if zero is not param:
+                _take_gradient(zero)
+        self.attributes, self.stepped = {}, []
+        vars(self.host).update(param_groups=[], state={})
 
 
 class StandIns:
@@ -71,39 +70,42 @@ class StandIns:
 
     def show(self, host: Host, moving: Sequence[tuple[int, Tensor, Tensor]]) -> None:
         """Put zeros into the groups of the host's double, for these (position, parameter, local parameter) with a gradient."""
-        double, seen = self._doubles[id(host)], dict[int, Tensor]()
-        state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+        double, zero_of = self._doubles[id(host)], dict[int, Tensor]()
         positions = [position for position, *_ in moving]
-        zeros = self._zeros.take(positions, [local for *_, local in moving])
         self.positions.update(positions)
+        zeros = self._zeros.take(positions, [local for *_, local in moving])
         for (_, param, _), zero in zip(moving, zeros, strict=True):
             assert param.grad is not None
-            seen[id(param)] = zero
-            double.shown.append((param, zero))
+            zero_of[id(param)] = zero
             _give_gradient(zero, local_like(param.grad, param))
-            if lent := lending.lend(host.state, param, "", as_local=True):
-                state[zero] = lent
-        double.host.param_groups = [
-            {**group, "params": [seen.get(id(param), param) for param in group["params"]]}
-            for group in host.param_groups
-        ]
+        groups: list[dict[str, Any]] = []
         for group in host.param_groups:
-            for param in group["params"]:
-                if id(param) not in seen and param.grad is not None:
-                    state[param] = host.state[param]
-        double.host.state = state  # type: ignore[assignment]
+            aside = [(param, zero_of[id(param)]) for param in group["params"] if id(param) in zero_of]
+            rest = [(param, param) for param in group["params"] if id(param) not in zero_of and param.grad is not None]
+            # Apart, since DTensors and ordinary tensors do not go together in one list.
+            groups += [{**group, "params": [one for _, one in some]} for some in (aside, rest) if some]
+            double.stepped += aside + rest
+        lent = ((one, lending.lend(host.state, param, "", as_local=one is not param)) for param, one in double.stepped)
+        double.host.param_groups, double.host.state = groups, defaultdict(dict, lent)
 
-    def take_back(self, host: Host) -> None:
-        """Let the host have the state that its double, which has stepped, has kept; and what else it has noted."""
-        double = self._doubles.get(id(host))
-        if double is None:
-            return
-        for param, zero in double.shown:
-            lending.take_back(host.state, param, double.host.state[zero], "")
+    def take_back(self, host: Host, stepped: Host) -> None:
+        """Let the host have the state that its double, which has stepped, has kept; and what else it has noted.
+
+        Raises ValueError where something else has `stepped`, or the double was not asked to show gradients.
+        """
+        double = self._doubles[id(host)]
+        if stepped is not double.host or vars(double.host).get("param_groups") is host.param_groups:
+            raise ValueError(
+                f"a hook before the step of {type(host).__name__} has changed the arguments that attach has given it; register such "
+                "hooks before attach, or change only what comes after them"
+            )
+        for param, one in double.stepped:
+            lending.take_back(host.state, param, double.host.state[one], "")
         for key, value in vars(double.host).items():
             if key not in ("param_groups", "state") and double.attributes.get(key, double) is not value:
                 setattr(host, key, value)
         double.let_go()
+        double.host.param_groups = host.param_groups  # for hooks that take it for the host
 
     @contextmanager
     def adopted(self, batches: Sequence[Batch], per_lr: bool) -> Iterator[None]:
@@ -119,21 +121,23 @@ class StandIns:
 
 def can_be_doubled(host: Host) -> bool:
     """Whether `host` does to zeros what it would do to the parameters; of two attachments one may have changed its groups."""
-    differentiable = any(group["differentiable"] for group in host.param_groups if type(host) in ELEMENTWISE)
-    return type(host) in ELEMENTWISE and not differentiable and len(attachments_of(host)) == 1
-
-
-def can_stand_aside(local: Tensor, param: Tensor) -> bool:
-    """Whether zeros can be shown in the stead of a parameter: an ordinary tensor, or a DTensor of one, in a dtype that holds −lr·u well.
-
-    Not for a DTensor without dimensions: what an optimizer keeps of it looks like a counter of steps, which is to stay an ordinary tensor.
-    """
-    if type(local) not in (Tensor, torch.nn.Parameter) or local.dtype in LOW:
+    if type(host) not in ELEMENTWISE or "_init_group" in vars(host) or len(attachments_of(host)) != 1:
         return False
-    return local.dim() > 0 or not isinstance(param, DTensor)
+    return not any(group["differentiable"] for group in host.param_groups)
+
+
+def can_stand_aside(local: Tensor) -> bool:
+    """Whether zeros can be shown in the stead of a local parameter: an ordinary tensor, in a dtype that holds −lr·u well."""
+    return type(local) in (Tensor, torch.nn.Parameter) and local.dtype not in LOW
 
 
 def _give_gradient(zero: Tensor, grad: Tensor) -> None:
     if grad.dtype != zero.dtype:  # as the parameter's own `grad_dtype` allows
         zero.grad_dtype = grad.dtype
     zero.grad = grad
+
+
+def _take_gradient(zero: Tensor) -> None:
+    grad, zero.grad = zero.grad, None
+    if grad is not None and grad.dtype != zero.dtype:
+        zero.grad_dtype = zero.dtype

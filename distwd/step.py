@@ -91,7 +91,7 @@ class Batch:
             name: [getattr(self, name)[number] for number in kept]
             for name in ("index", "whole", "params", "grads", "update")
         }
-        return replace(self, **lists)
+        return replace(self, **lists, pulls=[], at_once=[])
 
     def scale_by(self, lr: Rate) -> None:
         """Multiply what is pending by a learning rate."""

@@ -19,7 +19,7 @@ def kinds(value) -> object:
     return type(value), tuple(value.shape), value.dtype, of_shard
 
 
-def states_on_a_rank(host: str, wholes: dict) -> list:
+def states_on_a_rank(host: str, wholes: dict, foreach: bool) -> list:
     """By position, what is kept of DTensors by a bare optimizer, and by one that steps zeros in their stead."""
     cls, mesh, found = getattr(torch.optim, host.split(",")[0]), mesh_of(3, names=("dp",)), []
     for attached in (False, True):
@@ -27,7 +27,7 @@ def states_on_a_rank(host: str, wholes: dict) -> list:
             name: torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0) if whole.dim() else Replicate()]))
             for name, whole in wholes.items()
         }
-        optimizer = cls(params.items(), lr=0.01, foreach=False, **HOSTS[host])
+        optimizer = cls(params.items(), lr=0.01, foreach=foreach, **HOSTS[host])
         if attached:
             attach(optimizer, RULES["relative"]())
         for _ in range(2):
@@ -38,13 +38,12 @@ def states_on_a_rank(host: str, wholes: dict) -> list:
     return found
 
 
-@pytest.mark.parametrize("scalar", [False, True], ids=["matrix and vector", "and a scalar"])
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_state_is_of_the_kind_that_the_host_alone_keeps(worlds, host, scalar):
-    wholes = {"matrix": torch.ones(4, 3), "vector": torch.ones(5)}
-    if scalar:  # as a plain tensor, what is kept of it would not go together with the parameter
-        wholes["scalar"] = torch.tensor(2.0)
-    for alone, attached in worlds.run(3, states_on_a_rank, host, wholes):
+def test_the_state_is_of_the_kind_that_the_host_alone_keeps(worlds, host, foreach):
+    # As a plain tensor, what is kept of a scalar would not go together with the parameter.
+    wholes = {"matrix": torch.ones(4, 3), "vector": torch.ones(5), "scalar": torch.tensor(2.0)}
+    for alone, attached in worlds.run(3, states_on_a_rank, host, wholes, foreach):
         assert alone == attached
         assert len(alone) == len(wholes)
 
@@ -97,3 +96,27 @@ def continued_on_a_rank() -> list[torch.Tensor]:
 def test_a_state_that_is_placed_otherwise_is_cut_like_its_parameter(worlds):
     for bare, attached in worlds.run(2, continued_on_a_rank):
         torch.testing.assert_close(attached, bare)
+
+
+def stepped_beside_a_marked_one() -> list[torch.Tensor]:
+    """A DTensor of an ordinary tensor and one of another kind, in one list of a bare optimizer and of an attached one."""
+    mesh, results = mesh_of(2, names=("dp",)), []
+    for attached in (False, True):
+        params = [torch.nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)])) for _ in range(2)]
+        params[1]._local_tensor = params[1]._local_tensor.as_subclass(Marked)
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True)
+        if attached:
+            attach(optimizer, RelativeWeightDecay(0.0))
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        results += [param.to_local().as_subclass(torch.Tensor) for param in params]
+    return results
+
+
+def test_zeros_and_parameters_do_not_share_a_list(worlds):
+    for one, marked, *attached in worlds.run(2, stepped_beside_a_marked_one):
+        for param in attached:
+            torch.testing.assert_close(param, one)
+            torch.testing.assert_close(param, marked)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from distwd import CautiousWeightDecay, RelativeWeightDecay, attach
+from distwd import CautiousWeightDecay, RelativeWeightDecay, attach, following
 from tests.layouts import whole_model
 from tests.one_process import fp32_parameters
 from tests.oracle import metric_of
@@ -184,7 +184,9 @@ def test_gradients_that_are_cleared_before_all_have_stepped_are_missed():
             second.step()
 
 
-def test_updates_may_be_made_from_gradients_that_come_one_after_the_other():
+def test_updates_may_be_made_from_gradients_that_come_one_after_the_other(monkeypatch):
+    # What several hosts did is found from copies of the parameters; so it shall be of one.
+    monkeypatch.setattr(following, "can_be_doubled", lambda host: False)
     ours, theirs = fp32_parameters(), fp32_parameters()
     hosts = halves(ours)
     one = torch.optim.SGD(theirs.items(), lr=LR, momentum=0.9)
@@ -249,3 +251,39 @@ def saved_between_steps(coupling: str, norm_input: str, asked: bool) -> dict[str
 def test_saving_hosts_that_keep_no_state_decays_nothing_between_steps(coupling, norm_input):
     saved, untouched = (saved_between_steps(coupling, norm_input, asked) for asked in (True, False))
     assert differing(saved, untouched) == []
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_a_scheduler_may_step_before_the_other_host_does(as_tensor):
+    """What a host did is over the lr that it did it with."""
+    ends = []
+    for between in (False, True):
+        params = fp32_parameters()
+        hosts = halves(params)
+        for host in hosts if as_tensor else ():
+            host.param_groups[0]["lr"] = torch.tensor(LR)
+        attach(hosts, RelativeWeightDecay(DECAY))
+        schedulers = [torch.optim.lr_scheduler.StepLR(host, 1, gamma=0.1) for host in hosts]
+        for step in range(3):
+            feed(params, step, 1.0)
+            for host, scheduler in zip(hosts, schedulers, strict=True):
+                host.step()
+                if between:
+                    scheduler.step()
+            for scheduler in () if between else schedulers:
+                scheduler.step()
+        ends.append({name: param.detach() for name, param in params.items()})
+    assert differing(*ends) == []
+
+
+def test_what_a_host_did_is_seen_before_the_others_step():
+    """An average of the weights in its post hook sees it; and it stays if the round is not finished."""
+    params = fp32_parameters()
+    first, second = halves(params)
+    attachment = attach([first, second], RelativeWeightDecay(DECAY))
+    feed(params, 0, 1.0)
+    before = {name: param.detach().clone() for name, param in params.items()}
+    first.step()
+    assert differing({name: param.detach() for name, param in params.items()}, before) == list(params)[:CUT]
+    attachment.remove()
+    assert differing({name: param.detach() for name, param in params.items()}, before) == list(params)[:CUT]

@@ -37,16 +37,18 @@ def take_back(states: dict[Tensor, State], param: Tensor, lent: State, suffix: s
     for key, value in lent.items():
         kept = state.get(key + suffix)
         if kept is not value and (not isinstance(kept, Tensor) or local_tensor(kept) is not value):
-            state[key + suffix] = _as_shard(value, param)
+            state[key + suffix] = value if key in _COUNTERS else _as_shard(value, param)
+
+
+# What torch's optimizers keep as ordinary tensors without dimensions, whatever the parameter is.
+_COUNTERS = ("step", "mu_product")
 
 
 def _as_shard(value: Any, param: Tensor) -> Any:
     """A tensor of the local shard's shape is a shard of the whole state, and a DTensor, so that checkpoints see it whole."""
     if not isinstance(param, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
-    if value.dim() == 0 or value.shape != local_tensor(param).shape:
-        return value
-    return like_whole(value, param)
+    return like_whole(value, param) if value.shape == local_tensor(param).shape else value
 
 
 def like_whole(local: Tensor, param: Tensor) -> Tensor:
