@@ -120,7 +120,10 @@ class StandIns:
 
 
 def can_be_doubled(host: Host) -> bool:
-    """Whether `host` does to zeros what it would do to the parameters; of two attachments one may have changed its groups."""
+    """Whether `host` does to zeros what it would do to the parameters.
+
+    Of two attachments one may have changed its groups; and a function of its own, bound to it, would know nothing of the double.
+    """
     if type(host) not in ELEMENTWISE or "_init_group" in vars(host) or len(attachments_of(host)) != 1:
         return False
     return not any(group["differentiable"] for group in host.param_groups)
