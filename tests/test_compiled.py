@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import distwd
 from distwd.kernels import compiled as compiling
+from distwd.kernels.blocks import blocks, is_large
 
 # More large tensors than one call takes, one that does not end in a whole vector, and small ones, which are not compiled.
 NUMELS = [40_000, 70_003, 120_000, 7, 300]
@@ -113,8 +114,9 @@ def test_large_tensors_go_through_the_compiler_some_at_a_time(way, rule, passes)
 @pytest.mark.parametrize("number", [float, torch.tensor], ids=["numbers", "tensors"])
 def test_nothing_is_compiled_again_when_numbers_or_lengths_change(number):
     counters.clear()  # of what other tests have compiled
+    compiling.compiled.cache_clear()
     graphs = None
-    for numels in (NUMELS, [numel + 8 for numel in NUMELS]):
+    for numels in ([70_003, 70_003, 120_000, 7, 300], NUMELS, [numel + 8 for numel in NUMELS], [120_000] * 3):
         stepping, _ = optimizer("chain", RULES["relative update"], params(numels=numels), compile=True)
         for lr in (1e-2, 1e-3, 1e-4):
             stepping.param_groups[0]["lr"] = number(lr)
@@ -122,6 +124,23 @@ def test_nothing_is_compiled_again_when_numbers_or_lengths_change(number):
             graphs = counters["stats"]["unique_graphs"] if graphs is None else graphs
             assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "numels", [[1_000_000], [40_000], [40_000, 900_001], [70_003, 5, 0, 300_000, 50_000], NUMELS * 4]
+)
+@pytest.mark.parametrize("number", [2, 8])
+def test_a_call_takes_so_many_tensors_or_halves_of_them_or_one(numels, number):
+    tensors = [torch.arange(numel) + start for start, numel in enumerate(numels)]
+    found: dict[int, list[torch.Tensor]] = {}
+    for places, (pieces, others) in blocks(tensors, [-tensor for tensor in tensors], together=number):
+        assert not is_large(pieces) or len(pieces) in (1, number)
+        assert len(pieces) == 1 or all(is_large([piece]) == is_large(pieces) for piece in pieces)
+        for place, piece, other in zip(places, pieces, others, strict=True):
+            assert torch.equal(piece, -other)
+            found.setdefault(place, []).append(piece)
+    assert sorted(found) == [place for place, numel in enumerate(numels) if numel]
+    assert all(torch.equal(torch.cat(pieces), tensors[place]) for place, pieces in found.items())
 
 
 # --- on ranks ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ def blocks(*lists: Sequence[Tensor], together: int = 0) -> Iterator[Block]:
 
     Large tensors come in flat slices, small ones together, empty ones not at all. The pieces are views: writing
     to them writes to the tensors. A tensor that is not contiguous comes as it is.
-    together: large tensors come uncut, that many at a time and the rest one by one; 0: cut.
+    together: large tensors come that many at a time, uncut but for a few, so that it comes out even; one by one where that would
+    make small ones of them. 0: cut.
     """
     device = lists[0][0].device if lists[0] else torch.device("cpu")
     size, small = block_size(device), small_size(device)
@@ -67,9 +68,27 @@ def blocks(*lists: Sequence[Tensor], together: int = 0) -> Iterator[Block]:
     if places:
         yield places, _chosen(lists, places)
     while uncut:
-        number = together if len(uncut) >= together else 1
-        yield _joined(uncut[:number])
-        uncut = uncut[number:]
+        some, uncut = _divided(uncut[:together], together, small), uncut[together:]
+        if len(some) == together:
+            yield _joined(some)
+        else:
+            yield from some
+
+
+def _divided(some: list[Block], number: int, small: int) -> list[Block]:
+    """Blocks of one flat piece each, the largest halved until there are `number`; as they are if that makes small ones."""
+    parts = list(some)
+    while len(parts) < number:
+        largest = max(range(len(parts)), key=lambda index: parts[index][1][0][0].numel())
+        place, lists = parts[largest]
+        half = lists[0][0].numel() // 128 * 64  # whole vectors
+        if half <= small:
+            return some
+        parts[largest : largest + 1] = [
+            (place, tuple([piece[where] for piece in pieces] for pieces in lists))
+            for where in (slice(half), slice(half, None))
+        ]
+    return parts
 
 
 def _joined(some: Sequence[Block]) -> Block:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as shape_config
 
 from .scratch import Scratch
 
@@ -53,7 +54,17 @@ def compiled(formula: Callable[..., Any], *form: Hashable) -> Callable[..., Any]
 
     # torch keeps what it has compiled by code object, a few versions of each: every form gets one of its own.
     run.__code__ = run.__code__.replace(co_name=f"distwd_{formula.__name__}")
-    return torch.compile(run, dynamic=True, options=_options())
+    quick = torch.compile(run, dynamic=True, options=_options())
+
+    def call(*tensors: Any) -> Any:
+        # Or torch would take lengths that are equal now for one number, and compile anew for others, until it gives up.
+        usual, shape_config.use_duck_shape = shape_config.use_duck_shape, False
+        try:
+            return quick(*tensors)
+        finally:
+            shape_config.use_duck_shape = usual
+
+    return call
 
 
 def _options() -> dict[str, Any] | None:
