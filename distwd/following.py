@@ -44,21 +44,21 @@ class Following:
         self._aside, self._lrs = set(), {}
         copied = []
         for host in hosts:
-            doubles = self._doubles(host)
+            is_doubled = self._is_doubled(host)
             for position, entry in _playing(host, conductor):
-                if doubles and can_stand_aside(local_tensor(entry.tensor)):
+                if is_doubled and can_stand_aside(local_tensor(entry.tensor)):
                     self._aside.add(position)
                 else:
                     copied.append((position, entry))
         self._snapshot.take(copied)
 
-    def _doubles(self, host: Host) -> bool:
+    def _is_doubled(self, host: Host) -> bool:
         # A decay at once is undone from the copy if the step fails.
         return not self._decays_at_once and not self._waits and can_be_doubled(host)
 
     def double_of(self, host: Host) -> Host | None:
         """What steps instead of `host`, once its gradients have been shown; None if that is the host itself."""
-        return self._stand_ins.double_of(host) if self._doubles(host) else None
+        return self._stand_ins.double_of(host) if self._is_doubled(host) else None
 
     def show(self, host: Host, conductor: Conductor) -> None:
         """`host` steps now, and its gradients are there. Raises ValueError for sparse ones."""
@@ -68,7 +68,7 @@ class Following:
                 check_gradient(entry.name, grad)
                 if position in self._aside:
                     moving.append((position, entry.tensor, local_tensor(entry.tensor)))
-        if self._doubles(host):
+        if self._is_doubled(host):
             self._stand_ins.show(host, moving)
         for group in host.param_groups if self._waits else ():
             if (lr := group.get("lr")) is not None:
@@ -76,7 +76,7 @@ class Following:
 
     def take_back(self, host: Host, stepped: Host) -> None:
         """`host` has stepped, or what has `stepped` for it. Raises ValueError if that is not its double, and it has one."""
-        if self._doubles(host):
+        if self._is_doubled(host):
             self._stand_ins.take_back(host, stepped)
 
     @contextmanager

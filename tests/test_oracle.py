@@ -43,8 +43,8 @@ def test_directions_point_away_from_zero():
     assert torch.equal(direction(x, 2), x)
     assert torch.equal(direction(x, 3), x * x.abs())
     assert torch.equal(direction(x, 4), x**3)
-    # Only these are exact everywhere: vector units round powers in their own ways.
-    assert direction(x, 1.5)[0].item() == pytest.approx(-math.sqrt(2), rel=4e-16)
+    # torch leaves square roots to MKL, which on some Intel processors is an ulp off for one number in 150.
+    assert direction(x, 1.5)[0].item() == pytest.approx(-math.sqrt(2), rel=2**-52, abs=0)
 
 
 @pytest.mark.parametrize(
