@@ -59,3 +59,23 @@ def test_a_read_by_a_host_is_let_pass():
     with wire.no_host_sync():
         host.step()
         assert torch.tensor(1.0).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "is_caught"),
+    [
+        (f"{wire.PACKAGE}kernels/some.py", True),
+        ("/home/me/distwd/.venv/lib/python3/site-packages/torch/_dynamo/some.py", False),
+    ],
+    ids=["the package", "torch in a checkout of that name"],
+)
+def test_it_is_the_package_that_may_not_read(file, is_caught):
+    code = compile("def read(x): return x.item()", file, "exec")
+    found: dict = {}
+    exec(code, found)
+    with wire.no_host_sync():
+        if is_caught:
+            with pytest.raises(wire.HostSync, match=r"kernels/some\.py:1 in read"):
+                found["read"](torch.tensor(1.0))
+        else:
+            assert found["read"](torch.tensor(1.0)) == 1

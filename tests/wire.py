@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import distwd
 
 COMMUNICATION = ("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd")
 NO_TALK = ("wait", "_wrap_tensor")
@@ -43,6 +46,10 @@ def _tensors(tree: object) -> Iterator[Tensor]:
             yield from _tensors(leaf)
 
 
+# The package itself: a checkout that is called distwd, too, may hold an environment with torch in it.
+PACKAGE = Path(distwd.__file__).parent.as_posix() + "/"
+
+
 class HostSync(AssertionError):
     """distwd asked for a number on the host."""
 
@@ -54,7 +61,7 @@ def asked_by_distwd() -> str | None:
         path = frame.f_code.co_filename.replace("\\", "/")
         if "/torch/optim/" in path and not frame.f_code.co_name.startswith("profile_hook_step"):
             return None
-        if "/distwd/" in path and "/tests/" not in path:
+        if path.startswith(PACKAGE):
             return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return None
