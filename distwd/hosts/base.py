@@ -87,14 +87,18 @@ class Host(Inner, ABC):
             (stepped, param, lend(self.chain.state, param, self.suffix, not self.reads_params))
             for stepped, param in steps_on
         ]
-        self.inner.param_groups = groups
-        self.inner.state = defaultdict(dict, ((stepped, state) for stepped, _, state in lent))
-        try:
-            self._raw_step(self.inner)
-        finally:
-            states, self.inner.param_groups, self.inner.state = self.inner.state, [], defaultdict(dict)
+        states = self._run_with(defaultdict(dict, ((stepped, state) for stepped, _, state in lent)), groups)
         for stepped, param, _ in lent:
             take_back(self.chain.state, param, states[stepped], self.suffix)
+
+    def _run_with(self, states: defaultdict[Tensor, Any], groups: list[dict[str, Any]]) -> defaultdict[Tensor, Any]:
+        """Run the inner step; returns the states that it leaves."""
+        self.inner.param_groups, self.inner.state = groups, states
+        try:
+            self._raw_step(self.inner)
+            return self.inner.state
+        finally:
+            self.inner.param_groups, self.inner.state = [], defaultdict(dict)
 
 
 def _unhooked(cls: type[torch.optim.Optimizer]) -> Callable[..., Any]:

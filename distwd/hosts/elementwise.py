@@ -116,7 +116,10 @@ class ElementwiseHost(Host):
             if tensors is not batch.whole:
                 for tensor, update in zip(tensors, batch.update, strict=True):
                     tensor.grad = update if update.dtype == tensor.dtype else update.to(tensor.dtype)
-        self._run(groups, steps_on)
+        if not self.suffix and all(stepped is param for stepped, param in steps_on):
+            self._run_with(self.chain.state, groups)  # nothing has to be lent
+        else:
+            self._run(groups, steps_on)
         for batch, tensors in zip(batches, targets, strict=True):
             if tensors is not batch.whole:
                 for tensor in tensors:

@@ -85,6 +85,12 @@ class Factors:
         """Whether u is added or subtracted as it is (a tensor is never known to be 1)."""
         return not isinstance(self.scale, Tensor) and abs(self.scale) == 1
 
+    @property
+    def gain_from_joining(self) -> bool:
+        """Whether there are enough operations to join small tensors for them; a number for each tensor would not fit."""
+        rates = [self.keep, self.scale, *(pull.rate for pull in self.bent)]
+        return bool(self.bent) and not any(isinstance(rate, Tensor) and rate.dim() for rate in rates)
+
     def is_exact(self, is_last: bool) -> bool:
         """Whether whoever computes this gets the same bits: p + alpha·u in one operation may be one rounding or two."""
         scale_is_exact = is_last or isinstance(self.scale, Tensor) or self.has_unit_scale

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .blocks import blocks, is_large
 from .compiled import TOGETHER, TRACED, compiled
+from .joined import is_own, is_worth_joining, joined, spread_
 from .pull import Factors, Mask, Pull, Rate, drag_block_, factor, folded, pull_block_
 from .rounding import LOW, Noise, Span, spans_of, write_
 from .scratch import Scratch
@@ -153,12 +154,16 @@ def _write_(
     tally: Tally | None,
 ) -> None:
     """Write the first of `lists`, block by block."""
-    compiles = scratch.compiles and noise is None and tally is None
-    compiles = compiles and factors.is_exact(is_last=roles.clear or roles.second != "updates")
+    is_exact = factors.is_exact(is_last=roles.clear or roles.second != "updates")
+    is_exact = is_exact and noise is None and tally is None
+    compiles, joins = is_exact and scratch.compiles, is_exact and factors.gain_from_joining
     for places, pieces in blocks(*lists, together=TOGETHER if compiles else 0):
         if compiles and is_large(pieces[0]):
             run = compiled(_traced, factors.form(), roles, len(places))
             run(factors.numbers(places, pieces[0][0]), *pieces)
+            continue
+        if joins and is_worth_joining(pieces[0]):
+            _write_joined_(factors, roles, pieces, places, scratch)
             continue
         spans = () if noise is None else spans_of(pieces[0], places, lists[0])
         without = None if tally is None else _without_pulls(factors, roles, pieces, places, scratch, noise, spans)
@@ -170,6 +175,17 @@ def _write_(
 def _traced(form: Factors, roles: Roles, num: int, numbers: list[Tensor], *pieces: list[Tensor]) -> None:
     """form: what is alike in every step; numbers: the rest of the factors. num: tensors in each list."""
     _write_block_(form.filled(numbers), roles, pieces, range(num), TRACED)
+
+
+def _write_joined_(
+    factors: Factors, roles: Roles, pieces: Sequence[list[Tensor]], places: Sequence[int], scratch: Scratch
+) -> None:
+    """The same of many small tensors, as one."""
+    flats = [joined(some, f"joined {n}", scratch, some[0].dtype) for n, some in enumerate(pieces)]
+    _write_block_(factors, roles, [[flat] for flat in flats], places[:1], scratch)
+    spread_(pieces[0], flats[0])
+    if roles.clear and not is_own(flats[1], pieces[1]):
+        scratch.clear_(pieces[1])
 
 
 def _write_block_(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.blocks import block_size, blocks, is_large, small_size
 from ..kernels.compiled import TOGETHER, TRACED, compiled
+from ..kernels.joined import is_own, joined
 from ..kernels.pull import difference
 from ..kernels.scratch import Scratch
 from .metric import ABS, COUNT, MAX, MIN, SQUARE, SUM, Moment
@@ -113,25 +114,17 @@ def _widened(pieces: Sequence[Tensor], signed: bool, scratch: Scratch) -> Tensor
 
     signed: as they are; else their absolute values, taken where that costs least.
     """
-    device, dtype = pieces[0].device, pieces[0].dtype
     if len(pieces) == 1:
         return _one_widened(pieces[0], signed, scratch)
-    first = pieces[0].shape
-    alike = all(piece.shape == first for piece in pieces)
-    numel = len(pieces) * pieces[0].numel() if alike else sum(piece.numel() for piece in pieces)
-    wide = scratch.take("wide", numel, device, wide_dtype(device))
+    dtype, wide = pieces[0].dtype, wide_dtype(pieces[0].device)
     # torch joins many tensors fast only where it need not convert them.
-    one_dtype = all(piece.dtype == dtype for piece in pieces)
-    narrow = scratch.take("narrow", numel, device, dtype) if one_dtype else wide
-    # Views of many small tensors would cost as much as all the rest.
-    rows = {first[1:]} if alike else {piece.shape[1:] for piece in pieces}
-    if len(rows) == 1 and all(piece.dim() for piece in (pieces[:1] if alike else pieces)):
-        torch.cat(list(pieces), out=narrow.view(-1, *rows.pop()))
-    else:
-        torch.cat([piece.reshape(-1) for piece in pieces], out=narrow)
+    dtype = dtype if all(piece.dtype == dtype for piece in pieces) else wide
+    flat = joined(pieces, "narrow", scratch, dtype)
+    if is_own(flat, pieces):
+        return _one_widened(flat, signed, scratch)
     if not signed:
-        narrow.abs_()
-    return wide.copy_(narrow)
+        flat.abs_()
+    return flat if dtype == wide else scratch.copies("float64", [flat], wide)[0]
 
 
 def _one_widened(piece: Tensor, signed: bool, scratch: Scratch) -> Tensor:

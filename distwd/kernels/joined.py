@@ -1,0 +1,63 @@
+"""Many small tensors as one flat one: then an operation on all of them is one call, and not one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .scratch import Scratch
+
+
+def is_worth_joining(pieces: Sequence[Tensor]) -> bool:
+    """Whether a block holds several tensors, and not on a device where one call of foreach is one kernel for all of them."""
+    return len(pieces) > 1 and pieces[0].device.type == "cpu"
+
+
+def joined(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> Tensor:
+    """All elements of `pieces`, flat: their own memory if they are of `dtype` and lie in it one after the other, else a copy."""
+    if _lie_in_a_row(pieces, dtype):
+        return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,))
+    rows = _rows(pieces)
+    flat = scratch.take(use, sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
+    if rows is None:
+        torch.cat([piece.reshape(-1) for piece in pieces], out=flat)
+    else:
+        torch.cat(list(pieces), out=flat.view(-1, *rows))
+    return flat
+
+
+def is_own(flat: Tensor, pieces: Sequence[Tensor]) -> bool:
+    """Whether `flat`, which has joined the `pieces`, is their own memory."""
+    return flat.data_ptr() == pieces[0].data_ptr()
+
+
+def spread_(pieces: Sequence[Tensor], flat: Tensor) -> None:
+    """Write what has become of `flat` back to the `pieces` that it has joined."""
+    if is_own(flat, pieces):
+        return
+    rows = _rows(pieces)
+    if rows is None:
+        parts = flat.split([piece.numel() for piece in pieces])
+        parts = [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]
+    else:
+        parts = flat.view(-1, *rows).split([piece.shape[0] for piece in pieces])
+    torch._foreach_copy_(list(pieces), list(parts))
+
+
+def _lie_in_a_row(pieces: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    address = pieces[0].data_ptr()
+    for piece in pieces:
+        if piece.data_ptr() != address or piece.dtype != dtype or not piece.is_contiguous():
+            return False
+        address += piece.nbytes
+    # What begins and ends in one storage lies in it.
+    return pieces[0].untyped_storage().data_ptr() == pieces[-1].untyped_storage().data_ptr()
+
+
+def _rows(pieces: Sequence[Tensor]) -> torch.Size | None:
+    """The shape of a row, if all have rows of one shape: views of many small tensors would cost as much as all the rest."""
+    shapes = {piece.shape for piece in pieces}
+    rows = {shape[1:] for shape in shapes}
+    return rows.pop() if len(rows) == 1 and all(shapes) else None

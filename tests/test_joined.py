@@ -1,0 +1,154 @@
+"""Small tensors that are worked on as one: nothing but the number of calls may change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from distwd.hosts.zeros import Zeros
+from distwd.kernels import writing
+from distwd.kernels.joined import is_own, joined, spread_
+from distwd.kernels.pull import Mask, Pull
+from distwd.kernels.scratch import Scratch
+
+SHAPES = {
+    "alike": [(4, 6)] * 5,
+    "of equal rows": [(4, 6), (1, 6), (9, 6)],
+    "vectors": [(5,), (3,), (64,)],
+    "of many kinds": [(4, 6), (7,), (), (2, 3, 5), (1,)],
+}
+by_shapes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+
+
+def made(shapes: list[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def in_a_row(tensors: list[Tensor]) -> list[Tensor]:
+    """The same values, one after the other in one storage."""
+    parts = torch.cat([tensor.reshape(-1) for tensor in tensors]).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+# --- joining --------------------------------------------------------------------------------------------------------
+
+
+@by_shapes
+def test_what_is_joined_is_a_copy_in_order_and_is_spread_again(shapes):
+    pieces = made(shapes)
+    before = [piece.clone() for piece in pieces]
+    flat = joined(pieces, "use", Scratch(), torch.float32)
+    assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in before])) and not is_own(flat, pieces)
+    flat.mul_(2)
+    assert same(pieces, before)
+    spread_(pieces, flat)
+    assert same(pieces, [2 * piece for piece in before])
+
+
+@by_shapes
+def test_what_lies_in_a_row_is_joined_without_a_copy(shapes):
+    pieces = in_a_row(made(shapes))
+    flat = joined(pieces, "use", Scratch(), torch.float32)
+    assert is_own(flat, pieces) and flat.numel() == sum(piece.numel() for piece in pieces)
+    flat.zero_()
+    assert not any(piece.any() for piece in pieces)
+
+
+def test_not_in_a_row_are_gaps_other_orders_other_strides_and_other_dtypes():
+    base = torch.arange(64.0)
+    doubles = torch.arange(8, dtype=torch.float64)
+    cases = {
+        "a gap": [base[:8], base[16:24]],
+        "backwards": [base[8:16], base[:8]],
+        "overlapping": [base[:8], base[4:12]],
+        "transposed": [base[:8].view(2, 4).t(), base[8:16].view(4, 2)],
+        "other dtypes": [doubles[:4], doubles[4:].view(torch.float32)],
+    }
+    for name, pieces in cases.items():
+        flat = joined(pieces, name, Scratch(), pieces[0].dtype)
+        assert not is_own(flat, pieces), name
+        assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in pieces])), name
+
+
+def test_neighbours_in_memory_of_other_storages_are_copied():
+    base = torch.arange(16.0)
+    memory = base.numpy()
+    pieces = [torch.from_numpy(memory[:8]), torch.from_numpy(memory[8:])]  # a storage for each
+    assert pieces[1].data_ptr() == pieces[0].data_ptr() + pieces[0].nbytes
+    flat = joined(pieces, "use", Scratch(), torch.float32)
+    assert not is_own(flat, pieces) and torch.equal(flat, base)
+
+
+# --- the same bits --------------------------------------------------------------------------------------------------
+
+PULLS = {
+    "cautious": [Pull(0.3, cautious=True)],
+    "cautious, against": [Pull(0.3, cautious=True, sign=-1)],
+    "a number that was measured": [Pull(torch.tensor(0.3), cautious=True)],
+    "with linear ones": [Pull(0.1), Pull(0.3, cautious=True), Pull(0.2)],
+    "order 1": [Pull(0.3, ord=1.0)],
+    "order 3, cautious": [Pull(0.3, ord=3.0, cautious=True)],
+    "order 1.5": [Pull(0.3, ord=1.5)],
+    "by tensor": [Pull(torch.linspace(0.1, 0.5, 5), cautious=True)],
+}
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["apart", "in a row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PULLS)
+def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
+    shapes = [(37, 5), (3, 5), (64, 5), (1, 5), (200, 5)]
+    params, updates = made(shapes, 1, dtype), made(shapes, 2, dtype)
+    updates[0][:10] = 0.0  # where nothing is to be decayed
+    updates = in_a_row(updates) if row else updates
+    alone, their_updates = ([one.clone() for one in some] for some in (params, updates))
+    scratch = Scratch()
+    writing.pull_(params, PULLS[name], updates, -1.0, Mask(updates), scratch=scratch, clear=True)
+    for place, (param, update) in enumerate(zip(alone, their_updates, strict=True)):
+        pulls = [
+            Pull(p.rate[place] if isinstance(p.rate, Tensor) and p.rate.dim() else p.rate, p.ord, p.cautious, p.sign)
+            for p in PULLS[name]
+        ]
+        writing.pull_([param], pulls, [update], -1.0, Mask([update]), scratch=scratch, clear=True)
+    assert same(params, alone)
+    assert not any(update.any() for update in updates)
+
+
+@pytest.mark.parametrize("name", ["cautious", "order 1"])
+def test_small_tensors_are_joined_where_the_pulls_are_more_than_a_product(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(writing, "joined", lambda *args: calls.append(args[1]) or joined(*args))
+    params, updates = made([(8, 8)] * 4), made([(8, 8)] * 4, 1)
+    writing.pull_(params, [Pull(0.1)], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
+    assert not calls
+    writing.pull_(params, PULLS[name], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
+    assert calls == ["joined 0", "joined 1"]
+
+
+# --- zeros ----------------------------------------------------------------------------------------------------------
+
+
+def test_zeros_of_small_parameters_lie_in_a_row_and_have_the_strides_of_the_parameters():
+    params = made([(4, 6), (7,), (300, 300), (2, 3, 4, 5)])
+    params[3] = params[3].to(memory_format=torch.channels_last)
+    zeros = Zeros().take([3, 5, 6, 9], params)
+    assert is_own(joined(zeros[:2], "use", Scratch(), torch.float32), zeros)
+    assert [zero.shape for zero in zeros] == [param.shape for param in params]
+    assert [zero.stride() for zero in zeros] == [param.stride() for param in params]
+    assert not any(zero.any() for zero in zeros)
+
+
+def test_zeros_are_made_anew_only_for_parameters_that_are_of_another_kind():
+    params, zeros = made([(4, 6), (4, 6), (4, 6)]), Zeros()
+    first = zeros.take([0, 1, 2], params)
+    params[1] = params[1].t().contiguous().t()
+    params[2] = params[2].double()
+    second = zeros.take([0, 1, 2], params)
+    assert [one is other for one, other in zip(first, second, strict=True)] == [True, False, False]
+    assert second[1].stride() == params[1].stride() and second[2].dtype == torch.float64
