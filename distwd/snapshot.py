@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .kernels.buffers import Buffers
 from .kernels.writing import drag_
 from .local import local_tensor
 from .plan.entries import Entry
@@ -19,27 +20,21 @@ class Snapshot:
 
     def __init__(self) -> None:
         self.before: dict[int, Tensor] = {}
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers = Buffers()
 
     def take(self, entries: Iterable[tuple[int, Entry]]) -> None:
         """Copy the parameters of these (position, entry) pairs, into the buffers of earlier snapshots where they fit."""
-        self.before = {}
+        found = [(position, local_tensor(entry.tensor)) for position, entry in entries]
+        positions, locals_ = [position for position, _ in found], [local for _, local in found]
+        copies = self._buffers.take(positions, locals_)
+        self.before = dict(zip(positions, copies, strict=True))
         alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for position, entry in entries:
-            local = local_tensor(entry.tensor)
-            self.before[position] = self._buffer(position, local)
-            kept, current = alike.setdefault((local.device, local.dtype), ([], []))
-            kept.append(self.before[position])
-            current.append(local)
-        for kept, current in alike.values():
-            torch._foreach_copy_(kept, current)
-
-    def _buffer(self, position: int, like: Tensor) -> Tensor:
-        """Kept, since memory given out anew in every step costs more than what is written to it."""
-        buffer = self._buffers.get(position)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype or buffer.device != like.device:
-            buffer = self._buffers[position] = torch.empty_like(like, requires_grad=False)
-        return buffer
+        for copy, local in zip(copies, locals_, strict=True):
+            olds, news = alike.setdefault((local.device, local.dtype), ([], []))
+            olds.append(copy)
+            news.append(local)
+        for olds, news in alike.values():
+            torch._foreach_copy_(olds, news)
 
     @contextmanager
     def adopted(self, step: Step, batches: Sequence[Batch], per_lr: bool, decayed_at_once: bool) -> Iterator[None]:

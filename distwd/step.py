@@ -243,7 +243,8 @@ class Step:
         rest = self.batches
         if self.host is not None:
             direct = list(self.host.direct(self.batches))
-            rest = [batch for batch in self.batches if not any(batch is other for other in direct)]
+            taken = set(map(id, direct))
+            rest = [batch for batch in self.batches if id(batch) not in taken]
             for run, some in ((self.host.step, direct), (self.host.update, rest)):
                 if some:
                     run(some)

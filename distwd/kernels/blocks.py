@@ -15,8 +15,10 @@ _CPU_LEAST = 1 << 18
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
-# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations.
+# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. That is worth
+# more than a cache only where there is little to do with each.
 _CPU_SMALL = 1 << 15
+_CPU_SMALL_FOR_LITTLE = 1 << 17
 
 
 def block_size(device: torch.device) -> int:
@@ -26,9 +28,11 @@ def block_size(device: torch.device) -> int:
     return min(max(_CPU_BLOCK * torch.get_num_threads(), _CPU_LEAST), _CPU_MOST)
 
 
-def small_size(device: torch.device) -> int:
-    """Up to how many elements a tensor shares a block with others."""
-    return _CPU_SMALL if device.type == "cpu" else _GPU_BLOCK
+def small_size(device: torch.device, little: bool = False) -> int:
+    """Up to how many elements a tensor shares a block with others; little: where a few operations are all there is to do with it."""
+    if device.type != "cpu":
+        return _GPU_BLOCK
+    return _CPU_SMALL_FOR_LITTLE if little else _CPU_SMALL
 
 
 def is_large(pieces: Sequence[Tensor]) -> bool:
@@ -39,16 +43,17 @@ def is_large(pieces: Sequence[Tensor]) -> bool:
 Block = tuple[list[int], tuple[list[Tensor], ...]]
 
 
-def blocks(*lists: Sequence[Tensor], together: int = 0) -> Iterator[Block]:
+def blocks(*lists: Sequence[Tensor], together: int = 0, little: bool = False) -> Iterator[Block]:
     """Cut equally long lists of equally shaped tensors alike; yields (places in the lists, lists of pieces).
 
     Large tensors come in flat slices, small ones together, empty ones not at all. The pieces are views: writing
     to them writes to the tensors. A tensor that is not contiguous comes as it is.
     together: large tensors come that many at a time, uncut but for a few, so that it comes out even; one by one where that would
     make small ones of them. 0: cut.
+    little: as in `small_size`.
     """
     device = lists[0][0].device if lists[0] else torch.device("cpu")
-    size, small = block_size(device), small_size(device)
+    size, small = block_size(device), small_size(device, little)
     places: list[int] = []
     filled = 0
     uncut: list[Block] = []

@@ -86,10 +86,10 @@ class Factors:
         return not isinstance(self.scale, Tensor) and abs(self.scale) == 1
 
     @property
-    def gain_from_joining(self) -> bool:
-        """Whether there are enough operations to join small tensors for them; a number for each tensor would not fit."""
+    def has_common_numbers(self) -> bool:
+        """Whether no number is one for each tensor."""
         rates = [self.keep, self.scale, *(pull.rate for pull in self.bent)]
-        return bool(self.bent) and not any(isinstance(rate, Tensor) and rate.dim() for rate in rates)
+        return not any(isinstance(rate, Tensor) and rate.dim() for rate in rates)
 
     def is_exact(self, is_last: bool) -> bool:
         """Whether whoever computes this gets the same bits: p + alpha·u in one operation may be one rounding or two."""

@@ -59,13 +59,13 @@ class Roster:
     """The entries of param groups, read anew only when the groups hold other tensors: others may replace them between steps."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, ...]] = []
+        self._seen: tuple[list[int], list[int]] = [], []
         self._entries: tuple[Entry, ...] = ()
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Entry, ...]:
         """The entries of `groups` as they are now."""
         # The entries keep their tensors alive, so an id cannot come to mean another one.
-        seen = [tuple(map(id, group["params"])) for group in groups]
+        seen = [len(group["params"]) for group in groups], [id(param) for group in groups for param in group["params"]]
         if seen != self._seen:
             self._seen, self._entries = seen, entries_of_groups(groups)
         return self._entries
