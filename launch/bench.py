@@ -26,7 +26,7 @@ try:
     import torch
     from bench_cases import Shapes, equal_tensors, transformer
     from bench_numbers import HELD, measure_partial, measure_plan, measure_telling
-    from bench_ranks import Here, is_under_torchrun, on_this_rank, run_on_ranks
+    from bench_ranks import Here, is_under_torchrun, lost_in_waiting, on_this_rank, run_on_ranks
     from bench_report import draw, machine, num_cores, show
     from bench_steps import measure_world
     from rich.console import Console
@@ -107,6 +107,21 @@ class Bench:
     def threads(self, ranks: int) -> int:
         return int(self.options.threads or max(1, num_cores() // ranks))
 
+    def let_threads_sleep(self) -> None:
+        """On cores that are busy otherwise, threads that wait for others shall not spin: a step would take seconds, and say nothing.
+
+        OpenMP reads this when a process begins, and the ranks are processes to come.
+        """
+        is_decided = (
+            self.started or self.options.device != "cpu" or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ)
+        )
+        if not is_decided and (lost := lost_in_waiting(self.threads(1))) > 0.1:
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+            self.notes.append(
+                f"other work keeps these cores busy (threads lost {lost:.0%} of the time in waiting for one another): measured with "
+                "OMP_WAIT_POLICY=passive, as threads that spin make every case, AdamW too, many times slower"
+            )
+
     def steps(self, ranks: int, shapes: dict[str, Shapes], words: Sequence[str]) -> list[Record]:
         """Every model in one world."""
         arguments = (self.options.device, self.threads(ranks), shapes, self.options.rounds, words)
@@ -137,26 +152,32 @@ class Bench:
 
     def everything(self) -> Record:
         options = self.options
+        self.let_threads_sleep()
         results: Record = {"machine": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
         worlds = self.worlds(options.ranks)
         results["steps"] = [run for ranks in worlds for run in self.steps(ranks, models(options.quick), options.cases)]
         if options.curves:
             results["curves"] = self.curves()
         if self.is_main:
-            results.update(self.numbers())
+            arguments = (options.device, self.threads(1), options.quick, options.rounds)
+            # Under torchrun this process is one of several, and not to be asked to meet the others again.
+            results.update(
+                numbers(Here.alone(*arguments[:2]), *arguments[2:])
+                if self.started
+                else run_on_ranks(1, numbers, *arguments)
+            )
         return {**results, "notes": self.notes, "load_after": os.getloadavg()}
 
-    def numbers(self) -> Record:
-        """What one process measures alone."""
-        quick, here = self.options.quick, Here.alone(self.options.device, self.threads(1))
-        here.say("the float64 partial, and plans ...")
-        sizes = [(100, 16), (100, 64), (100, 256)] if quick else [(100, 64), (1000, 64), (1000, 1024), (1000, 4096)]
-        partial = measure_partial(here, 1_000_000 if quick else 40_000_000, self.options.rounds)
-        return {
-            "partial": partial,
-            "plan": [measure_plan(here, *size, held) for held in HELD for size in sizes],
-            "telling": [measure_telling(*size) for size in ((100, 64),) + ((1000, 4096), (10000, 4096)) * (not quick)],
-        }
+
+def numbers(here: Here, quick: bool, rounds: int) -> Record:
+    """What one process measures alone."""
+    here.say("the float64 partial, and plans ...")
+    sizes = [(100, 16), (100, 64), (100, 256)] if quick else [(100, 64), (1000, 64), (1000, 1024), (1000, 4096)]
+    return {
+        "partial": measure_partial(here, 1_000_000 if quick else 40_000_000, rounds),
+        "plan": [measure_plan(here, *size, held) for held in HELD for size in sizes],
+        "telling": [measure_telling(*size) for size in ((100, 64),) + ((1000, 4096), (10000, 4096)) * (not quick)],
+    }
 
 
 def main() -> None:

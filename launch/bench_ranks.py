@@ -148,6 +148,22 @@ def _cpu_bytes_of(begin: Callable[[], object], work: Callable[[], object]) -> tu
     return held, max(accumulate((change for when, change in changes if when >= start), initial=held))
 
 
+def lost_in_waiting(threads: int, seconds: float = 0.5) -> float:
+    """The share of time that threads lose because one of them has no core while the others wait for it.
+
+    Operations of some µs one after the other: on cores that other work keeps busy, many take a time slice of the scheduler, 1 ms or more.
+    """
+    torch.set_num_threads(threads)
+    tensor, lost = torch.zeros(1 << 16), 0.0
+    begin = last = time.perf_counter()
+    while last < begin + seconds:
+        tensor.add_(1)
+        now = time.perf_counter()
+        lost += now - last if now - last > 1e-3 else 0.0
+        last = now
+    return lost / (last - begin)
+
+
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 

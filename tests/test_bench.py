@@ -140,3 +140,44 @@ def test_the_ways_to_be_compared_take_the_same_step(cases):
 def test_the_first_model_is_the_one_that_is_described(cases):
     shapes = [shape for _, shape in cases.transformer(512)]
     assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes)) == (70, 39_988_736)
+
+
+# --- busy cores -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """launch/bench.py, and a Bench for two threads in an environment that says nothing of threads."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--threads", "2"])
+    module = importlib.import_module("bench")
+    return module, module.Bench(module.parse_options())
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.05, 0.7])
+def test_threads_sleep_where_much_time_is_lost_in_waiting_and_the_report_says_so(started, lost, monkeypatch):
+    module, bench = started
+    monkeypatch.setattr(module, "lost_in_waiting", lambda threads: lost if threads == 2 else None)
+    bench.let_threads_sleep()
+    assert os.environ.pop("OMP_WAIT_POLICY", None) == ("passive" if lost > 0.1 else None)
+    assert bool(bench.notes) == (lost > 0.1)
+
+
+@pytest.mark.parametrize("key", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_what_the_user_has_said_of_waiting_is_not_touched(started, key, monkeypatch):
+    module, bench = started
+    monkeypatch.setenv(key, "1000")
+    monkeypatch.setattr(module, "lost_in_waiting", lambda threads: 1.0)
+    bench.let_threads_sleep()
+    assert {name for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == {key}
+
+
+def test_time_is_lost_only_in_operations_that_take_a_time_slice(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    ranks = importlib.import_module("bench_ranks")
+    threads = torch.get_num_threads()
+    ticks = iter([0.0, 0.0001, 0.0002, 0.0102, 0.0103, 0.0203])
+    monkeypatch.setattr(ranks.time, "perf_counter", lambda: next(ticks))
+    assert ranks.lost_in_waiting(threads, seconds=0.02) == pytest.approx(0.02 / 0.0203)
