@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distwd import LR, Adam, CautiousWeightDecay, Chain
 from distwd.hosts.zeros import Zeros
 from distwd.kernels import writing
-from distwd.kernels.joined import is_own, joined, spread_
+from distwd.kernels.joined import joined, spread_
 from distwd.kernels.pull import Mask, Pull
 from distwd.kernels.scratch import Scratch
 
@@ -43,8 +45,8 @@ def same(some: list[Tensor], others: list[Tensor]) -> bool:
 def test_what_is_joined_is_a_copy_in_order_and_is_spread_again(shapes):
     pieces = made(shapes)
     before = [piece.clone() for piece in pieces]
-    flat = joined(pieces, "use", Scratch(), torch.float32)
-    assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in before])) and not is_own(flat, pieces)
+    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in before])) and not is_own
     flat.mul_(2)
     assert same(pieces, before)
     spread_(pieces, flat)
@@ -54,8 +56,8 @@ def test_what_is_joined_is_a_copy_in_order_and_is_spread_again(shapes):
 @by_shapes
 def test_what_lies_in_a_row_is_joined_without_a_copy(shapes):
     pieces = in_a_row(made(shapes))
-    flat = joined(pieces, "use", Scratch(), torch.float32)
-    assert is_own(flat, pieces) and flat.numel() == sum(piece.numel() for piece in pieces)
+    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    assert is_own and flat.numel() == sum(piece.numel() for piece in pieces)
     flat.zero_()
     assert not any(piece.any() for piece in pieces)
 
@@ -71,8 +73,8 @@ def test_not_in_a_row_are_gaps_other_orders_other_strides_and_other_dtypes():
         "other dtypes": [doubles[:4], doubles[4:].view(torch.float32)],
     }
     for name, pieces in cases.items():
-        flat = joined(pieces, name, Scratch(), pieces[0].dtype)
-        assert not is_own(flat, pieces), name
+        flat, is_own = joined(pieces, name, Scratch(), pieces[0].dtype)
+        assert not is_own, name
         assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in pieces])), name
 
 
@@ -81,8 +83,18 @@ def test_neighbours_in_memory_of_other_storages_are_copied():
     memory = base.numpy()
     pieces = [torch.from_numpy(memory[:8]), torch.from_numpy(memory[8:])]  # a storage for each
     assert pieces[1].data_ptr() == pieces[0].data_ptr() + pieces[0].nbytes
-    flat = joined(pieces, "use", Scratch(), torch.float32)
-    assert not is_own(flat, pieces) and torch.equal(flat, base)
+    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    assert not is_own and torch.equal(flat, base)
+
+
+def test_fake_tensors_are_not_asked_where_they_lie(recwarn):
+    with FakeTensorMode():
+        chain = Chain([torch.nn.Parameter(torch.ones(3)) for _ in range(4)], Adam(), CautiousWeightDecay(0.1), LR(1e-3))
+        for group in chain.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones(3)
+        chain.step()
+    assert not recwarn.list
 
 
 # --- the same bits --------------------------------------------------------------------------------------------------
@@ -138,7 +150,7 @@ def test_zeros_of_small_parameters_lie_in_a_row_and_have_the_strides_of_the_para
     params = made([(4, 6), (7,), (300, 300), (2, 3, 4, 5)])
     params[3] = params[3].to(memory_format=torch.channels_last)
     zeros = Zeros().take([3, 5, 6, 9], params)
-    assert is_own(joined(zeros[:2], "use", Scratch(), torch.float32), zeros)
+    assert joined(zeros[:2], "use", Scratch(), torch.float32)[1]
     assert [zero.shape for zero in zeros] == [param.shape for param in params]
     assert [zero.stride() for zero in zeros] == [param.stride() for param in params]
     assert not any(zero.any() for zero in zeros)

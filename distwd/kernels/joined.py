@@ -15,28 +15,21 @@ def is_worth_joining(pieces: Sequence[Tensor]) -> bool:
     return len(pieces) > 1 and pieces[0].device.type == "cpu"
 
 
-def joined(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> Tensor:
-    """All elements of `pieces`, flat: their own memory if they are of `dtype` and lie in it one after the other, else a copy."""
+def joined(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """All elements of `pieces` in `dtype`, flat; and whether that is their own memory, where they lie one after the other, or a copy."""
     if _lie_in_a_row(pieces, dtype):
-        return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,))
+        return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,)), True
     rows = _rows(pieces)
     flat = scratch.take(use, sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
     if rows is None:
         torch.cat([piece.reshape(-1) for piece in pieces], out=flat)
     else:
         torch.cat(list(pieces), out=flat.view(-1, *rows))
-    return flat
-
-
-def is_own(flat: Tensor, pieces: Sequence[Tensor]) -> bool:
-    """Whether `flat`, which has joined the `pieces`, is their own memory."""
-    return flat.data_ptr() == pieces[0].data_ptr()
+    return flat, False
 
 
 def spread_(pieces: Sequence[Tensor], flat: Tensor) -> None:
-    """Write what has become of `flat` back to the `pieces` that it has joined."""
-    if is_own(flat, pieces):
-        return
+    """Copy the elements of `flat` back to the `pieces` that it has joined."""
     rows = _rows(pieces)
     if rows is None:
         parts = flat.split([piece.numel() for piece in pieces])
@@ -47,6 +40,8 @@ def spread_(pieces: Sequence[Tensor], flat: Tensor) -> None:
 
 
 def _lie_in_a_row(pieces: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    if type(pieces[0]) not in (Tensor, torch.nn.Parameter):  # fake tensors have no address
+        return False
     address = pieces[0].data_ptr()
     for piece in pieces:
         if piece.data_ptr() != address or piece.dtype != dtype or not piece.is_contiguous():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import blocks, is_large
 from .compiled import TOGETHER, TRACED, compiled
-from .joined import is_own, is_worth_joining, joined, spread_
+from .joined import is_worth_joining, joined, spread_
 from .pull import Factors, Mask, Pull, Rate, drag_block_, factor, folded, pull_block_
 from .rounding import LOW, Noise, Span, spans_of, write_
 from .scratch import Scratch
@@ -184,10 +184,13 @@ def _write_joined_(
     factors: Factors, roles: Roles, pieces: Sequence[list[Tensor]], places: Sequence[int], scratch: Scratch
 ) -> None:
     """The same of many small tensors, as one."""
-    flats = [joined(some, f"joined {n}", scratch, some[0].dtype) for n, some in enumerate(pieces)]
+    flats, are_own = zip(
+        *(joined(some, f"joined {n}", scratch, some[0].dtype) for n, some in enumerate(pieces)), strict=True
+    )
     _write_block_(factors, roles, [[flat] for flat in flats], places[:1], scratch)
-    spread_(pieces[0], flats[0])
-    if roles.clear and not is_own(flats[1], pieces[1]):
+    if not are_own[0]:
+        spread_(pieces[0], flats[0])
+    if roles.clear and not are_own[1]:
         scratch.clear_(pieces[1])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.blocks import block_size, blocks, is_large, small_size
 from ..kernels.compiled import TOGETHER, TRACED, compiled
-from ..kernels.joined import is_own, is_worth_joining, joined
+from ..kernels.joined import is_worth_joining, joined
 from ..kernels.pull import difference
 from ..kernels.scratch import Scratch
 from .metric import ABS, COUNT, MAX, MIN, SQUARE, SUM, Moment
@@ -113,7 +113,7 @@ def _of_block(
 
 def _together(pieces: Sequence[Tensor], use: str, scratch: Scratch) -> list[Tensor]:
     """Several small tensors, of one dtype, as one."""
-    return [joined(pieces, use, scratch, pieces[0].dtype)] if is_worth_joining(pieces) else list(pieces)
+    return [joined(pieces, use, scratch, pieces[0].dtype)[0]] if is_worth_joining(pieces) else list(pieces)
 
 
 def _widened(pieces: Sequence[Tensor], signed: bool, scratch: Scratch) -> Tensor:
@@ -126,8 +126,8 @@ def _widened(pieces: Sequence[Tensor], signed: bool, scratch: Scratch) -> Tensor
     dtype, wide = pieces[0].dtype, wide_dtype(pieces[0].device)
     # torch joins many tensors fast only where it need not convert them.
     dtype = dtype if all(piece.dtype == dtype for piece in pieces) else wide
-    flat = joined(pieces, "narrow", scratch, dtype)
-    if is_own(flat, pieces):
+    flat, is_own = joined(pieces, "narrow", scratch, dtype)
+    if is_own:
         return _one_widened(flat, signed, scratch)
     if not signed:
         flat.abs_()
