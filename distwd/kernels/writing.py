@@ -154,12 +154,12 @@ def _write_(
     tally: Tally | None,
 ) -> None:
     """Write the first of `lists`, block by block."""
-    is_exact = factors.is_exact(is_last=roles.clear or roles.second != "updates")
-    is_exact = is_exact and noise is None and tally is None
-    compiles = is_exact and scratch.compiles
-    # Of a product and a sum there are too few operations to make up for joining.
+    is_free = noise is None and tally is None  # to take elements in other company than they are stored in
+    is_free = is_free and factors.is_exact(is_last=roles.clear or roles.second != "updates")
+    compiles = is_free and scratch.compiles
+    # A product and a sum are too few operations to make up for joining.
     is_long = bool(factors.bent) or lists[0][0].dtype in LOW
-    joins = is_exact and is_long and factors.has_common_numbers
+    joins = is_free and is_long and factors.has_common_numbers
     for places, pieces in blocks(*lists, together=TOGETHER if compiles else 0, little=not (compiles or is_long)):
         if compiles and is_large(pieces[0]):
             run = compiled(_traced, factors.form(), roles, len(places))
