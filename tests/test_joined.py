@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distwd import LR, Adam, CautiousWeightDecay, Chain
+from distwd import LR, Adam, CautiousWeightDecay, Chain, Wrap
 from distwd.hosts.zeros import Zeros
 from distwd.kernels import writing
 from distwd.kernels.joined import joined, spread_
 from distwd.kernels.pull import Mask, Pull
 from distwd.kernels.scratch import Scratch
+from distwd.metrics.measure import Part, Request, measure
+from distwd.metrics.metric import parse_metric
+from distwd.world import World
 
 SHAPES = {
     "alike": [(4, 6)] * 5,
@@ -87,6 +90,14 @@ def test_neighbours_in_memory_of_other_storages_are_copied():
     assert not is_own and torch.equal(flat, base)
 
 
+def test_of_a_negated_view_in_a_row_the_values_count_and_not_the_memory():
+    base = torch.arange(1.0, 9.0)
+    pieces = [base[:4], torch._neg_view(base[4:])]
+    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    assert not is_own
+    assert flat.tolist() == [1, 2, 3, 4, -5, -6, -7, -8]
+
+
 def test_fake_tensors_are_not_asked_where_they_lie(recwarn):
     with FakeTensorMode():
         chain = Chain([torch.nn.Parameter(torch.ones(3)) for _ in range(4)], Adam(), CautiousWeightDecay(0.1), LR(1e-3))
@@ -135,25 +146,91 @@ def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
 @pytest.mark.parametrize("name", ["cautious", "order 1"])
 def test_small_tensors_are_joined_where_the_pulls_are_more_than_a_product(name, monkeypatch):
     calls = []
-    monkeypatch.setattr(writing, "joined", lambda *args: calls.append(args[1]) or joined(*args))
+    monkeypatch.setattr(writing, "spread_", lambda *args: calls.append(len(args[0])) or spread_(*args))
     params, updates = made([(8, 8)] * 4), made([(8, 8)] * 4, 1)
     writing.pull_(params, [Pull(0.1)], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
     assert not calls
     writing.pull_(params, PULLS[name], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
-    assert calls == ["joined 0", "joined 1"]
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["narrow first", "wide first"])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_differences_of_tensors_of_equal_lengths_and_other_dtypes_are_not_rounded_to_one_another(narrow, order):
+    news = [torch.full((6,), 1e5 if narrow == torch.float16 else 1.0001), torch.ones(6, dtype=narrow)][::order]
+    olds = [torch.full_like(new, 0.5) for new in news]
+    parts = [Part(cell, [new], [old]) for cell, (new, old) in enumerate(zip(news, olds, strict=True))]
+    request = Request(parse_metric("mad"), parts, torch.full((2,), 6.0, dtype=torch.float64))
+    (found,) = measure([request], World.of(None), Scratch())
+    assert found.tolist() == pytest.approx(
+        [(new.double() - old.double()).mean().item() for new, old in zip(news, olds, strict=True)]
+    )
+
+
+def test_updates_of_several_dtypes_are_not_rounded_to_the_first():
+    params, updates = made([(5,), (5,)], 1), made([(5,), (5,)], 2)
+    updates[0] = updates[0].bfloat16()
+    expected = params[1] - updates[1]
+    writing.pull_(params, [Pull(0.0, cautious=True)], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
+    assert torch.equal(params[1], expected)
+
+
+def test_two_parameters_of_one_memory_are_both_stepped():
+    one = torch.nn.Parameter(torch.zeros(4))
+    other = torch.nn.Parameter(torch.zeros(4))
+    other.data = one.data
+    chain = Chain([one, other], Wrap(torch.optim.SGD), CautiousWeightDecay(0.0), LR(1.0))
+    one.grad, other.grad = torch.full((4,), 1.0), torch.full((4,), 2.0)
+    chain.step()
+    assert one.tolist() == [-3.0] * 4
+
+
+def test_autograd_learns_of_every_parameter_that_is_written():
+    flat = torch.ones(12)
+    params = [torch.nn.Parameter(torch.empty(0)) for _ in range(3)]
+    for param, part in zip(params, flat.split(4), strict=True):
+        param.data = part
+        param.grad = torch.ones(4)
+    chain = Chain(params, Wrap(torch.optim.SGD), CautiousWeightDecay(0.1), LR(1.0))
+    before = [param._version for param in params]
+    chain.step()
+    assert all(param._version > version for param, version in zip(params, before, strict=True))
+
+
+# --- the state of a host that steps the parameters themselves -----------------------------------------------------------
+
+
+def test_state_that_others_have_made_a_plain_dict_is_filled_again():
+    param = torch.nn.Parameter(torch.ones(3))
+    chain = Chain([param], Adam(), LR(0.1))
+    param.grad = torch.ones(3)
+    chain.state = {}
+    chain.step()
+    assert set(chain.state[param]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
 # --- zeros ----------------------------------------------------------------------------------------------------------
 
 
 def test_zeros_of_small_parameters_lie_in_a_row_and_have_the_strides_of_the_parameters():
-    params = made([(4, 6), (7,), (300, 300), (2, 3, 4, 5)])
-    params[3] = params[3].to(memory_format=torch.channels_last)
-    zeros = Zeros().take([3, 5, 6, 9], params)
+    params = made([(4, 6), (7,), (400, 400), (2, 3, 4, 5), (4, 3, 1, 1)])
+    params[3:] = [param.to(memory_format=torch.channels_last) for param in params[3:]]
+    zeros = Zeros().take([3, 5, 6, 9, 7], params)
     assert joined(zeros[:2], "use", Scratch(), torch.float32)[1]
     assert [zero.shape for zero in zeros] == [param.shape for param in params]
     assert [zero.stride() for zero in zeros] == [param.stride() for param in params]
     assert not any(zero.any() for zero in zeros)
+
+
+def test_zeros_in_a_row_are_no_views_of_one_another():
+    """An optimizer that is differentiated may write to what was made without autograd, but not to views that were."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    chain = Chain(params, Adam(differentiable=True), CautiousWeightDecay(0.1), LR(0.1))
+    loss = sum((param**2).sum() for param in params)
+    for param, grad in zip(params, torch.autograd.grad(loss, params, create_graph=True), strict=True):
+        param.grad = grad
+    chain.step()
+    assert all(param.max() < 1 for param in params)
 
 
 def test_zeros_are_made_anew_only_for_parameters_that_are_of_another_kind():

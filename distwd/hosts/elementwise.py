@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,8 +117,10 @@ class ElementwiseHost(Host):
             if tensors is not batch.whole:
                 for tensor, update in zip(tensors, batch.update, strict=True):
                     tensor.grad = update if update.dtype == tensor.dtype else update.to(tensor.dtype)
-        if not self.suffix and all(stepped is param for stepped, param in steps_on):
-            self._run_with(self.chain.state, groups)  # nothing has to be lent
+        states = self.chain.state
+        is_own = all(tensors is batch.whole for batch, tensors in zip(batches, targets, strict=True))
+        if is_own and not self.suffix and isinstance(states, defaultdict):
+            self._run_with(states, groups)  # nothing has to be lent
         else:
             self._run(groups, steps_on)
         for batch, tensors in zip(batches, targets, strict=True):

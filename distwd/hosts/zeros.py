@@ -35,4 +35,4 @@ class Zeros:
     def cleared(self, positions: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Learn that `tensors` hold zeros; only those count that were taken for the parameters at these positions."""
         known = zip(positions, tensors, strict=True)
-        self._clean.update((position, tensor) for position, tensor in known if self._buffers.hold(position, tensor))
+        self._clean.update((position, tensor) for position, tensor in known if self._buffers.holds(position, tensor))

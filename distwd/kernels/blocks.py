@@ -15,10 +15,10 @@ _CPU_LEAST = 1 << 18
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
-# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. That is worth
-# more than a cache only where there is little to do with each.
+# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where they are
+# few, that counts for more than what is in the cache, up to a larger size.
 _CPU_SMALL = 1 << 15
-_CPU_SMALL_FOR_LITTLE = 1 << 17
+_CPU_SMALL_FOR_FEW = 1 << 17
 
 
 def block_size(device: torch.device) -> int:
@@ -28,11 +28,11 @@ def block_size(device: torch.device) -> int:
     return min(max(_CPU_BLOCK * torch.get_num_threads(), _CPU_LEAST), _CPU_MOST)
 
 
-def small_size(device: torch.device, little: bool = False) -> int:
-    """Up to how many elements a tensor shares a block with others; little: where a few operations are all there is to do with it."""
+def small_size(device: torch.device, few_operations: bool = False) -> int:
+    """Up to how many elements a tensor shares a block with others; few_operations: where these are all there is to do with it."""
     if device.type != "cpu":
         return _GPU_BLOCK
-    return _CPU_SMALL_FOR_LITTLE if little else _CPU_SMALL
+    return _CPU_SMALL_FOR_FEW if few_operations else _CPU_SMALL
 
 
 def is_large(pieces: Sequence[Tensor]) -> bool:
@@ -43,17 +43,17 @@ def is_large(pieces: Sequence[Tensor]) -> bool:
 Block = tuple[list[int], tuple[list[Tensor], ...]]
 
 
-def blocks(*lists: Sequence[Tensor], together: int = 0, little: bool = False) -> Iterator[Block]:
+def blocks(*lists: Sequence[Tensor], together: int = 0, few_operations: bool = False) -> Iterator[Block]:
     """Cut equally long lists of equally shaped tensors alike; yields (places in the lists, lists of pieces).
 
     Large tensors come in flat slices, small ones together, empty ones not at all. The pieces are views: writing
     to them writes to the tensors. A tensor that is not contiguous comes as it is.
     together: large tensors come that many at a time, uncut but for a few, so that it comes out even; one by one where that would
     make small ones of them. 0: cut.
-    little: as in `small_size`.
+    few_operations: as in `small_size`.
     """
     device = lists[0][0].device if lists[0] else torch.device("cpu")
-    size, small = block_size(device), small_size(device, little)
+    size, small = block_size(device), small_size(device, few_operations)
     places: list[int] = []
     filled = 0
     uncut: list[Block] = []
@@ -75,7 +75,7 @@ def blocks(*lists: Sequence[Tensor], together: int = 0, little: bool = False) ->
     while uncut:
         some, uncut = _divided(uncut[:together], together, small), uncut[together:]
         if len(some) == together:
-            yield _joined(some)
+            yield _merged(some)
         else:
             yield from some
 
@@ -96,7 +96,7 @@ def _divided(some: list[Block], number: int, small: int) -> list[Block]:
     return parts
 
 
-def _joined(some: Sequence[Block]) -> Block:
+def _merged(some: Sequence[Block]) -> Block:
     """One block of several."""
     places = [place for own, _ in some for place in own]
     return places, tuple(

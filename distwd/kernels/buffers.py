@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class Buffers:
         """What was last taken for these positions."""
         return [self._kept[position] for position in positions]
 
-    def hold(self, position: int, tensor: Tensor) -> bool:
+    def holds(self, position: int, tensor: Tensor) -> bool:
         """Whether `tensor` itself was last taken for this position."""
         return self._kept.get(position) is tensor
 
@@ -44,16 +43,24 @@ def _kind(param: Tensor) -> Kind:
 
 
 def _like(params: Sequence[Tensor]) -> list[Tensor]:
-    """New tensors like `params`. Small ones lie one after the other, so that they can be joined without a copy (see joined.py)."""
+    """New tensors like `params`. On a CPU small ones lie one after the other, so that they can be joined without a copy (see joined.py)."""
     made: dict[int, Tensor] = {}
-    small = defaultdict[Any, list[int]](list)
+    rows = defaultdict[torch.dtype, list[int]](list)
     for place, param in enumerate(params):
-        if param.numel() <= small_size(param.device, little=True) and param.is_contiguous():
-            small[param.device, param.dtype].append(place)
+        is_small = param.numel() <= small_size(param.device, few_operations=True)
+        if is_small and param.device.type == "cpu" and param.is_contiguous():
+            rows[param.dtype].append(place)
         else:
             made[place] = torch.empty_like(param, requires_grad=False)
-    for (device, dtype), places in small.items():
-        sizes = [params[place].numel() for place in places]
-        parts = torch.empty(sum(sizes), device=device, dtype=dtype).split(sizes)
-        made.update((place, part.view(params[place].shape)) for place, part in zip(places, parts, strict=True))
+    for dtype, places in rows.items():
+        some = [params[place] for place in places]
+        made.update(zip(places, _in_a_row(some, dtype), strict=True))
     return [made[place] for place in range(len(params))]
+
+
+def _in_a_row(params: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Tensors of one storage, but no views of one another: to autograd each is its own."""
+    offset, memory = 0, torch.empty(sum(param.numel() for param in params), dtype=dtype).untyped_storage()
+    for param in params:
+        yield torch.empty(0, dtype=dtype).set_(memory, offset, param.shape, param.stride())
+        offset += param.numel()

@@ -9,27 +9,42 @@ from torch import Tensor
 
 from .scratch import Scratch
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
-def is_worth_joining(pieces: Sequence[Tensor]) -> bool:
-    """Whether a block holds several tensors, and not on a device where one call of foreach is one kernel for all of them."""
-    return len(pieces) > 1 and pieces[0].device.type == "cpu"
+
+def can_be_joined(pieces: Sequence[Tensor]) -> bool:
+    """Whether these are several ordinary tensors of one dtype. Not on a device where a call of foreach is one kernel for all of them."""
+    dtype = pieces[0].dtype
+    if len(pieces) == 1 or pieces[0].device.type != "cpu":
+        return False
+    return all(type(piece) in _ORDINARY and piece.dtype == dtype for piece in pieces)
+
+
+def are_apart(pieces: Sequence[Tensor]) -> bool:
+    """Whether no two of the tensors begin at the same place: of those that do, only one could be written back."""
+    return len({piece.data_ptr() for piece in pieces}) == len(pieces)
 
 
 def joined(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """All elements of `pieces` in `dtype`, flat; and whether that is their own memory, where they lie one after the other, or a copy."""
     if _lie_in_a_row(pieces, dtype):
         return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,)), True
+    return copied(pieces, use, scratch, dtype), False
+
+
+def copied(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> Tensor:
+    """A copy of all elements of `pieces` in `dtype`, flat."""
     rows = _rows(pieces)
     flat = scratch.take(use, sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
     if rows is None:
         torch.cat([piece.reshape(-1) for piece in pieces], out=flat)
     else:
         torch.cat(list(pieces), out=flat.view(-1, *rows))
-    return flat, False
+    return flat
 
 
 def spread_(pieces: Sequence[Tensor], flat: Tensor) -> None:
-    """Copy the elements of `flat` back to the `pieces` that it has joined."""
+    """Write the elements of `flat` back to the `pieces` that it is a copy of."""
     rows = _rows(pieces)
     if rows is None:
         parts = flat.split([piece.numel() for piece in pieces])
@@ -40,11 +55,11 @@ def spread_(pieces: Sequence[Tensor], flat: Tensor) -> None:
 
 
 def _lie_in_a_row(pieces: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    if type(pieces[0]) not in (Tensor, torch.nn.Parameter):  # fake tensors have no address
+    if type(pieces[0]) not in _ORDINARY:  # fake tensors have no address
         return False
     address = pieces[0].data_ptr()
     for piece in pieces:
-        if piece.data_ptr() != address or piece.dtype != dtype or not piece.is_contiguous():
+        if piece.data_ptr() != address or piece.dtype != dtype or not piece.is_contiguous() or piece.is_neg():
             return False
         address += piece.nbytes
     # What begins and ends in one storage lies in it.

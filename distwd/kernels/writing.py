@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import blocks, is_large
 from .compiled import TOGETHER, TRACED, compiled
-from .joined import is_worth_joining, joined, spread_
+from .joined import are_apart, can_be_joined, copied, joined, spread_
 from .pull import Factors, Mask, Pull, Rate, drag_block_, factor, folded, pull_block_
 from .rounding import LOW, Noise, Span, spans_of, write_
 from .scratch import Scratch
@@ -160,12 +160,14 @@ def _write_(
     # A product and a sum are too few operations to make up for joining.
     is_long = bool(factors.bent) or lists[0][0].dtype in LOW
     joins = is_free and is_long and factors.has_common_numbers
-    for places, pieces in blocks(*lists, together=TOGETHER if compiles else 0, little=not (compiles or is_long)):
+    for places, pieces in blocks(
+        *lists, together=TOGETHER if compiles else 0, few_operations=not (compiles or is_long)
+    ):
         if compiles and is_large(pieces[0]):
             run = compiled(_traced, factors.form(), roles, len(places))
             run(factors.numbers(places, pieces[0][0]), *pieces)
             continue
-        if joins and is_worth_joining(pieces[0]):
+        if joins and all(map(can_be_joined, pieces)) and are_apart(pieces[0]):
             _write_joined_(factors, roles, pieces, places, scratch)
             continue
         spans = () if noise is None else spans_of(pieces[0], places, lists[0])
@@ -184,13 +186,14 @@ def _write_joined_(
     factors: Factors, roles: Roles, pieces: Sequence[list[Tensor]], places: Sequence[int], scratch: Scratch
 ) -> None:
     """The same of many small tensors, as one."""
-    flats, are_own = zip(
-        *(joined(some, f"joined {n}", scratch, some[0].dtype) for n, some in enumerate(pieces)), strict=True
-    )
-    _write_block_(factors, roles, [[flat] for flat in flats], places[:1], scratch)
-    if not are_own[0]:
-        spread_(pieces[0], flats[0])
-    if roles.clear and not are_own[1]:
+    # What is written is a copy, and written back, so that each tensor knows of it (its version counts for autograd).
+    written = copied(pieces[0], "joined", scratch, pieces[0][0].dtype)
+    others = [joined(some, f"joined {n}", scratch, some[0].dtype) for n, some in enumerate(pieces[1:])]
+    clears_all = roles.clear and not others[0][1]
+    # All numbers are common, so any place stands for the others.
+    _write_block_(factors, roles, [[written], *([flat] for flat, _ in others)], places[:1], scratch)
+    spread_(pieces[0], written)
+    if clears_all:
         scratch.clear_(pieces[1])
 
 

@@ -113,7 +113,8 @@ def _measured(
             yield [part], {moment: value.view(1) for moment, value in values.items()}
             continue
         scale = id(part.scale) if isinstance(part.scale, Tensor) else part.scale
-        alike.setdefault((part.tensors[0].device, numel, bool(part.minus), scale), []).append(part)
+        kind = (part.tensors[0].device, part.tensors[0].dtype)
+        alike.setdefault((kind, numel, bool(part.minus), scale), []).append(part)
     for some in alike.values():
         tensors, minus = [part.tensors[0] for part in some], [one for part in some for one in part.minus]
         yield some, moments_of_each(tensors, minus, moments, scratch)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.blocks import block_size, blocks, is_large, small_size
 from ..kernels.compiled import TOGETHER, TRACED, compiled
-from ..kernels.joined import is_worth_joining, joined
+from ..kernels.joined import can_be_joined, joined
 from ..kernels.pull import difference
 from ..kernels.scratch import Scratch
 from .metric import ABS, COUNT, MAX, MIN, SQUARE, SUM, Moment
@@ -32,7 +32,7 @@ def local_moments(
     parts: dict[Moment, list[Tensor]] = {moment: [] for moment in ordered}
     together = TOGETHER if scratch.compiles else 0
     measured = (tensors, minus) if minus else (tensors,)
-    for places, lists in blocks(*measured, together=together, little=not scratch.compiles):
+    for places, lists in blocks(*measured, together=together, few_operations=not scratch.compiles):
         if together and is_large(lists[0]):
             values = compiled(_traced, ordered, len(places))(*lists)
         else:
@@ -49,7 +49,7 @@ def moments_of_each(
     """`local_moments` of every single one of `tensors`, [tensors] each; they have one device and equally many elements, not none."""
     numel, device, ordered = tensors[0].numel(), tensors[0].device, _ordered(moments)
     found: dict[Moment, list[Tensor]] = {moment: [] for moment in ordered}
-    if len(tensors) == 1 or numel > small_size(device, little=not scratch.compiles):
+    if len(tensors) == 1 or numel > small_size(device, few_operations=not scratch.compiles):
         for number, tensor in enumerate(tensors):
             for moment, value in local_moments([tensor], ordered, scratch, minus[number : number + 1]).items():
                 found[moment].append(value.view(1))
@@ -112,8 +112,8 @@ def _of_block(
 
 
 def _together(pieces: Sequence[Tensor], use: str, scratch: Scratch) -> list[Tensor]:
-    """Several small tensors, of one dtype, as one."""
-    return [joined(pieces, use, scratch, pieces[0].dtype)[0]] if is_worth_joining(pieces) else list(pieces)
+    """Several small tensors as one."""
+    return [joined(pieces, use, scratch, pieces[0].dtype)[0]] if can_be_joined(pieces) else list(pieces)
 
 
 def _widened(pieces: Sequence[Tensor], signed: bool, scratch: Scratch) -> Tensor:
