@@ -143,15 +143,24 @@ def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
     assert not any(update.any() for update in updates)
 
 
-@pytest.mark.parametrize("name", ["cautious", "order 1"])
-def test_small_tensors_are_joined_where_the_pulls_are_more_than_a_product(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("side", "dtype", "name", "number"),
+    [
+        (8, torch.float32, "cautious", 4),
+        (8, torch.bfloat16, "linear", 4),  # widened, and narrowed again
+        (8, torch.float32, "linear", None),
+        (8, torch.float32, "order 1", None),
+        (8, torch.float32, "by tensor", None),
+        (80, torch.float32, "cautious", None),
+    ],
+)
+def test_small_tensors_are_joined_where_there_are_many_operations(side, dtype, name, number, monkeypatch):
     calls = []
     monkeypatch.setattr(writing, "spread_", lambda *args: calls.append(len(args[0])) or spread_(*args))
-    params, updates = made([(8, 8)] * 4), made([(8, 8)] * 4, 1)
-    writing.pull_(params, [Pull(0.1)], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
-    assert not calls
-    writing.pull_(params, PULLS[name], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
-    assert calls == [4]
+    params, updates = (made([(side, side)] * 4, seed, dtype) for seed in range(2))
+    pulls = [*PULLS.get(name, [Pull(0.1)])]
+    writing.pull_(params, pulls, updates, mask=Mask(updates), scratch=Scratch(), clear=True)
+    assert calls == ([] if number is None else [number])
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["narrow first", "wide first"])

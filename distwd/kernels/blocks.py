@@ -18,7 +18,7 @@ _GPU_BLOCK = 1 << 22
 # Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where they are
 # few, that counts for more than what is in the cache, up to a larger size.
 _CPU_SMALL = 1 << 15
-_CPU_SMALL_FOR_FEW = 1 << 17
+_CPU_SMALL_FOR_FEW = 1 << 16
 
 
 def block_size(device: torch.device) -> int:

@@ -11,6 +11,8 @@ from .scratch import Scratch
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
+_WORTH_COPYING = 1 << 12  # elements of a tensor, in the mean
+
 
 def can_be_joined(pieces: Sequence[Tensor]) -> bool:
     """Whether these are several ordinary tensors of one dtype. Not on a device where a call of foreach is one kernel for all of them."""
@@ -20,9 +22,15 @@ def can_be_joined(pieces: Sequence[Tensor]) -> bool:
     return all(type(piece) in _ORDINARY and piece.dtype == dtype for piece in pieces)
 
 
-def are_apart(pieces: Sequence[Tensor]) -> bool:
-    """Whether no two of the tensors begin at the same place: of those that do, only one could be written back."""
-    return len({piece.data_ptr() for piece in pieces}) == len(pieces)
+def is_worth_writing_joined(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether lists, of which the first is written, can be joined, and hold tensors so small that copying them costs less than calls.
+
+    Of written tensors that begin at the same place only one could be copied back.
+    """
+    written = lists[0]
+    if sum(piece.numel() for piece in written) > _WORTH_COPYING * len(written) or not all(map(can_be_joined, lists)):
+        return False
+    return len({piece.data_ptr() for piece in written}) == len(written)
 
 
 def joined(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> tuple[Tensor, bool]:

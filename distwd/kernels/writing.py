@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import blocks, is_large
 from .compiled import TOGETHER, TRACED, compiled
-from .joined import are_apart, can_be_joined, copied, joined, spread_
+from .joined import copied, is_worth_writing_joined, joined, spread_
 from .pull import Factors, Mask, Pull, Rate, drag_block_, factor, folded, pull_block_
 from .rounding import LOW, Noise, Span, spans_of, write_
 from .scratch import Scratch
@@ -156,18 +156,16 @@ def _write_(
     """Write the first of `lists`, block by block."""
     is_free = noise is None and tally is None  # to take elements in other company than they are stored in
     is_free = is_free and factors.is_exact(is_last=roles.clear or roles.second != "updates")
-    compiles = is_free and scratch.compiles
-    # A product and a sum are too few operations to make up for joining.
-    is_long = bool(factors.bent) or lists[0][0].dtype in LOW
-    joins = is_free and is_long and factors.has_common_numbers
-    for places, pieces in blocks(
-        *lists, together=TOGETHER if compiles else 0, few_operations=not (compiles or is_long)
-    ):
+    compiles, is_low = is_free and scratch.compiles, lists[0][0].dtype in LOW
+    # Only these take so many operations that joining makes up for itself.
+    joins = is_free and factors.has_common_numbers and (is_low or any(pull.cautious for pull in factors.bent))
+    few_operations = not (compiles or is_low or factors.bent)
+    for places, pieces in blocks(*lists, together=TOGETHER if compiles else 0, few_operations=few_operations):
         if compiles and is_large(pieces[0]):
             run = compiled(_traced, factors.form(), roles, len(places))
             run(factors.numbers(places, pieces[0][0]), *pieces)
             continue
-        if joins and all(map(can_be_joined, pieces)) and are_apart(pieces[0]):
+        if joins and is_worth_writing_joined(pieces):
             _write_joined_(factors, roles, pieces, places, scratch)
             continue
         spans = () if noise is None else spans_of(pieces[0], places, lists[0])
