@@ -104,16 +104,19 @@ def _of_block(
 ) -> list[Tensor]:
     """Each moment, [rows], of `pieces` (− minus); a row is equally many elements of them."""
     if minus:
-        new, old = _together(pieces, "joined new", scratch), _together(minus, "joined old", scratch)
-        pieces = difference(new, old, scratch)
+        pieces = _differences(pieces, minus, scratch)
     signed = SUM in moments
     x = _widened(pieces, signed, scratch).view(rows, -1)
     return [_of_row(x, moment, signed, scratch) for moment in moments]
 
 
-def _together(pieces: Sequence[Tensor], use: str, scratch: Scratch) -> list[Tensor]:
-    """Several small tensors as one."""
-    return [joined(pieces, use, scratch, pieces[0].dtype)[0]] if can_be_joined(pieces) else list(pieces)
+def _differences(new: Sequence[Tensor], old: Sequence[Tensor], scratch: Scratch) -> list[Tensor]:
+    """new − old, of many small tensors as one."""
+    if can_be_joined(new) and can_be_joined(old):  # both or none
+        new, old = (
+            [joined(some, use, scratch, some[0].dtype)[0]] for use, some in (("joined new", new), ("joined old", old))
+        )
+    return difference(list(new), list(old), scratch)
 
 
 def _widened(pieces: Sequence[Tensor], signed: bool, scratch: Scratch) -> Tensor:
