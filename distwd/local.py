@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Most parameters and gradients; told apart first, since looking for what a tensor does not have takes longer than all the rest.
-_PLAIN = (Tensor, torch.nn.Parameter)
+from .kernels.ordinary import ORDINARY
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -16,7 +14,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
     Reading the attribute needs no dispatch and no autograd function, unlike `DTensor.to_local()`, and is right at every
     step, so nothing is cached that could go stale.
     """
-    if type(tensor) in _PLAIN:
+    # Told apart first, since looking for what a tensor does not have takes longer than all the rest.
+    if type(tensor) in ORDINARY:
         return tensor
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     # A redistributed DTensor can hold a wrapper that still waits for its collective.
@@ -30,7 +29,7 @@ def local_like(tensor: Tensor, param: Tensor) -> Tensor:
     A gradient may come in other placements than its parameter (`Replicate`, `Partial`); then it is redistributed first, as
     torch's own optimizers do implicitly. With equal placements this costs nothing.
     """
-    if type(tensor) in _PLAIN:
+    if type(tensor) in ORDINARY:
         return tensor
     if isinstance(tensor, DTensor) and isinstance(param, DTensor) and tensor.placements != param.placements:
         tensor = tensor.redistribute(placements=param.placements)

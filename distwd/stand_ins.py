@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .hosts import ELEMENTWISE, Zeros, lending
+from .kernels.ordinary import ORDINARY
 from .kernels.rounding import LOW
 from .keys import attachments_of
 from .local import local_like
@@ -131,7 +132,7 @@ def can_be_doubled(host: Host) -> bool:
 
 def can_stand_aside(local: Tensor) -> bool:
     """Whether zeros can be shown in the stead of a local parameter: an ordinary tensor, in a dtype that holds −lr·u well."""
-    return type(local) in (Tensor, torch.nn.Parameter) and local.dtype not in LOW
+    return type(local) in ORDINARY and local.dtype not in LOW
 
 
 def _give_gradient(zero: Tensor, grad: Tensor) -> None:

@@ -160,7 +160,7 @@ class Bench:
             results["curves"] = self.curves()
         if self.is_main:
             arguments = (options.device, self.threads(1), options.quick, options.rounds)
-            # Under torchrun this process is one of several, and not to be asked to meet the others again.
+            # A process of its own, as threads of this one began before `let_threads_sleep`; under torchrun this one is as good.
             results.update(
                 numbers(Here.alone(*arguments[:2]), *arguments[2:])
                 if self.started

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distwd import LR, Adam, CautiousWeightDecay, Chain, Wrap
 from distwd.hosts.zeros import Zeros
 from distwd.kernels import writing
+from distwd.kernels.buffers import Buffers
 from distwd.kernels.joined import joined, spread_
 from distwd.kernels.pull import Mask, Pull
 from distwd.kernels.scratch import Scratch
@@ -229,6 +230,17 @@ def test_zeros_of_small_parameters_lie_in_a_row_and_have_the_strides_of_the_para
     assert [zero.shape for zero in zeros] == [param.shape for param in params]
     assert [zero.stride() for zero in zeros] == [param.stride() for param in params]
     assert not any(zero.any() for zero in zeros)
+
+
+def test_buffers_of_what_is_more_than_memory_or_on_another_device_are_of_its_own_kind_and_in_no_row():
+    class Special(Tensor):
+        pass
+
+    special, plain = (one.as_subclass(Special) for one in made([(4,), (4,)])), made([(4,), (4,)])
+    buffers = Buffers().take(range(4), [*special, *plain])
+    assert [type(buffer) for buffer in buffers] == [Special, Special, Tensor, Tensor]
+    elsewhere = Buffers().take([0, 1], [torch.empty(4, device="meta")] * 2)
+    assert [buffer.storage_offset() for buffer in buffers + elsewhere] == [0, 0, 0, 4, 0, 0]
 
 
 def test_zeros_in_a_row_are_no_views_of_one_another():

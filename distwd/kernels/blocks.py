@@ -15,8 +15,8 @@ _CPU_LEAST = 1 << 18
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
-# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where they are
-# few, that counts for more than what is in the cache, up to a larger size.
+# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where only a few
+# operations are made, that overhead counts for more than what is in the cache, up to a larger size.
 _CPU_SMALL = 1 << 15
 _CPU_SMALL_FOR_FEW = 1 << 16
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import small_size
+from .ordinary import ORDINARY
 
 Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
@@ -48,7 +49,7 @@ def _like(params: Sequence[Tensor]) -> list[Tensor]:
     rows = defaultdict[torch.dtype, list[int]](list)
     for place, param in enumerate(params):
         is_small = param.numel() <= small_size(param.device, few_operations=True)
-        if is_small and param.device.type == "cpu" and param.is_contiguous():
+        if is_small and type(param) in ORDINARY and param.device.type == "cpu" and param.is_contiguous():
             rows[param.dtype].append(place)
         else:
             made[place] = torch.empty_like(param, requires_grad=False)

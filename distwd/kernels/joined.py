@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ordinary import ORDINARY
 from .scratch import Scratch
-
-_ORDINARY = (Tensor, torch.nn.Parameter)
 
 _WORTH_COPYING = 1 << 12  # elements of a tensor, in the mean
 
@@ -19,7 +18,7 @@ def can_be_joined(pieces: Sequence[Tensor]) -> bool:
     dtype = pieces[0].dtype
     if len(pieces) == 1 or pieces[0].device.type != "cpu":
         return False
-    return all(type(piece) in _ORDINARY and piece.dtype == dtype for piece in pieces)
+    return all(type(piece) in ORDINARY and piece.dtype == dtype for piece in pieces)
 
 
 def is_worth_writing_joined(lists: Sequence[Sequence[Tensor]]) -> bool:
@@ -63,7 +62,7 @@ def spread_(pieces: Sequence[Tensor], flat: Tensor) -> None:
 
 
 def _lie_in_a_row(pieces: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    if type(pieces[0]) not in _ORDINARY:  # fake tensors have no address
+    if type(pieces[0]) not in ORDINARY:  # fake tensors have no address
         return False
     address = pieces[0].data_ptr()
     for piece in pieces:

@@ -154,8 +154,9 @@ def _write_(
     tally: Tally | None,
 ) -> None:
     """Write the first of `lists`, block by block."""
-    is_free = noise is None and tally is None  # to take elements in other company than they are stored in
-    is_free = is_free and factors.is_exact(is_last=roles.clear or roles.second != "updates")
+    # Noise and tallies go by the tensor; what is not exact may depend on how many elements are worked on together.
+    is_exact = factors.is_exact(is_last=roles.clear or roles.second != "updates")
+    is_free = is_exact and noise is None and tally is None
     compiles, is_low = is_free and scratch.compiles, lists[0][0].dtype in LOW
     # Only these take so many operations that joining makes up for itself.
     joins = is_free and factors.has_common_numbers and (is_low or any(pull.cautious for pull in factors.bent))

@@ -32,6 +32,7 @@ def local_moments(
     parts: dict[Moment, list[Tensor]] = {moment: [] for moment in ordered}
     together = TOGETHER if scratch.compiles else 0
     measured = (tensors, minus) if minus else (tensors,)
+    # A sum is a few operations; but what is large the compiler does in one.
     for places, lists in blocks(*measured, together=together, few_operations=not scratch.compiles):
         if together and is_large(lists[0]):
             values = compiled(_traced, ordered, len(places))(*lists)
