@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from ..kernels.joined import can_be_joined, joined
 from ..kernels.pull import difference
 from ..kernels.scratch import Scratch
 from .metric import ABS, COUNT, MAX, MIN, SQUARE, SUM, Moment
+
+# A compiled sum reads a tensor in so many stretches at once: with one it waits for memory most of the time. (From eight on torch
+# would take them for a dimension of a loop, and read one after the other.)
+STRETCHES = 4
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -33,13 +37,10 @@ def local_moments(
     together = TOGETHER if scratch.compiles else 0
     measured = (tensors, minus) if minus else (tensors,)
     # A sum is a few operations; but what is large the compiler does in one.
-    for places, lists in blocks(*measured, together=together, few_operations=not scratch.compiles):
-        if together and is_large(lists[0]):
-            values = compiled(_traced, ordered, len(places))(*lists)
-        else:
-            values = _of_block(*lists, moments=ordered, rows=1, scratch=scratch)
-        for moment, value in zip(ordered, values, strict=True):
-            parts[moment].append(value[0])
+    for _, lists in blocks(*measured, together=together, few_operations=not scratch.compiles):
+        for values in _of_tensors(lists, ordered, scratch):
+            for moment, value in zip(ordered, values, strict=True):
+                parts[moment].append(value[0])
     device = tensors[0].device if tensors else torch.device("cpu")
     return {moment: combine(values or [identity(moment, device)], moment) for moment, values in parts.items()}
 
@@ -73,10 +74,14 @@ def combine(values: list[Tensor], moment: Moment) -> Tensor:
     """One 0-d number out of several of the same moment."""
     if len(values) == 1:
         return values[0]
-    stacked = torch.stack(values)
+    return _combined(torch.stack(values), moment)
+
+
+def _combined(values: Tensor, moment: Moment) -> Tensor:
+    """The moment of all of which the last dimension holds the moments of parts."""
     if moment.is_sum:
-        return stacked.sum()
-    return stacked.amax() if moment == MAX else stacked.amin()
+        return values.sum(-1)
+    return values.amax(-1) if moment == MAX else values.amin(-1)
 
 
 def _ordered(moments: Iterable[Moment]) -> tuple[Moment, ...]:
@@ -84,13 +89,27 @@ def _ordered(moments: Iterable[Moment]) -> tuple[Moment, ...]:
     return tuple(sorted(moments, key=lambda moment: moment != SUM))
 
 
+def _of_tensors(lists: Sequence[list[Tensor]], moments: tuple[Moment, ...], scratch: Scratch) -> Iterator[list[Tensor]]:
+    """The moments of a block, [1] each; where they are compiled, those of what the stretches leave over come after them."""
+    if not (scratch.compiles and is_large(lists[0])):
+        yield _of_block(*lists, moments=moments, rows=1, scratch=scratch)
+        return
+    ends = [piece.numel() // STRETCHES * STRETCHES for piece in lists[0]]
+    even = [[piece[:end] for piece, end in zip(pieces, ends, strict=True)] for pieces in lists]
+    yield compiled(_traced, moments, len(ends))(*even)
+    over = [[piece[end:] for piece, end in zip(pieces, ends, strict=True) if piece.numel() > end] for pieces in lists]
+    if over[0]:
+        yield _of_block(*over, moments=moments, rows=1, scratch=scratch)
+
+
 def _traced(moments: tuple[Moment, ...], num: int, *lists: list[Tensor]) -> list[Tensor]:
     """The moments over `num` tensors (minus as many others, if there is a second list), each [1]."""
     each = [
-        _of_block(*([one[place]] for one in lists), moments=moments, rows=1, scratch=TRACED) for place in range(num)
+        _of_block(*([one[place].view(STRETCHES, -1)] for one in lists), moments=moments, rows=1, scratch=TRACED)
+        for place in range(num)
     ]
     return [
-        combine([row[0] for row in rows], moment).view(1)
+        _combined(torch.cat(rows), moment).view(1)
         for moment, rows in zip(moments, zip(*each, strict=True), strict=True)
     ]
 
@@ -107,8 +126,11 @@ def _of_block(
     if minus:
         pieces = _differences(pieces, minus, scratch)
     signed = SUM in moments
-    x = _widened(pieces, signed, scratch).view(rows, -1)
-    return [_of_row(x, moment, signed, scratch) for moment in moments]
+    x = _widened(pieces, signed, scratch)
+    if scratch is not TRACED:
+        return [_of_row(x.view(rows, -1), moment, signed, scratch) for moment in moments]
+    # Stretches beside each other: each element with those at its place in the others, and then along them.
+    return [_combined(_of_row(x.view(1, STRETCHES, -1), moment, signed, scratch), moment) for moment in moments]
 
 
 def _differences(new: Sequence[Tensor], old: Sequence[Tensor], scratch: Scratch) -> list[Tensor]:
