@@ -186,7 +186,7 @@ def main() -> None:
     results = bench.everything()
     if not bench.is_main:
         return
-    show(Console(width=None if sys.stdout.isatty() else 120), results)
+    show(Console(width=None if sys.stdout.isatty() else 140), results)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from distwd.kernels.compiled import check_compiler
+from distwd.kernels.scratch import Scratch
 from distwd.metrics.metric import ABS
 from distwd.metrics.moments import local_moments
 from distwd.plan.manifest import checksums_of, rows_of
@@ -21,16 +24,33 @@ from distwd.plan.pieces import Meshes, describe
 
 
 def measure_partial(here: Here, numel: int, rounds: int) -> dict[str, Any]:
-    """Σ|x| in float64 of one large tensor, against `x.sum()` of the same, in turns."""
+    """Σ|x| in float64 of one large tensor, and the same compiled where that works, against `x.sum()` of the same, in turns."""
     x = torch.randn(numel, device=here.device)
-    local_moments([x], (ABS,))
-    times = [(here.seconds(x.sum), here.seconds(lambda: local_moments([x], (ABS,)))) for _ in range(rounds)]
+    ways: dict[str, Callable[[], Any]] = {"sum": x.sum}
+    for way, compiles in {"partial": False, "compiled": True}.items():
+        if not compiles or _has_compiler(here.device.type):
+            ways[way] = partial(local_moments, [x], (ABS,), Scratch(compiles))
+            ways[way]()  # compiles
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            times[way].append(here.seconds(run))
     return {
         "numel": numel,
-        "sum_seconds": spread([plain for plain, _ in times]),
-        "partial_seconds": spread([partial for _, partial in times]),
-        "ratio": spread([partial / plain for plain, partial in times]),
+        "seconds": {way: spread(own) for way, own in times.items()},
+        "ratio": {
+            way: spread([one / plain for one, plain in zip(own, times["sum"], strict=True)])
+            for way, own in times.items()
+        },
     }
+
+
+def _has_compiler(device_type: str) -> bool:
+    try:
+        check_compiler(device_type)
+    except ValueError:
+        return False
+    return True
 
 
 def measure_plan(here: Here, num_params: int, num_ranks: int, held: str = "cut") -> dict[str, Any]:

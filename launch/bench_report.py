@@ -84,8 +84,10 @@ def show(console: Console, results: Record) -> None:
                 say(f"  {row['name']}: {_times(row['ratio_against'])} × {row['against']}{goal}")
         for name, reason in run["failed"].items():
             say(f"  {name} does not work here: {reason}")
-    partial = results["partial"]
-    say(f"float64 partial of mean|x|, {partial['numel']:,} elements: {_times(partial['ratio'])} × x.sum() (goal ≤ 4)")
+    numel, ratios = results["partial"]["numel"], results["partial"]["ratio"]
+    for way, name in {"partial": "float64 partial of mean|x|", "compiled": "the same, compiled"}.items():
+        if way in ratios:
+            say(f"{name}, {numel:,} elements: {_times(ratios[way])} × x.sum() (goal ≤ 4)")
     console.print(plan_table(results["plan"]))
     for told in results["telling"]:
         say(

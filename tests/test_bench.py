@@ -66,7 +66,9 @@ def test_every_case_is_timed_on_one_and_two_ranks_and_two_models(bench, cases):
             assert 0 < row["seconds"]["best"] <= row["seconds"]["median"]
             assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
     assert written["machine"]["torch"] == torch.__version__
-    assert written["partial"]["ratio"]["median"] > 0
+    assert written["partial"]["ratio"].keys() == {"sum", "partial", "compiled"}
+    assert all(ratio["median"] > 0 for ratio in written["partial"]["ratio"].values())
+    assert "the same, compiled" in printed
     assert written["telling"][0]["params"] == 100
 
 

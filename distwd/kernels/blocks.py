@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
 # count, and small enough that its temporaries do not either.
 _CPU_BLOCK = 1 << 17  # for each thread
-_CPU_LEAST = 1 << 18
+_CPU_LEAST = 1 << 18  # in all, unless a core's second-level cache holds the block of a thread and its float64 copy
+_CPU_CACHE = 1 << 21  # bytes that do
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
@@ -25,7 +27,12 @@ def block_size(device: torch.device) -> int:
     """The number of elements worked on at a time on `device`, at most."""
     if device.type != "cpu":
         return _GPU_BLOCK
-    return min(max(_CPU_BLOCK * torch.get_num_threads(), _CPU_LEAST), _CPU_MOST)
+    return min(max(_CPU_BLOCK * torch.get_num_threads(), _cpu_least()), _CPU_MOST)
+
+
+def _cpu_least() -> int:
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    return _CPU_BLOCK if known.get("l2_cache_size", 0) >= _CPU_CACHE else _CPU_LEAST
 
 
 def small_size(device: torch.device, few_operations: bool = False) -> int:
