@@ -18,6 +18,9 @@ from torch.distributed.fsdp import fully_shard
 import distwd
 from distwd.kernels import compiled as compiling
 from distwd.kernels.blocks import blocks, is_large
+from distwd.kernels.scratch import Scratch
+from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Moment
+from distwd.metrics.moments import STRETCHES, local_moments
 
 # More large tensors than one call takes, one that does not end in a whole vector, and small ones, which are not compiled.
 NUMELS = [40_000, 70_003, 120_000, 7, 300]
@@ -206,3 +209,30 @@ def test_without_a_compiler_it_is_refused_at_once(tmp_path):
             "compile=True: torch.compile does not work here, it needs a C++ compiler (gcc or clang) on cpu"
         )
         assert "or leave compile out" in line
+
+
+def test_moments_of_stretches_are_those_of_all_elements():
+    """Of what the stretches leave over, too: the largest element is there, and then a NaN."""
+    cube = Moment("power", 3.0)
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(numel, generator=generator).clamp_min(-0.9) for numel in (40_003, 70_001)]
+    assert all(x.numel() % STRETCHES for x in xs)
+    xs[0][7], xs[1][-1] = 0.0, 9.0
+    whole = torch.cat(xs).double()
+    expected = {
+        SUM: whole.sum(),
+        ABS: whole.abs().sum(),
+        COUNT: whole.count_nonzero().double(),
+        MAX: whole.abs().max(),
+        MIN: whole.abs().min(),
+        cube: (whole.abs() ** 3).sum(),
+    }
+    scratch = Scratch(compiles=True)
+    found = local_moments(xs, expected, scratch)
+    assert found.keys() == expected.keys()
+    for moment, value in expected.items():
+        torch.testing.assert_close(found[moment], value, rtol=1e-12, atol=0)
+    for place in (5, -1):
+        kept, xs[0][place] = xs[0][place].clone(), torch.nan
+        assert all(value.isnan() for value in local_moments(xs, expected, scratch).values())
+        xs[0][place] = kept
