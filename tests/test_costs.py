@@ -170,6 +170,34 @@ def test_live_objects_stay_flat(way, rule):
     assert counts[-1] <= counts[2]
 
 
+# --- how much at a time -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("told", "threads", "thousands"),
+    [
+        ({"l2_cache_size": 2 * MIB}, 1, 128),
+        ({"l2_cache_size": MIB}, 1, 256),
+        ({}, 1, 256),
+        ({"l2_cache_size": 2 * MIB}, 2, 256),
+        ({}, 4, 512),
+        ({}, 64, 2048),
+    ],
+)
+def test_a_block_grows_with_the_threads_and_is_small_where_the_cache_holds_it(told, threads, thousands):
+    with (
+        mock.patch.object(torch.cpu, "get_capabilities", return_value=told, create=True),
+        mock.patch.object(torch, "get_num_threads", return_value=threads),
+    ):
+        assert block_size(torch.device("cpu")) == thousands * 1024
+
+
+def test_a_torch_that_tells_nothing_of_its_cpu_is_enough(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert block_size(torch.device("cpu")) == 256 * 1024
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
