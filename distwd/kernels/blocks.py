@@ -12,8 +12,8 @@ from torch import Tensor
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
 # count, and small enough that its temporaries do not either.
 _CPU_BLOCK = 1 << 17  # for each thread
-_CPU_LEAST = 1 << 18  # in all, unless a core's second-level cache holds the block of a thread and its float64 copy
-_CPU_CACHE = 1 << 21  # bytes that do
+_CPU_LEAST = 1 << 18  # in all
+_CPU_CACHE = 1 << 21  # bytes of a core's second-level cache that hold the block of a thread and its float64 copy
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
@@ -31,6 +31,7 @@ def block_size(device: torch.device) -> int:
 
 
 def _cpu_least() -> int:
+    """Smaller only where a core's cache holds it; elsewhere the calls of smaller blocks cost more than they save."""
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
     return _CPU_BLOCK if known.get("l2_cache_size", 0) >= _CPU_CACHE else _CPU_LEAST
 
