@@ -1,19 +1,19 @@
 """Weight decay for PyTorch that knows how its parameters are sharded."""
 
 from ._version import __version__
-from .attach import Attachment, attach
-from .chain import Chain
-from .decays.direct import DirectWeightDecay, decay_weights_
-from .decays.relative import RelativeWeightDecay
-from .decays.weight_decay import CautiousWeightDecay, WeightDecay
+from .attach.attach import Attachment, attach
+from .chain.chain import Chain
 from .errors import PlanError
-from .layout import Replicated, Sharded
-from .lr import LR
-from .numbers import global_metric
-from .param_groups import param_groups
-from .plan.plan import Plan
-from .schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
-from .wrap import Adam, Wrap
+from .groups.param_groups import param_groups
+from .groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
+from .metrics.global_metric import global_metric
+from .metrics.plan import Plan
+from .optimizers.lr import LR
+from .optimizers.wrap import Adam, Wrap
+from .rules.direct import DirectWeightDecay, decay_weights_
+from .rules.relative import RelativeWeightDecay
+from .rules.weight_decay import CautiousWeightDecay, WeightDecay
+from .sharding.layout import Replicated, Sharded
 
 __all__ = [
     "Adam",

@@ -14,5 +14,5 @@ class PlanError(ValueError):
     """
 
 
-class Stranded(RuntimeError):
+class CollectiveError(RuntimeError):
     """A collective failed, since another rank died, raised, or did not take part; the backend's own error is its cause."""

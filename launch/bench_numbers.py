@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from distwd.kernels.compiled import check_compiler
-from distwd.kernels.scratch import Scratch
+from distwd.kernels.compile import check_compiler
+from distwd.kernels.sums import local_statistics
+from distwd.kernels.workspace import Workspace
 from distwd.metrics.metric import ABS
-from distwd.metrics.moments import local_moments
-from distwd.plan.manifest import checksums_of, rows_of
-from distwd.plan.owners import resolve
-from distwd.plan.pieces import Meshes, describe
+from distwd.sharding.manifest import checksums_of, rows_of
+from distwd.sharding.ownership import resolve
+from distwd.sharding.pieces import Meshes, describe
 
 
 def measure_partial(here: Here, numel: int, rounds: int) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def measure_partial(here: Here, numel: int, rounds: int) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {"sum": x.sum}
     for way, compiles in {"partial": False, "compiled": True}.items():
         if not compiles or _has_compiler(here.device.type):
-            ways[way] = partial(local_moments, [x], (ABS,), Scratch(compiles))
+            ways[way] = partial(local_statistics, [x], (ABS,), Workspace(compiles))
             ways[way]()  # compiles
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):

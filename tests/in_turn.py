@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from distwd.local import local_tensor
-from distwd.plan.manifest import checksums_of, rows_of
-from distwd.plan.owners import Ownership, resolve
-from distwd.plan.pieces import describe
+from distwd.sharding.local import local_tensor
+from distwd.sharding.manifest import checksums_of, rows_of
+from distwd.sharding.ownership import Ownership, resolve
+from distwd.sharding.pieces import describe
 
 
 def distribute(wholes: Sequence[Tensor], sizes: tuple[int, ...], placements: Sequence[Sequence[Placement]]) -> list:

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from distwd import LR, Adam, CautiousWeightDecay, Chain, RelativeWeightDecay, WeightDecay, Wrap, attach
-from distwd.keys import attachments_of
+from distwd.step.group_keys import attachments_on
 from tests import wire
 from tests.one_process import fp32_parameters
 from tests.runs import differing, grads_of
@@ -111,7 +111,7 @@ def test_a_metric_of_gradients_is_of_the_clipped_ones(way):
     params = fp32_parameters()
     told = optimizer = optimizer_of(way, params, RULES["of gradients"])
     if way != "chain":
-        (told,) = attachments_of(optimizer)
+        (told,) = attachments_on(optimizer)
     feed(params, 0)
     norm = torch.nn.utils.clip_grad_norm_(params.values(), 0.5)
     assert norm > 1

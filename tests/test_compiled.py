@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distwd
-from distwd.kernels import compiled as compiling
+from distwd.kernels import compile as compiling
 from distwd.kernels.blocks import blocks, is_large
-from distwd.kernels.scratch import Scratch
-from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Moment
-from distwd.metrics.moments import STRETCHES, local_moments
+from distwd.kernels.sums import STRETCHES, local_statistics
+from distwd.kernels.workspace import Workspace
+from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Statistic
 
 # More large tensors than one call takes, one that does not end in a whole vector, and small ones, which are not compiled.
 NUMELS = [40_000, 70_003, 120_000, 7, 300]
@@ -41,7 +41,7 @@ CASES += [("attach", "relative update", torch.bfloat16), ("chain", "relative upd
 @pytest.fixture(autouse=True)
 def together(monkeypatch):
     """Two tensors a call, not eight, which take longer to compile."""
-    for module in ("distwd.kernels.writing", "distwd.metrics.moments"):
+    for module in ("distwd.kernels.apply", "distwd.kernels.sums"):
         monkeypatch.setattr(f"{module}.TOGETHER", 2)
 
 
@@ -92,8 +92,8 @@ def calls_of(way: str, rule: str) -> int:
 
     stepping, _ = optimizer(way, RULES[rule], params(), compile=True)
     with (
-        mock.patch("distwd.kernels.writing.compiled", counting),
-        mock.patch("distwd.metrics.moments.compiled", counting),
+        mock.patch("distwd.kernels.apply.compiled", counting),
+        mock.patch("distwd.kernels.sums.compiled", counting),
     ):
         stepping.step()
     return len(made)
@@ -182,7 +182,7 @@ def test_compiled_on_ranks_equals_one_process_that_does_not_compile(worlds, rank
 def test_copies_compile_too():
     chain = distwd.Chain(params(), distwd.Adam(), RULES["cautious"], distwd.LR(1e-2), compile=True)
     for twin in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
-        assert twin._conductor._scratch.compiles
+        assert twin._runner._workspace.compiles
 
 
 PROGRAM = """
@@ -213,7 +213,7 @@ def test_without_a_compiler_it_is_refused_at_once(tmp_path):
 
 def test_moments_of_stretches_are_those_of_all_elements():
     """Of what the stretches leave over, too: the largest element is there, and then a NaN."""
-    cube = Moment("power", 3.0)
+    cube = Statistic("power", 3.0)
     generator = torch.Generator().manual_seed(0)
     xs = [torch.randn(numel, generator=generator).clamp_min(-0.9) for numel in (40_003, 70_001)]
     assert all(x.numel() % STRETCHES for x in xs)
@@ -227,12 +227,12 @@ def test_moments_of_stretches_are_those_of_all_elements():
         MIN: whole.abs().min(),
         cube: (whole.abs() ** 3).sum(),
     }
-    scratch = Scratch(compiles=True)
-    found = local_moments(xs, expected, scratch)
+    scratch = Workspace(compiles=True)
+    found = local_statistics(xs, expected, scratch)
     assert found.keys() == expected.keys()
     for moment, value in expected.items():
         torch.testing.assert_close(found[moment], value, rtol=1e-12, atol=0)
     for place in (5, -1):
         kept, xs[0][place] = xs[0][place].clone(), torch.nan
-        assert all(value.isnan() for value in local_moments(xs, expected, scratch).values())
+        assert all(value.isnan() for value in local_statistics(xs, expected, scratch).values())
         xs[0][place] = kept

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distwd
 from distwd.kernels.blocks import block_size
-from distwd.kernels.scratch import Scratch
+from distwd.kernels.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -202,7 +202,7 @@ def test_a_torch_that_tells_nothing_of_its_cpu_is_enough(monkeypatch):
 
 
 def test_what_is_kept_is_a_block_at_most():
-    scratch, device = Scratch(), torch.device("cpu")
+    scratch, device = Workspace(), torch.device("cpu")
     size = block_size(device)
     first = scratch.take("x", size, device, torch.float32)
     assert scratch.take("x", 3, device, torch.float32).data_ptr() == first.data_ptr()
@@ -226,7 +226,7 @@ def test_buffers_do_not_travel_with_a_chain():
     pickled = len(pickle.dumps(chain))
     assert pickled < 4 * 400_000 + 100_000  # the parameter, its gradient and two moments
     twin = copy.deepcopy(chain)
-    assert twin._conductor._scratch is not chain._conductor._scratch
+    assert twin._runner._workspace is not chain._runner._workspace
 
 
 def test_a_stand_in_is_zero_again_after_a_step_that_failed():
@@ -237,7 +237,10 @@ def test_a_stand_in_is_zero_again_after_a_step_that_failed():
         chain = distwd.Chain(named, distwd.Wrap(torch.optim.SGD), RULES["relative update"], distwd.LR(0.1))
         chain.step()
         if fail:
-            with mock.patch("distwd.meter.measure", side_effect=RuntimeError("lost")), pytest.raises(RuntimeError):
+            with (
+                mock.patch("distwd.step.coefficients.measure", side_effect=RuntimeError("lost")),
+                pytest.raises(RuntimeError),
+            ):
                 chain.step()
         chain.step()
         return named[0][1].detach()

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import distwd
 from distwd.metrics.metric import parse_metric
-from distwd.metrics.reduce import Partial, reduce_partials
-from distwd.world import World
+from distwd.sharding.reduce import Partial, reduce_partials
+from distwd.sharding.world import World
 from tests import runs
 from tests.layouts import whole_model
 from tests.runs import PARAMS_SEED

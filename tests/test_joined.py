@@ -8,15 +8,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distwd import LR, Adam, CautiousWeightDecay, Chain, Wrap
-from distwd.hosts.zeros import Zeros
-from distwd.kernels import writing
-from distwd.kernels.buffers import Buffers
+from distwd.kernels import apply as writing
+from distwd.kernels.buffers import BufferPool
+from distwd.kernels.formulas import DecayTerm, Mask
 from distwd.kernels.joined import joined, spread_
-from distwd.kernels.pull import Mask, Pull
-from distwd.kernels.scratch import Scratch
+from distwd.kernels.workspace import Workspace
+from distwd.kernels.zeros import ZeroPool
 from distwd.metrics.measure import Part, Request, measure
 from distwd.metrics.metric import parse_metric
-from distwd.world import World
+from distwd.sharding.world import World
 
 SHAPES = {
     "alike": [(4, 6)] * 5,
@@ -49,7 +49,7 @@ def same(some: list[Tensor], others: list[Tensor]) -> bool:
 def test_what_is_joined_is_a_copy_in_order_and_is_spread_again(shapes):
     pieces = made(shapes)
     before = [piece.clone() for piece in pieces]
-    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
     assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in before])) and not is_own
     flat.mul_(2)
     assert same(pieces, before)
@@ -60,7 +60,7 @@ def test_what_is_joined_is_a_copy_in_order_and_is_spread_again(shapes):
 @by_shapes
 def test_what_lies_in_a_row_is_joined_without_a_copy(shapes):
     pieces = in_a_row(made(shapes))
-    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
     assert is_own and flat.numel() == sum(piece.numel() for piece in pieces)
     flat.zero_()
     assert not any(piece.any() for piece in pieces)
@@ -77,7 +77,7 @@ def test_not_in_a_row_are_gaps_other_orders_other_strides_and_other_dtypes():
         "other dtypes": [doubles[:4], doubles[4:].view(torch.float32)],
     }
     for name, pieces in cases.items():
-        flat, is_own = joined(pieces, name, Scratch(), pieces[0].dtype)
+        flat, is_own = joined(pieces, name, Workspace(), pieces[0].dtype)
         assert not is_own, name
         assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in pieces])), name
 
@@ -87,14 +87,14 @@ def test_neighbours_in_memory_of_other_storages_are_copied():
     memory = base.numpy()
     pieces = [torch.from_numpy(memory[:8]), torch.from_numpy(memory[8:])]  # a storage for each
     assert pieces[1].data_ptr() == pieces[0].data_ptr() + pieces[0].nbytes
-    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
     assert not is_own and torch.equal(flat, base)
 
 
 def test_of_a_negated_view_in_a_row_the_values_count_and_not_the_memory():
     base = torch.arange(1.0, 9.0)
     pieces = [base[:4], torch._neg_view(base[4:])]
-    flat, is_own = joined(pieces, "use", Scratch(), torch.float32)
+    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
     assert not is_own
     assert flat.tolist() == [1, 2, 3, 4, -5, -6, -7, -8]
 
@@ -112,14 +112,14 @@ def test_fake_tensors_are_not_asked_where_they_lie(recwarn):
 # --- the same bits --------------------------------------------------------------------------------------------------
 
 PULLS = {
-    "cautious": [Pull(0.3, cautious=True)],
-    "cautious, against": [Pull(0.3, cautious=True, sign=-1)],
-    "a number that was measured": [Pull(torch.tensor(0.3), cautious=True)],
-    "with linear ones": [Pull(0.1), Pull(0.3, cautious=True), Pull(0.2)],
-    "order 1": [Pull(0.3, ord=1.0)],
-    "order 3, cautious": [Pull(0.3, ord=3.0, cautious=True)],
-    "order 1.5": [Pull(0.3, ord=1.5)],
-    "by tensor": [Pull(torch.linspace(0.1, 0.5, 5), cautious=True)],
+    "cautious": [DecayTerm(0.3, cautious=True)],
+    "cautious, against": [DecayTerm(0.3, cautious=True, sign=-1)],
+    "a number that was measured": [DecayTerm(torch.tensor(0.3), cautious=True)],
+    "with linear ones": [DecayTerm(0.1), DecayTerm(0.3, cautious=True), DecayTerm(0.2)],
+    "order 1": [DecayTerm(0.3, ord=1.0)],
+    "order 3, cautious": [DecayTerm(0.3, ord=3.0, cautious=True)],
+    "order 1.5": [DecayTerm(0.3, ord=1.5)],
+    "by tensor": [DecayTerm(torch.linspace(0.1, 0.5, 5), cautious=True)],
 }
 
 
@@ -132,14 +132,16 @@ def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
     updates[0][:10] = 0.0  # where nothing is to be decayed
     updates = in_a_row(updates) if row else updates
     alone, their_updates = ([one.clone() for one in some] for some in (params, updates))
-    scratch = Scratch()
-    writing.pull_(params, PULLS[name], updates, -1.0, Mask(updates), scratch=scratch, clear=True)
+    scratch = Workspace()
+    writing.apply_(params, PULLS[name], updates, -1.0, Mask(updates), workspace=scratch, clear=True)
     for place, (param, update) in enumerate(zip(alone, their_updates, strict=True)):
         pulls = [
-            Pull(p.rate[place] if isinstance(p.rate, Tensor) and p.rate.dim() else p.rate, p.ord, p.cautious, p.sign)
+            DecayTerm(
+                p.rate[place] if isinstance(p.rate, Tensor) and p.rate.dim() else p.rate, p.ord, p.cautious, p.sign
+            )
             for p in PULLS[name]
         ]
-        writing.pull_([param], pulls, [update], -1.0, Mask([update]), scratch=scratch, clear=True)
+        writing.apply_([param], pulls, [update], -1.0, Mask([update]), workspace=scratch, clear=True)
     assert same(params, alone)
     assert not any(update.any() for update in updates)
 
@@ -159,8 +161,8 @@ def test_small_tensors_are_joined_where_there_are_many_operations(side, dtype, n
     calls = []
     monkeypatch.setattr(writing, "spread_", lambda *args: calls.append(len(args[0])) or spread_(*args))
     params, updates = (made([(side, side)] * 4, seed, dtype) for seed in range(2))
-    pulls = [*PULLS.get(name, [Pull(0.1)])]
-    writing.pull_(params, pulls, updates, mask=Mask(updates), scratch=Scratch(), clear=True)
+    pulls = [*PULLS.get(name, [DecayTerm(0.1)])]
+    writing.apply_(params, pulls, updates, mask=Mask(updates), workspace=Workspace(), clear=True)
     assert calls == ([] if number is None else [number])
 
 
@@ -171,7 +173,7 @@ def test_differences_of_tensors_of_equal_lengths_and_other_dtypes_are_not_rounde
     olds = [torch.full_like(new, 0.5) for new in news]
     parts = [Part(cell, [new], [old]) for cell, (new, old) in enumerate(zip(news, olds, strict=True))]
     request = Request(parse_metric("mad"), parts, torch.full((2,), 6.0, dtype=torch.float64))
-    (found,) = measure([request], World.of(None), Scratch())
+    (found,) = measure([request], World.of(None), Workspace())
     assert found.tolist() == pytest.approx(
         [(new.double() - old.double()).mean().item() for new, old in zip(news, olds, strict=True)]
     )
@@ -181,7 +183,9 @@ def test_updates_of_several_dtypes_are_not_rounded_to_the_first():
     params, updates = made([(5,), (5,)], 1), made([(5,), (5,)], 2)
     updates[0] = updates[0].bfloat16()
     expected = params[1] - updates[1]
-    writing.pull_(params, [Pull(0.0, cautious=True)], updates, mask=Mask(updates), scratch=Scratch(), clear=True)
+    writing.apply_(
+        params, [DecayTerm(0.0, cautious=True)], updates, mask=Mask(updates), workspace=Workspace(), clear=True
+    )
     assert torch.equal(params[1], expected)
 
 
@@ -225,8 +229,8 @@ def test_state_that_others_have_made_a_plain_dict_is_filled_again():
 def test_zeros_of_small_parameters_lie_in_a_row_and_have_the_strides_of_the_parameters():
     params = made([(4, 6), (7,), (400, 400), (2, 3, 4, 5), (4, 3, 1, 1)])
     params[3:] = [param.to(memory_format=torch.channels_last) for param in params[3:]]
-    zeros = Zeros().take([3, 5, 6, 9, 7], params)
-    assert joined(zeros[:2], "use", Scratch(), torch.float32)[1]
+    zeros = ZeroPool().take([3, 5, 6, 9, 7], params)
+    assert joined(zeros[:2], "use", Workspace(), torch.float32)[1]
     assert [zero.shape for zero in zeros] == [param.shape for param in params]
     assert [zero.stride() for zero in zeros] == [param.stride() for param in params]
     assert not any(zero.any() for zero in zeros)
@@ -237,9 +241,9 @@ def test_buffers_of_what_is_more_than_memory_or_on_another_device_are_of_its_own
         pass
 
     special, plain = (one.as_subclass(Special) for one in made([(4,), (4,)])), made([(4,), (4,)])
-    buffers = Buffers().take(range(4), [*special, *plain])
+    buffers = BufferPool().take(range(4), [*special, *plain])
     assert [type(buffer) for buffer in buffers] == [Special, Special, Tensor, Tensor]
-    elsewhere = Buffers().take([0, 1], [torch.empty(4, device="meta")] * 2)
+    elsewhere = BufferPool().take([0, 1], [torch.empty(4, device="meta")] * 2)
     assert [buffer.storage_offset() for buffer in buffers + elsewhere] == [0, 0, 0, 4, 0, 0]
 
 
@@ -255,7 +259,7 @@ def test_zeros_in_a_row_are_no_views_of_one_another():
 
 
 def test_zeros_are_made_anew_only_for_parameters_that_are_of_another_kind():
-    params, zeros = made([(4, 6), (4, 6), (4, 6)]), Zeros()
+    params, zeros = made([(4, 6), (4, 6), (4, 6)]), ZeroPool()
     first = zeros.take([0, 1, 2], params)
     params[1] = params[1].t().contiguous().t()
     params[2] = params[2].double()

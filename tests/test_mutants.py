@@ -38,7 +38,7 @@ def everyone_owns_everything() -> Iterator[None]:
 
         return wrong
 
-    with _patched("distwd.plan.plan.build", change):
+    with _patched("distwd.metrics.plan.build", change):
         yield
 
 
@@ -53,7 +53,7 @@ def owners_by_visible_replication() -> Iterator[None]:
 
         return wrong
 
-    with _patched("distwd.plan.plan.build", change):
+    with _patched("distwd.metrics.plan.build", change):
         yield
 
 
@@ -117,7 +117,7 @@ BROKEN = [(mutant, layout) for mutant, (_, broken) in MUTANTS.items() for layout
 
 def mutated(mutant: str, fn: Callable, *args: object) -> object:
     # In a first step most wrong owners are found out by the gradients of copies. Here the numbers have to tell.
-    with MUTANTS[mutant][0](), _patched("distwd.conductor.check_gradients", lambda check: lambda plan: None):
+    with MUTANTS[mutant][0](), _patched("distwd.step.runner.check_gradients", lambda check: lambda plan: None):
         return fn(*args)
 
 
@@ -147,7 +147,7 @@ def test_a_mutant_trains_to_other_parameters(worlds, mutant, layout):
 
 def padding_counts(layout: str) -> dict:
     """What fills up the last pieces of FSDP1 is zeros: it shows in a mean, not in a sum."""
-    with _patched("distwd.plan.pieces.padding_of", lambda padding_of: lambda tensor: 0):
+    with _patched("distwd.sharding.pieces.padding_of", lambda padding_of: lambda tensor: 0):
         return metrics_on(layout, 0, 1.0)
 
 
@@ -177,7 +177,7 @@ def before_measuring(act: Callable[[], object]) -> Iterator[None]:
 
         return wrong
 
-    with _patched("distwd.meter.measure", change):
+    with _patched("distwd.step.coefficients.measure", change):
         yield
 
 
@@ -221,7 +221,7 @@ def drifting() -> dict:
 
         return wrong
 
-    with _patched("distwd.meter.measure", change):
+    with _patched("distwd.step.coefficients.measure", change):
         return runs.train("ddp2", "mad_of_update", 8).params
 
 

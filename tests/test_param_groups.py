@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distwd import LR, Chain, WeightDecay, attach
-from distwd.param_groups import param_groups
+from distwd.groups.param_groups import param_groups
 from tests.layouts import NUM_ELEMENTS, SHAPES, Net, whole_model
 
 VECTORS = {name for name, shape in SHAPES.items() if len(shape) < 2}

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distwd import LR, Chain, RelativeWeightDecay
-from distwd.audit import held_by
-from distwd.param_groups import param_groups
+from distwd.groups.model_params import params_of
+from distwd.groups.param_groups import param_groups
 from tests.layouts import SHAPES, Net, mesh_of
 from tests.test_param_groups import RULES, decays, net, told
 
@@ -67,7 +67,7 @@ def test_a_coat_changes_nothing(coat):
 def under_coat(coat: str) -> tuple:
     model = WORLD_COATS[coat](net())
     groups = param_groups(model, 0.1, RULES)
-    changed = any(held.param.ndim != len(SHAPES[held.name]) for held in held_by(model))
+    changed = any(held.param.ndim != len(SHAPES[held.name]) for held in params_of(model))
     names = sorted(name for name, _ in model.named_parameters())
     return told(groups), groups.audit().split("\n")[-2], changed, names
 
@@ -172,7 +172,7 @@ def train_stages(ranks: int) -> dict[str, torch.Tensor]:
     parts = [stage(rank) for rank in range(2)] if ranks == 0 else stage(dist.get_rank())
     groups = param_groups(parts, 0.1, STAGES)
     chain = Chain(groups, RelativeWeightDecay(0.9, norm_input="params", scope="group"), LR(0.5))
-    mine = {held.name: held.param for held in held_by(parts)}
+    mine = {held.name: held.param for held in params_of(parts)}
     for _ in range(2):
         for param in mine.values():
             param.grad = torch.ones_like(param)

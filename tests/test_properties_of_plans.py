@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import distwd
-from distwd.plan.pieces import describe
+from distwd.sharding.pieces import describe
 from tests import in_turn, threads, ways
 from tests.ways import Case, Way
 
@@ -219,10 +219,10 @@ def as_written(reorder: Callable) -> Callable:
 
 
 MUTANTS = {
-    "every holder owns": ("distwd.plan.build.resolve", every_holder_owns),
-    "no word on coverage": ("distwd.plan.build.resolve", no_word_on_coverage),
-    "even chunks": ("distwd.plan.pieces._chunk", even_chunks),
-    "strided as written": ("distwd.plan.pieces._as_fsdp_cuts", as_written),
+    "every holder owns": ("distwd.sharding.build.resolve", every_holder_owns),
+    "no word on coverage": ("distwd.sharding.build.resolve", no_word_on_coverage),
+    "even chunks": ("distwd.sharding.pieces._chunk", even_chunks),
+    "strided as written": ("distwd.sharding.pieces._as_fsdp_cuts", as_written),
 }
 
 

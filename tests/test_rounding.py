@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import distwd
-from distwd.kernels import blocks, rounding
-from distwd.kernels.rounding import Extent, Noise, Ramp, dithered
-from distwd.kernels.scratch import Scratch
-from distwd.plan.pieces import Piece, describe
-from distwd.rounding import extent_of
+from distwd.kernels import blocks, stochastic
+from distwd.kernels.stochastic import GlobalIndices, Ramp, RandomBits, dithered
+from distwd.kernels.workspace import Workspace
+from distwd.sharding.pieces import Piece, describe
+from distwd.step.rounding import global_indices_of
 from tests import in_turn
 from tests.layouts import whole_model
 from tests.test_properties_of_plans import models, steady
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def bits(num: int, key: int = 7, own: int = 99) -> Tensor:
-    return Noise([Extent(((0, num),))], [own], key, Ramp()).bits([(0, 0, num)], CPU, Scratch())
+    return RandomBits([GlobalIndices(((0, num),))], [own], key, Ramp()).bits([(0, 0, num)], CPU, Workspace())
 
 
 # --- without bias ---------------------------------------------------------------------------------------------------
@@ -154,10 +154,10 @@ def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
     piece, places = piece_of(*CUTS[name])
     whole = bits(math.prod(piece.shape))
     with mock.patch.object(rounding, "block_size", return_value=block):
-        noise = Noise([extent_of(piece)], [99], 7, Ramp())
+        noise = RandomBits([global_indices_of(piece)], [99], 7, Ramp())
         for start in range(len(places)):
             for stop in range(start + 1, len(places) + 1):
-                assert torch.equal(noise.bits([(0, start, stop)], CPU, Scratch()), whole[places[start:stop]])
+                assert torch.equal(noise.bits([(0, start, stop)], CPU, Workspace()), whole[places[start:stop]])
 
 
 @settings(max_examples=60, **steady)
@@ -168,14 +168,14 @@ def test_the_noise_is_that_of_the_places_on_any_mesh_by_any_placements(model):
     for held in in_turn.distribute(numbers, sizes, [placements for _, placements in tensors]):
         for tensor, whole in zip(held, numbers, strict=True):
             places = tensor._local_tensor.flatten().long()
-            noise = Noise([extent_of(describe("w", tensor))], [99], 7, Ramp())
+            noise = RandomBits([global_indices_of(describe("w", tensor))], [99], 7, Ramp())
             if len(places):
-                assert torch.equal(noise.bits([(0, 0, len(places))], CPU, Scratch()), bits(whole.numel())[places])
+                assert torch.equal(noise.bits([(0, 0, len(places))], CPU, Workspace()), bits(whole.numel())[places])
 
 
 def test_a_rank_that_holds_nothing_has_no_places():
     outside = Piece("w", (), BF16, ((),), (0,), "R", ())  # a scalar that lies on other ranks
-    assert extent_of(outside).row == 0
+    assert global_indices_of(outside).row == 0
 
 
 @pytest.mark.parametrize("block", [5, 64, 1 << 20])

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from distwd import LR, Adam, Chain, WeightDecay, attach
-from distwd.param_groups import param_groups
-from distwd.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
+from distwd.groups.param_groups import param_groups
+from distwd.groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
 
 
 def adamw(weight_decay: Any = 0.5, lr: Any = 0.125) -> torch.optim.AdamW:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 from distwd import LR, Adam, Chain, WeightDecay, attach
-from distwd.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
+from distwd.groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
 from tests.layouts import gather, place, whole_model
 from tests.test_schedulers import adamw
 

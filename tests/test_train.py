@@ -104,9 +104,9 @@ def test_resume_goes_on_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None
 DIES_ONCE = """
 import os, pathlib, signal, sys
 sys.path.insert(0, "launch")
-import distwd.meter, train
+import distwd.step.coefficients, train
 
-measure, steps = distwd.meter.measure, []
+measure, steps = distwd.step.coefficients.measure, []
 
 def measure_or_die(*args):
     # In the third step of the second rank, between its optimizer's work and the reduction; not again after the restart.
@@ -117,7 +117,7 @@ def measure_or_die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return measure(*args)
 
-distwd.meter.measure = measure_or_die
+distwd.step.coefficients.measure = measure_or_die
 sys.exit(train.main())
 """
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distwd.world import World, _device
+from distwd.sharding.world import World, _device
 from tests import layouts, runs
 from tests.layouts import whole_model
 from tests.runs import alone, differing

@@ -20,8 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 import distwd
-from distwd.layout import Sharded
-from distwd.plan.pieces import Piece
+from distwd.sharding.layout import Sharded
+from distwd.sharding.pieces import Piece
 from tests.layouts import local_of
 from tests.oracle import metric_of
 

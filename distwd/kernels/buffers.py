@@ -14,7 +14,7 @@ from .ordinary import ORDINARY
 Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
-class Buffers:
+class BufferPool:
     """Tensors like local parameters, by position; kept, since memory given out anew in every step costs more than what is written to it."""
 
     def __init__(self) -> None:

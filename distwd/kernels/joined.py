@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .ordinary import ORDINARY
-from .scratch import Scratch
+from .workspace import Workspace
 
 _WORTH_COPYING = 1 << 12  # elements of a tensor, in the mean
 
@@ -32,17 +32,17 @@ def is_worth_writing_joined(lists: Sequence[Sequence[Tensor]]) -> bool:
     return len({piece.data_ptr() for piece in written}) == len(written)
 
 
-def joined(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def joined(pieces: Sequence[Tensor], use: str, workspace: Workspace, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """All elements of `pieces` in `dtype`, flat; and whether that is their own memory, where they lie one after the other, or a copy."""
     if _lie_in_a_row(pieces, dtype):
         return pieces[0].as_strided((sum(piece.numel() for piece in pieces),), (1,)), True
-    return copied(pieces, use, scratch, dtype), False
+    return copied(pieces, use, workspace, dtype), False
 
 
-def copied(pieces: Sequence[Tensor], use: str, scratch: Scratch, dtype: torch.dtype) -> Tensor:
+def copied(pieces: Sequence[Tensor], use: str, workspace: Workspace, dtype: torch.dtype) -> Tensor:
     """A copy of all elements of `pieces` in `dtype`, flat."""
     rows = _rows(pieces)
-    flat = scratch.take(use, sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
+    flat = workspace.take(use, sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
     if rows is None:
         torch.cat([piece.reshape(-1) for piece in pieces], out=flat)
     else:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Moments = Mapping["Moment", Tensor]
+Statistics = Mapping["Statistic", Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class Statistic:
     """One number that every rank can compute over its own elements, and that combines over ranks.
 
     kind: "sum" Σx · "power" Σ|x|^p · "count" number of non-zeros · "max" max|x| · "min" min|x|.
@@ -40,8 +40,8 @@ class Moment:
         return math.inf if self.kind == "power" and self.p < 0 else None
 
 
-SUM, ABS, SQUARE = Moment("sum"), Moment("power", 1.0), Moment("power", 2.0)
-COUNT, MAX, MIN = Moment("count"), Moment("max"), Moment("min")
+SUM, ABS, SQUARE = Statistic("sum"), Statistic("power", 1.0), Statistic("power", 2.0)
+COUNT, MAX, MIN = Statistic("count"), Statistic("max"), Statistic("min")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class Metric:
     """
 
     name: str
-    moments: tuple[Moment, ...]
-    finish: Callable[[Moments, Tensor], Tensor]
+    statistics: tuple[Statistic, ...]
+    finish: Callable[[Statistics, Tensor], Tensor]
     degree: int = 1
 
-    def __call__(self, moments: Moments, n: Tensor) -> Tensor:
+    def __call__(self, statistics: Statistics, n: Tensor) -> Tensor:
         """moments: by kind, [cells]; n: elements in each cell, [cells]. Over no elements every metric is 0."""
-        return torch.where(n == 0, 0.0, self.finish(moments, n))
+        return torch.where(n == 0, 0.0, self.finish(statistics, n))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Metric) and self.name == other.name
@@ -67,7 +67,7 @@ class Metric:
         return hash(self.name)
 
 
-def _variance(m: Moments, n: Tensor) -> Tensor:
+def _variance(m: Statistics, n: Tensor) -> Tensor:
     # (Σx² − (Σx)²/n) / (n−1) loses |mean/std|² of float64's 2^-53: fp32 stays exact up to a ratio of about 10^4.
     spread = (m[SQUARE] - m[SUM] ** 2 / n).clamp(min=0.0)
     return torch.where(n > 1, spread / (n - 1).clamp(min=1), 0.0 * spread)
@@ -111,6 +111,6 @@ def _norm(p: float) -> Metric:
     if math.isinf(p):
         extremum = MAX if p > 0 else MIN
         return Metric(f"l{p:g}", (extremum,), lambda m, n: m[extremum])
-    moment = Moment("power", p)
+    statistic = Statistic("power", p)
     name = f"l{int(p) if p.is_integer() else p!r}"
-    return Metric(name, (moment,), lambda m, n: m[moment].sqrt() if p == 2 else m[moment] ** (1 / p))
+    return Metric(name, (statistic,), lambda m, n: m[statistic].sqrt() if p == 2 else m[statistic] ** (1 / p))

@@ -1,0 +1,1 @@
+"""Decay for an optimizer that already exists."""

@@ -1,0 +1,1 @@
+"""Which parameters decay, by how much, and when."""

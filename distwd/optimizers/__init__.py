@@ -1,0 +1,1 @@
+"""torch optimizers as transforms of a chain, and how each kind of them is run."""

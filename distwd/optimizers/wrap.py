@@ -1,0 +1,141 @@
+"""Any torch optimizer as a transform of a chain."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..step.step import Step
+from ..step.transform import BoundTransform, Transform
+from .base import InnerOptimizer
+from .closure import ClosureOptimizer, needs_closure
+from .elementwise import ELEMENTWISE, ElementwiseOptimizer
+from .full_params import FullParamOptimizer
+
+
+class Wrap(Transform):
+    """A torch optimizer as a transform:  u ← what `optimizer_class` would subtract from the parameters for the gradient u, at lr 1.
+
+    optimizer_class: a subclass of torch.optim.Optimizer. kwargs: its arguments but `lr` (that is `LR`'s) and
+        `weight_decay` (a rule's, at its own place); each becomes a key of the chain's param groups.
+    Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the local
+    shards, whatever the meshes; any other runs on the parameters themselves, as it would alone, one inner group for each
+    mesh. Where nothing later in the chain needs the update, an elementwise optimizer steps the parameters directly.
+    Optimizers that need a closure (LBFGS) come first in a chain, but for rules with target="closure".
+    State lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's: "exp_avg_1").
+    Raises ValueError for `lr`, a non-zero `weight_decay`, or arguments that the class refuses.
+    Source: torch.optim; the form is torchzero's `Wrap`.
+
+    >>> import torch
+    >>> from distwd import LR, Chain, Wrap
+    >>> w = torch.nn.Parameter(torch.ones(2)); w.grad = torch.ones(2)
+    >>> Chain([w], Wrap(torch.optim.SGD, momentum=0.9), LR(0.5)).step()
+    >>> w.detach()
+    tensor([0.5000, 0.5000])
+    """
+
+    is_linear = False
+
+    def __init__(self, optimizer_class: type[torch.optim.Optimizer], **kwargs: Any) -> None:
+        self.optimizer_class = optimizer_class
+        self.kwargs = kwargs
+        self._refuse(optimizer_class, kwargs)
+        self.fixed = _fixed(optimizer_class)
+        example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self.fixed})
+        inner = {*self.fixed, "decoupled_weight_decay"}
+        self.defaults = {key: value for key, value in example.defaults.items() if key not in inner}
+
+    @staticmethod
+    def _refuse(optimizer_class: Any, kwargs: dict[str, Any]) -> None:
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise ValueError(
+                f"Wrap takes a class of torch.optim.Optimizer, not {optimizer_class!r}; pass the class, and its arguments "
+                "as keywords"
+            )
+        name = optimizer_class.__name__
+        if "lr" in kwargs:
+            raise ValueError(f"{name} inside a chain has lr 1; remove lr= here and put LR({kwargs['lr']!r}) behind it")
+        decay = kwargs.get("weight_decay", 0)
+        if isinstance(decay, Tensor) or decay != 0:
+            raise ValueError(
+                f"{name} inside a chain has weight_decay 0; put WeightDecay({decay!r}) before it (coupled) or behind it (decoupled)"
+            )
+
+    def host(
+        self, bound: BoundTransform, chain: torch.optim.Optimizer, suffix: str
+    ) -> InnerOptimizer | ClosureOptimizer:
+        """The optimizer that does the work for one chain."""
+        return inner_optimizer_for(self.optimizer_class, {**self.kwargs, **self.fixed}, bound, chain, suffix)
+
+    def apply(self, step: Step, bound: BoundTransform) -> None:
+        if self.searches:
+            return  # its update was found together with the closure, before the step began
+        step.fold(exact=True)
+        step.host = step.hosts[bound.index]
+
+    @property
+    def searches(self) -> bool:
+        """Whether the optimizer evaluates the closure itself, as LBFGS does."""
+        return needs_closure(self.optimizer_class)
+
+    def __repr__(self) -> str:
+        words = [] if type(self) is not Wrap else [self.optimizer_class.__name__]
+        words += [f"{key}={value!r}" for key, value in self.kwargs.items()]
+        return f"{type(self).__name__}({', '.join(words)})"
+
+
+def _fixed(optimizer_class: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """What the chain decides: lr 1 and weight_decay 0, as far as the class knows them."""
+    known = inspect.signature(optimizer_class).parameters
+    return {key: value for key, value in (("lr", 1.0), ("weight_decay", 0.0)) if key in known}
+
+
+class Adam(Wrap):
+    """torch.optim.Adam as a transform:  u ← m̂ / (√v̂ + eps), with m, v running means of u and u².
+
+    Arguments as torch.optim.Adam's but lr and weight_decay. State and arithmetic are torch's own:
+    `Chain(params, Adam(), WeightDecay(w), LR(lr))` equals `torch.optim.AdamW(params, lr, weight_decay=w)` bit for bit.
+    Raises ValueError as torch.optim.Adam does. Source: Kingma & Ba, arXiv 1412.6980.
+
+    >>> import torch
+    >>> from distwd import LR, Adam, Chain
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([1.0, -2.0])
+    >>> Chain([w], Adam(eps=0.0), LR(0.5)).step()
+    >>> w.detach()
+    tensor([-0.5000,  0.5000])
+    """
+
+    def __init__(
+        self,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        super().__init__(torch.optim.Adam, **given)
+        standard = inspect.signature(Adam).parameters
+        self.kwargs = {key: value for key, value in given.items() if value != standard[key].default}
+
+
+def inner_optimizer_for(
+    cls: type[torch.optim.Optimizer],
+    kwargs: dict[str, Any],
+    bound: BoundTransform,
+    chain: torch.optim.Optimizer,
+    suffix: str,
+) -> InnerOptimizer | ClosureOptimizer:
+    """The right kind of inner optimizer for an optimizer class."""
+    kind: Any = (
+        ElementwiseOptimizer if cls in ELEMENTWISE else ClosureOptimizer if needs_closure(cls) else FullParamOptimizer
+    )
+    inner: InnerOptimizer | ClosureOptimizer = kind(cls, kwargs, bound, chain, suffix)
+    return inner

@@ -1,1 +1,0 @@
-"""Who holds what: pieces, the exchange, owners, printing."""

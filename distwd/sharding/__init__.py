@@ -1,0 +1,1 @@
+"""Who holds what. The only room that talks to other ranks."""

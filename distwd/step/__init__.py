@@ -1,0 +1,1 @@
+"""One step: assembled by transforms, then written."""
