@@ -2,17 +2,18 @@
 
 from ._version import __version__
 from .attach.attach import Attachment, attach
-from .chain.chain import Chain
+from .chain import Chain
 from .errors import PlanError
 from .groups.param_groups import param_groups
 from .groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
 from .metrics.global_metric import global_metric
+from .metrics.metric import Measure
 from .metrics.plan import Plan
 from .optimizers.lr import LR
 from .optimizers.wrap import Adam, Wrap
-from .rules.direct import DirectWeightDecay, decay_weights_
+from .rules.base import Rule
 from .rules.relative import RelativeWeightDecay
-from .rules.weight_decay import CautiousWeightDecay, WeightDecay
+from .rules.weight_decay import CautiousWeightDecay, DirectWeightDecay, WeightDecay, decay_weights_
 from .sharding.layout import Replicated, Sharded
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "LR",
     "LambdaWeightDecay",
     "LinearWeightDecay",
+    "Measure",
     "Plan",
     "PlanError",
     "RelativeWeightDecay",
     "Replicated",
+    "Rule",
     "Sharded",
     "WeightDecay",
     "Wrap",

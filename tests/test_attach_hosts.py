@@ -14,8 +14,8 @@ from distwd import (
     WeightDecay,
     Wrap,
     attach,
-    following,
 )
+from distwd.attach.zero_proxy import ZeroProxyCapture
 from tests import wire
 from tests.layouts import NUM_ELEMENTS
 from tests.one_process import fp32_parameters
@@ -220,7 +220,7 @@ def pair_of(params: dict, **kwargs) -> list[torch.optim.Optimizer]:
 @pytest.mark.parametrize("order", [1, -1], ids=["in order", "reversed"])
 def test_several_hosts_share_their_numbers_as_if_they_were_one(name, coupling, order, monkeypatch):
     # What several hosts did is found from copies of the parameters; so it shall be of one.
-    monkeypatch.setattr(following, "can_be_doubled", lambda host: False)
+    monkeypatch.setattr(ZeroProxyCapture, "works_for", lambda self, optimizer: False)
     ours, theirs = parameters(), parameters()
     hosts = pair_of(ours)
     one = torch.optim.AdamW(theirs.items(), lr=0.01, weight_decay=0)

@@ -191,7 +191,7 @@ def test_the_zeros_are_let_go_with_the_decay():
     optimizer = torch.optim.AdamW(params.items(), lr=0.01, weight_decay=0)
     attachment = attach(optimizer, RULES["relative"]())
     train(optimizer, params, [0])
-    zeros = weakref.ref(attachment._following._stand_ins._zeros)
+    zeros = weakref.ref(attachment._strategy._zero_proxies._zeros)
     attachment.remove()
     gc.collect()
     assert zeros() is None

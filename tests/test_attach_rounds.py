@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from distwd import CautiousWeightDecay, RelativeWeightDecay, attach, following
+from distwd import CautiousWeightDecay, RelativeWeightDecay, attach
+from distwd.attach.zero_proxy import ZeroProxyCapture
 from tests.layouts import whole_model
 from tests.one_process import fp32_parameters
 from tests.oracle import metric_of
@@ -186,7 +187,7 @@ def test_gradients_that_are_cleared_before_all_have_stepped_are_missed():
 
 def test_updates_may_be_made_from_gradients_that_come_one_after_the_other(monkeypatch):
     # What several hosts did is found from copies of the parameters; so it shall be of one.
-    monkeypatch.setattr(following, "can_be_doubled", lambda host: False)
+    monkeypatch.setattr(ZeroProxyCapture, "works_for", lambda self, optimizer: False)
     ours, theirs = fp32_parameters(), fp32_parameters()
     hosts = halves(ours)
     one = torch.optim.SGD(theirs.items(), lr=LR, momentum=0.9)

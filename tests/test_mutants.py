@@ -117,7 +117,7 @@ BROKEN = [(mutant, layout) for mutant, (_, broken) in MUTANTS.items() for layout
 
 def mutated(mutant: str, fn: Callable, *args: object) -> object:
     # In a first step most wrong owners are found out by the gradients of copies. Here the numbers have to tell.
-    with MUTANTS[mutant][0](), _patched("distwd.step.runner.check_gradients", lambda check: lambda plan: None):
+    with MUTANTS[mutant][0](), _patched("distwd.optimizers.init_step.check_gradients", lambda check: lambda plan: None):
         return fn(*args)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import distwd
-from distwd.kernels import blocks, stochastic
+from distwd.kernels import blocks
 from distwd.kernels.stochastic import GlobalIndices, Ramp, RandomBits, dithered
 from distwd.kernels.workspace import Workspace
 from distwd.sharding.pieces import Piece, describe
@@ -153,7 +153,7 @@ def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
     """Any stretch of any piece, however far the ramp reaches."""
     piece, places = piece_of(*CUTS[name])
     whole = bits(math.prod(piece.shape))
-    with mock.patch.object(rounding, "block_size", return_value=block):
+    with mock.patch.object(stochastic, "block_size", return_value=block):
         noise = RandomBits([global_indices_of(piece)], [99], 7, Ramp())
         for start in range(len(places)):
             for stop in range(start + 1, len(places) + 1):
@@ -191,7 +191,7 @@ def test_blocks_do_not_show(block):
     reference = decayed()
     tensors = [v.clone() for v in whole_model(3, BF16).values()] + [torch.ones(9, 7, dtype=BF16)]
     sizes = mock.patch.multiple(blocks, block_size=lambda device: block, _CPU_SMALL=block)
-    with sizes, mock.patch.object(rounding, "block_size", return_value=block):
+    with sizes, mock.patch.object(stochastic, "block_size", return_value=block):
         assert all(torch.equal(a, b) for a, b in zip(decayed(), reference, strict=True))
     assert not torch.equal(reference[-1], torch.ones(9, 7, dtype=BF16))
 

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
+from .. import _torch
 from ..checks import check_choice
 from ..metrics.plan import Plan
-from ..optimizers.init_step import is_within_a_step, mark_idle
+from ..metrics.plan_cache import PlanOptions
+from ..optimizers.init_step import mark_if_no_params
+from ..optimizers.lr import LR
 from ..optimizers.state import NO_PARAMS_KEY, without_mark
 from ..rules.base import Rule
 from ..sharding.layout import Layout
-from ..sharding.naming import Naming
-from ..step.group_keys import unused_keys, with_keys, write_keys
+from ..step.param_list import ParamList
 from ..step.rounding import KEY, Rounding
-from ..step.runner import PlanOptions, StepRunner, in_step
+from ..step.runner import StepRunner, step_method
+from ..step.state import State, kept_in, restore_kept
 from ..step.step import Step
-from ..step.transform import bind
-from .before import (
-    COUPLINGS,
-    Overrides,
-    PutBackGrads,
-    apply_grad_scaler,
-    batches_of,
-    needs_update,
-    sentence,
-    with_closure,
-    write_before,
-    write_gradients,
-)
+from ..step.transform import BoundTransform, Transform, bind, with_current_values
+from .before import WriteBefore
 from .capture import UpdateCapture
 from .joint import JointStep, refuse_under_scaler
-from .validate import as_hosts, check_groups, validate_optimizers
+from .overrides import Overrides, attachments_on, unused_keys, write_keys
+from .validate import check_groups, list_optimizers, needs_update, validate_optimizers
+
+COUPLINGS = ("lr", "gradient", "none")
 
 
 def attach(
@@ -79,9 +76,55 @@ def attach(
     tensor([ 0.9500, -1.9000])
     >>> attachment.remove()
     """
-    holders = PlanOptions.of(group, layout, check_replicas)
-    ways = (rounding, seed, track_unchanged, compile)
-    return Attachment(as_hosts(optimizer), decays, coupling, holders, named_parameters, ways)
+    return Attachment(
+        list_optimizers(optimizer),
+        decays,
+        coupling,
+        PlanOptions.of(group, layout, check_replicas),
+        named_parameters,
+        rounding=rounding,
+        seed=seed,
+        track_unchanged=track_unchanged,
+        compile=compile,
+    )
+
+
+class ExternalOptimizer(Transform):
+    """The attached optimizer among the transforms: rules behind it see its update. It steps by itself, between the hooks."""
+
+    is_linear = False
+    optimizer_name = "the optimizer"
+
+    def __init__(self) -> None:
+        self.defaults: dict[str, Any] = {}
+
+    def apply(self, step: Step, bound: BoundTransform) -> None:
+        """Nothing: what it did, or what it will see, is in the step already."""
+
+
+class Strategy(Protocol):
+    """When the rules act: before the optimizer's step (`WriteBefore`), or after it (`UpdateCapture`)."""
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """The first optimizer of a joint step is about to step."""
+
+    def proxy_of(self, optimizer: Optimizer) -> Optimizer | None:
+        """What steps in the place of `optimizer`; None: it steps itself."""
+
+    def before(self, optimizer: Optimizer, is_first: bool) -> None:
+        """The gradients of `optimizer` are there, and it steps next; is_first: of its joint step."""
+
+    def after(self, optimizer: Optimizer, stepped: Optimizer) -> None:
+        """`optimizer` has stepped, or what has `stepped` in its place."""
+
+    def complete(self, optimizer: Optimizer) -> None:
+        """All optimizers of a joint step have stepped; `optimizer` was the last."""
+
+    def abort(self) -> None:
+        """A step was broken off."""
+
+    def forget(self) -> None:
+        """Let go of all memory."""
 
 
 class Attachment:
@@ -102,38 +145,63 @@ class Attachment:
 
     def __init__(
         self,
-        hosts: Sequence[torch.optim.Optimizer],
-        decays: Sequence[Rule],
+        optimizers: Sequence[Optimizer],
+        rules: Sequence[Rule],
         coupling: str,
-        holders: PlanOptions,
+        options: PlanOptions,
         named_parameters: Iterable[tuple[str, Tensor]] | None,
-        ways: tuple[str, int, bool, bool],
+        *,
+        rounding: str,
+        seed: int,
+        track_unchanged: bool,
+        compile: bool,
     ) -> None:
-        rounding, seed, tracks, compiles = ways
         check_choice("coupling", coupling, COUPLINGS)
-        validate_optimizers(hosts, decays, coupling)
-        self._hosts, self._decays, self._coupling = list(hosts), tuple(decays), coupling
-        self._naming = Naming(named_parameters or (), self._shown())
-        keys = unused_keys(hosts, len(decays))
-        rounds = Rounding(rounding, seed, holders.layout, *unused_keys(hosts, 1, f"distwd_{KEY}"))
-        lambdas = {key: decay.defaults["weight_decay"] for key, decay in zip(keys, decays, strict=True)}
-        self._defaults = lambdas | rounds.defaults
+        validate_optimizers(optimizers, rules, coupling)
+        self._optimizers, self._rules, self._coupling = list(optimizers), tuple(rules), coupling
+        self._rounding = Rounding(rounding, seed, options.layout, *unused_keys(optimizers, 1, f"distwd_{KEY}"))
+        # The keys with which λ lies in the optimizers' groups, and the values of groups that have none yet.
+        keys = unused_keys(optimizers, len(rules))
+        decaying = [(key, rule) for key, rule in zip(keys, rules, strict=True) if "weight_decay" in rule.defaults]
+        self._defaults = {key: rule.defaults["weight_decay"] for key, rule in decaying} | self._rounding.defaults
         self.keys = list(self._defaults)
-        bound_transforms = sentence(decays, coupling, keys, [bound.label for bound in bind(decays)])
-        self._runner = StepRunner(bound_transforms, holders, self._shown, rounds, tracks, compiles, self._naming.named)
+        transforms = self._bind(keys)
+
+        self._runner = StepRunner(
+            transforms,
+            ParamList(self._shown_groups, named_parameters or ()),
+            options,
+            self._rounding,
+            state_of=self._state_of,
+            may_keep=self._may_keep,
+            track_unchanged=track_unchanged,
+            compiles=compile,
+        )
         self._runner.check_compiler()
-        rules = [decay for decay in decays if decay.target != "closure"]
-        self._follows = coupling != "gradient" and bool(rules) and needs_update(rules, hosts)
-        # Rules that need no number have nothing to share: each host then is decayed in its own hooks, whatever the others do.
-        self._each_alone = len(hosts) == 1 or all(decay.need(decay.defaults) is None for decay in decays)
-        at_once = any(decay.target == "params_direct" for decay in rules)
-        self._following = UpdateCapture(coupling == "lr", at_once, waits=not self._each_alone)
-        self._round = JointStep(hosts, self._each_alone, self._follows)
-        self._step: Step | None = None
-        self._rehearses = self._raised = self._acted = False
-        self._lent = Overrides()
-        write_keys(self._runner.groups, self._defaults)
-        self._handles = [handle for host in hosts for handle in self._hook(host)]
+        self._runner.check_defaults()
+        in_step = [rule for rule in rules if rule.target != "closure"]
+        waits = coupling != "gradient" and bool(in_step) and needs_update(in_step, optimizers)
+        # Rules that need no metric share nothing: each optimizer is decayed in its own hooks, whatever the others do.
+        each_alone = len(optimizers) == 1 or not any(rule.sources(rule.defaults) for rule in rules)
+        self.overrides = Overrides()
+        self._joint = JointStep(self._runner, optimizers, each_alone, waits)
+        self._needs_updates = waits
+        self._strategy: Strategy
+        if waits:
+            at_once = any(rule.target == "params_direct" for rule in in_step)
+            self._strategy = UpdateCapture(self._runner, self._joint, coupling, at_once)
+        else:
+            self._strategy = WriteBefore(self._runner, self._joint, coupling, self.overrides)
+
+        self._is_init_step = False
+        self._is_in_joint_step = False  # whether a joint step has begun, and no post hook has come yet
+        self._has_stepped = False
+        self._just_stepped: set[int] = set()  # optimizers whose post hook has come in this joint step
+        self._depth: dict[int, int] = {}  # of steps within steps, by optimizer
+        self._loaded: dict[int, dict[int, State]] = {}  # kept numbers of a state dict that is being loaded
+        write_keys(self._shown_groups(), self._defaults)
+        self._create_kept()
+        self._handles = [handle for optimizer in optimizers for handle in self._hook(optimizer)]
 
     def remove(self) -> None:
         """Take the decay off: hooks, group keys, and whatever was changed for the length of a step."""
@@ -141,10 +209,12 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._following.forget()
-        for host in self._hosts:
-            host.state.pop(NO_PARAMS_KEY, None)  # type: ignore[call-overload]
-        for group in self._runner.groups:
+        self._strategy.forget()
+        groups = self._runner.params.read().groups
+        self._runner.kept.remove(self._runner.params.read().entries)
+        for optimizer in self._optimizers:
+            optimizer.state.pop(NO_PARAMS_KEY, None)  # type: ignore[call-overload]
+        for group in groups:
             for key in self.keys:
                 group.pop(key, None)
 
@@ -159,142 +229,190 @@ class Attachment:
         return self._runner.phases
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """The last `metric` and `coefficient` of every relative rule, as `Chain.stats`."""
+        """The last numbers of every rule that is not absolute, as `Chain.stats`."""
         return self._runner.stats()
 
-    @property
-    def lent_groups(self) -> frozenset[int]:
-        """Identities of the groups whose own weight_decay does a rule's work during a step."""
-        return frozenset(self._lent.groups)
-
-    @property
-    def lent_grads(self) -> PutBackGrads:
-        """Parameters with their own gradients and what stands in for them during a step."""
-        return self._lent.grads
-
     def __repr__(self) -> str:
-        hosts = " and ".join(type(host).__name__ for host in self._hosts)
-        rules = ", ".join(repr(decay) for decay in self._decays)
-        return f"Attachment({hosts}, {rules}, coupling={self._coupling!r})"
+        optimizers = " and ".join(type(optimizer).__name__ for optimizer in self._optimizers)
+        rules = ", ".join(repr(rule) for rule in self._rules)
+        return f"Attachment({optimizers}, {rules}, coupling={self._coupling!r})"
 
     def __str__(self) -> str:
         return f"{self!r}\n{self._runner.audit()}"
 
-    def _shown(self) -> list[dict[str, Any]]:
-        return [group for host in self._hosts for group in host.param_groups]
+    # --- what it is attached to ------------------------------------------------------------------
 
-    def _hook(self, host: torch.optim.Optimizer) -> list[Any]:
-        after = host.register_step_post_hook(self._after)
-        # What two attachments lend to a host is given back in the opposite order.
-        host._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+    def _shown_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def _bind(self, keys: Sequence[str]) -> tuple[BoundTransform, ...]:
+        """The rules around the optimizer: before it ("gradient"), between it and its lr ("lr"), or behind both ("none")."""
+        # Of a rule's hyperparameters only `weight_decay` is a key of the optimizer's groups.
+        rules: list[tuple[Transform, dict[str, str]]] = [
+            (rule, {"weight_decay": key} if "weight_decay" in rule.defaults else {})
+            for rule, key in zip(self._rules, keys, strict=True)
+        ]
+        external: list[tuple[Transform, dict[str, str]]] = [(ExternalOptimizer(), {"maximize": "maximize"})]
+        if self._coupling == "gradient":
+            ordered = rules + external
+        else:
+            # The update is scaled by the optimizer already; LR scales the decay alike.
+            lr: list[tuple[Transform, dict[str, str]]] = [(LR(1.0), {"lr": "lr"})]
+            ordered = external + rules + (lr if self._coupling == "lr" else [])
+        # A second attachment keeps numbers under keys of its own, as it has group keys of its own.
+        others = sum(len(attachments_on(optimizer)) for optimizer in self._optimizers[:1])
+        suffix = f"_attachment_{others}" if others else ""
+        return bind([transform for transform, _ in ordered], [own for _, own in ordered], suffix)
+
+    def _state_of(self, param: Tensor) -> Any:
+        """The `state` of the optimizer that holds `param`."""
+        for optimizer in self._optimizers:
+            if param in optimizer.state:
+                return optimizer.state
+        for optimizer in self._optimizers:
+            if any(param is one for group in optimizer.param_groups for one in group["params"]):
+                return optimizer.state
+        return {}
+
+    def _may_keep(self, param: Tensor) -> bool:
+        """Whether numbers of ours may lie in the state of `param`. Many optimizers begin theirs only while it is empty."""
+        states = self._state_of(param)
+        if states.get(param):
+            return True
+        # It has been updated, and its optimizer keeps nothing for it.
+        has_stepped = any(states is each.state for each in self._optimizers if id(each) in self._just_stepped)
+        return has_stepped and param.grad is not None
+
+    def _create_kept(self, is_loaded: bool = False) -> None:
+        params = self._runner.params.read()
+        self._runner.kept.create(params.entries, params.groups, is_loaded)
+
+    # --- hooks -----------------------------------------------------------------------------------
+
+    def _hook(self, optimizer: Optimizer) -> list[Any]:
+        after = optimizer.register_step_post_hook(self._after)
+        # What two attachments change on an optimizer is put back in the opposite order.
+        _torch.run_first_after_step(optimizer, after)
         return [
             after,
-            host.register_step_pre_hook(self._before),
-            host.register_state_dict_pre_hook(lambda _: self._restore()),
-            host.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
-            host.register_load_state_dict_pre_hook(lambda *_: self._restore()),
-            host.register_load_state_dict_pre_hook(lambda _, saved: with_keys(saved, host.param_groups, self.keys)),
-            host.register_load_state_dict_post_hook(mark_idle),
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
+            optimizer.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
+            optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
-    @in_step
-    def _before(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Act before the host's step, or at its first evaluation of the closure, when the gradients are there."""
-        if is_within_a_step(host):
+    @step_method
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Act before the optimizer's step, or at its first evaluation of the closure, when the gradients are there."""
+        if self._is_nested(optimizer):
             return None
-        first = self._round.is_begun_by(host)
-        if first:
-            self._begin_round(host)
-        self._round.enter(host)
+        is_first = self._joint.is_begun_by(optimizer)
+        if is_first:
+            self._begin_joint_step(optimizer)
+        else:
+            self._runner.read()
+        self._joint.enter(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if first:
-            self._rehearses = self._round.rehearses(host, self._runner, closure is not None)
+        if is_first:
+            self._is_init_step = self._joint.is_init_step(optimizer, closure is not None)
         if closure is None and self._runner.in_closure:
             raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
-        double = self._following.double_of(host) if self._follows else None
-        if closure is None and double is None:
-            self._act_before(host, first)
+        proxy = self._strategy.proxy_of(optimizer)
+        if closure is None and proxy is None:
+            self._act_before(optimizer, is_first)
             return None
-        # A double asks for its gradients when it steps: hooks that come after this one may still change them.
-        evaluating = self._evaluating(host, closure or (lambda: None), first)
-        return with_closure((double or host, *args[1:]), kwargs, evaluating)
 
-    def _evaluating(self, host: torch.optim.Optimizer, closure: Callable[[], Any], first: bool) -> Callable[[], Any]:
-        decaying, waiting = self._runner.decaying(closure), [True]
+        # A proxy asks for its gradients by a closure when it steps: hooks that come after this one may still change them.
+        evaluate_model = self._runner.decaying(closure or (lambda: None))
+        has_acted = False
 
         def evaluate() -> Any:
-            loss = decaying()
-            if waiting and waiting.pop():
-                self._act_before(host, first)
+            nonlocal has_acted
+            loss = evaluate_model()
+            if not has_acted:
+                has_acted = True
+                self._act_before(optimizer, is_first)
             return loss
 
-        return evaluate
+        stepped = proxy or optimizer
+        if "closure" in kwargs:
+            return (stepped, *args[1:]), {**kwargs, "closure": evaluate}
+        return (stepped, evaluate, *args[2:]), kwargs
 
-    def _begin_round(self, host: torch.optim.Optimizer) -> None:
+    def _begin_joint_step(self, optimizer: Optimizer) -> None:
         self._restore()
-        self._round.begin(host, self._raised)
-        if not self._each_alone:
-            refuse_under_scaler(self._hosts, self._decays, self._coupling, self._follows)
-        for each in self._hosts:
+        self._joint.begin(optimizer, has_raised=self._is_in_joint_step)
+        if not self._joint.each_alone:
+            refuse_under_scaler(self._optimizers, self._rules, self._coupling, self._needs_updates)
+        for each in self._optimizers:
             check_groups(each, self._coupling)
-        write_keys(self._runner.groups, self._defaults)
+        write_keys(self._runner.read().groups, self._defaults)
         self._runner.prepare()
-        self._rehearses, self._raised = False, True  # until the post hook says otherwise
-        if self._follows:
-            self._following.begin([host] if self._each_alone else self._hosts, self._runner)
+        self._is_init_step, self._is_in_joint_step = False, True
+        self._just_stepped.clear()
+        self._strategy.begin(optimizer)
 
-    @in_step
-    def _act_before(self, host: torch.optim.Optimizer, first: bool) -> None:
-        if self._rehearses:
-            if self._acted:
-                self._runner.measure_only(self._new_step(host))
+    @step_method
+    def _act_before(self, optimizer: Optimizer, is_first: bool) -> None:
+        if self._is_init_step:
+            if self._has_stepped:
+                self._runner.measure_only(self._joint.new_step(optimizer))
             return
-        self._round.note_gradients(host)
-        if self._follows:
-            self._following.show(host, self._runner)
-            return
-        if first or self._step is None:
-            self._step = self._new_step(host)
-            self._runner.act(self._step, self._runner.in_step)
-        own = batches_of(host, self._step)
-        if not self._each_alone:
-            apply_grad_scaler(own, host, self._coupling == "gradient")
-        if self._coupling == "gradient":
-            self._lent.grads += write_gradients(own)
-        else:
-            self._lent.groups |= write_before(own, host, self._coupling)
-        self._runner.finish(self._step, host.param_groups)
+        self._joint.note_gradients(optimizer)
+        self._strategy.before(optimizer, is_first)
 
-    @in_step
-    def _after(self, host: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_within_a_step(host):
+    @step_method
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depth = self._depth.get(id(optimizer), 1)
+        self._depth[id(optimizer)] = depth - 1
+        if depth > 1:
             return
-        self._raised = False
-        if self._follows and not self._rehearses:
-            self._following.take_back(host, args[0])
-        mark_idle(host)
-        self._lent.take_back(stepped=True)
-        if not self._round.is_complete():
-            return
-        self._step = None
-        self._acted = self._acted or not self._rehearses
-        if self._follows and not self._rehearses:
-            step = self._new_step(host)
-            step.grad_scale = None  # a fused kernel has unscaled the gradients
-            with self._following.adopted(step):
-                self._runner.act(step, self._runner.in_step)
-            self._runner.finish(step, host.param_groups if self._each_alone else step.groups)
-        self._round.end()
+        self._is_in_joint_step = False
+        self._just_stepped.add(id(optimizer))
+        if not self._is_init_step:
+            self._strategy.after(optimizer, args[0])
+        mark_if_no_params(optimizer)
+        self.overrides.restore(has_stepped=True)
+        if self._joint.is_complete():
+            self._has_stepped = self._has_stepped or not self._is_init_step
+            if not self._is_init_step:
+                self._strategy.complete(optimizer)
+            self._joint.end()
+        self._create_kept()
+        if self._joint.is_complete() or not self._joint.is_open:
+            self._just_stepped.clear()
+
+    def _is_nested(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer's own step has called this step: a subclass that calls `super().step()`.
+
+        torch wraps `step` once for every class, so hooks run for both.
+        """
+        if self._depth.get(id(optimizer), 0):
+            # Its last step has not come to the post hook. Either that step still runs, or it has raised: the stack tells.
+            wrapper = type(optimizer).step.__code__  # the same code for every class
+            steps = 0
+            frame: FrameType | None = _torch.calling_frame()
+            while frame is not None:
+                steps += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
+                frame = frame.f_back
+            if steps > 1:
+                self._depth[id(optimizer)] += 1
+                return True
+        self._depth[id(optimizer)] = 1
+        return False
 
     def _restore(self) -> None:
-        self._lent.take_back(stepped=False)
-        self._step = None
+        self.overrides.restore(has_stepped=False)
+        self._strategy.abort()
 
-    def _new_step(self, host: torch.optim.Optimizer) -> Step:
-        step = self._runner.new_step({})
-        step.pulls_gradients = self._coupling == "gradient"
-        step.found_inf = self._round.verdicts(step.groups)
-        if self._each_alone:
-            step.grad_scale = getattr(host, "grad_scale", None)
-            step.batches = batches_of(host, step)
-        return step
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._loaded[id(optimizer)] = kept_in(state_dict)
+        return with_current_values(state_dict, optimizer.param_groups, self.keys)
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        kept = self._loaded.pop(id(optimizer), {})
+        restore_kept(optimizer, kept)
+        self._create_kept(is_loaded=True)
+        mark_if_no_params(optimizer)

@@ -1,103 +1,179 @@
-"""Decay that has to wait until its hosts have stepped, since it looks at what they did."""
+"""Decay that has to wait until the optimizer has stepped, because it looks at what the optimizer did."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from ..kernels.apply import apply_from_
+from ..kernels.buffers import BufferPool
 from ..kernels.formulas import Rate
 from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
 from ..step.runner import StepRunner
-from ..step.step import Batch, Step, check_gradient
-from .snapshot import SnapshotCapture
-from .zero_proxy import ZeroProxyCapture, can_be_doubled, can_stand_aside
+from ..step.step import Batch, PendingUpdate, Step, check_gradient
+from .joint import JointStep
+from .zero_proxy import ZeroProxyCapture
 
-InnerOptimizer = torch.optim.Optimizer
+Optimizer = torch.optim.Optimizer
 
 
 class UpdateCapture:
-    """Learns what hosts do in a step: from zeros in a parameter's stead where that is the same, else from a copy made before.
+    """Learns the update of optimizers, by a shadow copy on zeros or from a copy of the parameters, and writes decay after it.
 
-    Which way a parameter goes depends on nothing but the parameter, its host and the rules. So all its copies on other ranks go
-    the same way, whatever those ranks hold beside it: the two round differently.
+    Which of the two serves a parameter depends on nothing but the parameter, its optimizer and the rules. So all its copies
+    on other ranks go the same way, whatever those ranks hold beside it: the two round differently.
 
-    per_lr: whether what they did is over lr. decays_at_once: whether a rule changes the parameters before the step is written.
-    waits: whether the decay of one host waits for the others. Until then its step is to be seen, and its lr may change.
+    coupling: "lr": the update is what the optimizer did over its learning rate; "none": what it did.
+    decays_at_once: whether a rule changes the parameters before the step is written.
     """
 
-    def __init__(self, per_lr: bool, decays_at_once: bool, waits: bool) -> None:
-        self._per_lr, self._decays_at_once, self._waits = per_lr, decays_at_once, waits
-        self.forget()
+    def __init__(self, runner: StepRunner, joint: JointStep, coupling: str, decays_at_once: bool) -> None:
+        self._runner, self._joint = runner, joint
+        self._over_lr, self._decays_at_once = coupling == "lr", decays_at_once
+        self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
+        self._on_zeros: set[int] = set()  # positions of parameters whose update is learnt from zeros
+        self._lrs: dict[int, Rate] = {}  # learning rates that optimizers have stepped with, by group
 
-    def forget(self) -> None:
-        """Let go of all memory."""
-        self._snapshot, self._stand_ins = SnapshotCapture(), ZeroProxyCapture()
-        self._aside: set[int] = set()
-        self._lrs: dict[int, Rate] = {}
-
-    def begin(self, hosts: Sequence[InnerOptimizer], conductor: StepRunner) -> None:
-        """Before the first of these hosts steps, which will step together."""
-        self._stand_ins.begin()
-        self._aside, self._lrs = set(), {}
+    def begin(self, optimizer: Optimizer) -> None:
+        """The first optimizer of a joint step is about to step: copy what cannot be learnt otherwise."""
+        self._zero_proxies.begin()
+        self._on_zeros, self._lrs = set(), {}
         copied = []
-        for host in hosts:
-            is_doubled = self._is_doubled(host)
-            for position, entry in _playing(host, conductor):
-                if is_doubled and can_stand_aside(local_tensor(entry.tensor)):
-                    self._aside.add(position)
+        for each in [optimizer] if self._joint.each_alone else self._joint.optimizers:
+            uses_proxy = self._uses_proxy(each)
+            for position, entry in self._params_of(each):
+                if uses_proxy and self._zero_proxies.works_on(local_tensor(entry.tensor)):
+                    self._on_zeros.add(position)
                 else:
                     copied.append((position, entry))
         self._snapshot.take(copied)
 
-    def _is_doubled(self, host: InnerOptimizer) -> bool:
-        # A decay at once is undone from the copy if the step fails.
-        return not self._decays_at_once and not self._waits and can_be_doubled(host)
+    def proxy_of(self, optimizer: Optimizer) -> Optimizer | None:
+        """What steps in the place of `optimizer`, once it has been shown its gradients; None if that is the optimizer itself."""
+        return self._zero_proxies.proxy_of(optimizer) if self._uses_proxy(optimizer) else None
 
-    def double_of(self, host: InnerOptimizer) -> InnerOptimizer | None:
-        """What steps instead of `host`, once its gradients have been shown; None if that is the host itself."""
-        return self._stand_ins.double_of(host) if self._is_doubled(host) else None
-
-    def show(self, host: InnerOptimizer, conductor: StepRunner) -> None:
-        """`host` steps now, and its gradients are there. Raises ValueError for sparse ones."""
-        moving = []
-        for position, entry in _playing(host, conductor):
+    def before(self, optimizer: Optimizer, is_first: bool) -> None:
+        """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones."""
+        updated = []
+        for position, entry in self._params_of(optimizer):
             if (grad := entry.tensor.grad) is not None:
                 check_gradient(entry.name, grad)
-                if position in self._aside:
-                    moving.append((position, entry.tensor, local_tensor(entry.tensor)))
-        if self._is_doubled(host):
-            self._stand_ins.show(host, moving)
-        for group in host.param_groups if self._waits else ():
-            if (lr := group.get("lr")) is not None:
-                self._lrs[id(group)] = lr.clone() if isinstance(lr, torch.Tensor) else lr
+                if position in self._on_zeros:
+                    updated.append((position, entry.tensor, local_tensor(entry.tensor)))
+        if self._uses_proxy(optimizer):
+            self._zero_proxies.show_gradients(optimizer, updated)
+        if not self._joint.each_alone:
+            # A scheduler may step before the other optimizers have.
+            for group in optimizer.param_groups:
+                if (lr := group.get("lr")) is not None:
+                    self._lrs[id(group)] = lr.clone() if isinstance(lr, Tensor) else lr
 
-    def take_back(self, host: InnerOptimizer, stepped: InnerOptimizer) -> None:
-        """`host` has stepped, or what has `stepped` for it. Raises ValueError if that is not its double, and it has one."""
-        if self._is_doubled(host):
-            self._stand_ins.take_back(host, stepped)
+    def after(self, optimizer: Optimizer, stepped: Optimizer) -> None:
+        """`optimizer` has stepped, or what has `stepped` in its place."""
+        if self._uses_proxy(optimizer):
+            self._zero_proxies.commit(optimizer, stepped)
 
-    @contextmanager
-    def adopted(self, step: Step) -> Iterator[None]:
-        """What the hosts did is the pending update of `step`, which is written when the block has ended."""
+    def complete(self, optimizer: Optimizer) -> None:
+        """All optimizers of a joint step have stepped: run the rules on what they did, and write."""
+        # A fused kernel has divided the gradients by the GradScaler's scale.
+        step = self._joint.new_step(optimizer, is_unscaled=True)
         for batch in step.batches:
             if id(batch.group) in self._lrs:
                 batch.group = {**batch.group, "lr": self._lrs[id(batch.group)]}
-        moved, copied = self._stand_ins.positions, self._snapshot.before
-        aside: list[Batch] = [part for batch in step.batches if (part := batch.part(moved)).index]
-        rest: list[Batch] = [part for batch in step.batches if (part := batch.part(copied)).index]
-        step.batches = aside + rest
+        on_zeros, rest = (
+            [part for batch in step.batches if (part := batch.select(positions)).index]
+            for positions in (self._zero_proxies.positions, self._snapshot.old)
+        )
+        step.batches = on_zeros + rest
         with (
-            self._stand_ins.adopted(aside, self._per_lr),
-            self._snapshot.adopted(step, rest, self._per_lr, self._decays_at_once),
+            self._zero_proxies.adopted(on_zeros, self._over_lr),
+            self._snapshot.adopted(step, rest, self._over_lr, self._decays_at_once),
         ):
+            self._runner.run(step)
+        self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
+
+    def abort(self) -> None:
+        """A step was broken off. What was captured is overwritten by the next one."""
+
+    def forget(self) -> None:
+        """Let go of all memory."""
+        self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
+        self._on_zeros, self._lrs = set(), {}
+
+    def _uses_proxy(self, optimizer: Optimizer) -> bool:
+        # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps at
+        # once, so that everyone sees its step.
+        return not self._decays_at_once and self._joint.each_alone and self._zero_proxies.works_for(optimizer)
+
+    def _params_of(self, optimizer: Optimizer) -> Iterator[tuple[int, NamedParam]]:
+        """The parameters of an optimizer that are shown now, with their positions among all."""
+        params = self._runner.now
+        own = set(map(id, optimizer.param_groups))
+        indices = {index for index in params.active if id(params.groups[index]) in own}
+        return ((position, entry) for position, entry in enumerate(params.entries) if entry.group in indices)
+
+
+class SnapshotCapture:
+    """Copies the local parameters before the optimizer steps; the update is the difference. Right for every optimizer."""
+
+    def __init__(self) -> None:
+        self.old: dict[int, Tensor] = {}  # copies, by position
+        self._buffers = BufferPool()
+
+    def take(self, entries: Iterable[tuple[int, NamedParam]]) -> None:
+        """Copy the parameters of these (position, parameter) pairs, into the buffers of earlier snapshots where they fit."""
+        found = [(position, local_tensor(entry.tensor)) for position, entry in entries]
+        positions, locals_ = [position for position, _ in found], [local for _, local in found]
+        copies = self._buffers.take(positions, locals_)
+        self.old = dict(zip(positions, copies, strict=True))
+        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for copy, local in zip(copies, locals_, strict=True):
+            olds, news = alike.setdefault((local.device, local.dtype), ([], []))
+            olds.append(copy)
+            news.append(local)
+        for olds, news in alike.values():
+            torch._foreach_copy_(olds, news)
+
+    @contextmanager
+    def adopted(self, step: Step, batches: Sequence[Batch], over_lr: bool, decays_at_once: bool) -> Iterator[None]:
+        """Make these batches of `step` what they would be if the optimizer had not written yet.
+
+        Their parameters are the old ones, their pending update is what it did (over lr, if asked). When the block has ended,
+        the terms, which are of the old parameters, are written to the new ones. decays_at_once: a rule changes the old
+        parameters themselves; then the whole step is written to those instead. Where the decay fails, as when another rank
+        has died, the optimizer's step is undone.
+        """
+        try:
+            step.old = self.old
+            moved_to = []
+            for batch in batches:
+                moved_to.append(batch.params)
+                batch.params = [self.old[position] for position in batch.index]
+                # new − old is −u. The difference is left to whoever needs it, a block at a time: as a whole it would cost
+                # the memory of another shard.
+                lr = batch.group["lr"] if over_lr else None
+                batch.pending = PendingUpdate(moved_to[-1], minus=batch.params, is_negated=True, applied_lr=lr)
             yield
-
-
-def _playing(host: InnerOptimizer, conductor: StepRunner) -> Iterator[tuple[int, NamedParam]]:
-    """The parameters of a host that are shown now, with their positions among all."""
-    own = set(map(id, host.param_groups))
-    indices = {index for index, group in enumerate(conductor.groups) if id(group) in own}
-    return ((position, entry) for position, entry in conductor.playing() if entry.group in indices)
+            for batch, params in zip(batches, moved_to, strict=True):
+                if batch.is_absorbed or decays_at_once:
+                    batch.apply_(batch.terms, with_update=True)
+                    torch._foreach_copy_(params, batch.params)
+                else:
+                    # The optimizer's own write stays as it is, bit for bit.
+                    apply_from_(
+                        params,
+                        batch.params,
+                        batch.terms,
+                        batch.pending.mask,
+                        workspace=batch.workspace,
+                        random_bits=batch.random_bits,
+                        tally=batch.tally,
+                    )
+        except Exception:
+            for position, old in self.old.items():
+                local_tensor(step.entries[position].tensor).copy_(old)
+            raise

@@ -78,7 +78,7 @@ def count(params: list[Tensor], terms: Sequence[DecayTerm], tally: Tally | None,
             tally.add(copies, ps)
 
 
-def fold(
+def add_terms(
     updates: list[Tensor],
     params: list[Tensor],
     terms: Sequence[DecayTerm],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..checks import check_choice
 
 Statistics = Mapping["Statistic", Tensor]
 
@@ -114,3 +116,37 @@ def _norm(p: float) -> Metric:
     statistic = Statistic("power", p)
     name = f"l{int(p) if p.is_integer() else p!r}"
     return Metric(name, (statistic,), lambda m, n: m[statistic].sqrt() if p == 2 else m[statistic] ** (1 / p))
+
+
+SOURCES = ("update", "grad", "params")
+SCOPES = ("all", "group", "tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One metric that a rule asks for:  M(x), x all elements of `of`.
+
+    of: "params" (the parameters before the step), "grad" (the gradients as the step began, or as a target="grad"
+        transform left them) or "update" (the update at the rule's place).
+    metric: as in `global_metric`: "mad", "rms", "l2", a number p, ...
+    scope: "all" = one number over all parameters of the optimizer, "group" = one for each param group,
+        "tensor" = one for each whole parameter. In any case it costs no more than one all-reduce.
+
+    Every element counts once, however the model is sharded; a missing gradient counts as zeros.
+    Raises ValueError for any value not named here.
+
+    >>> from distwd import Measure
+    >>> Measure("grad", "l2", scope="all")
+    Measure(of='grad', metric='l2', scope='all')
+    """
+
+    of: str
+    metric: str | float = field(compare=False)
+    scope: str = "tensor"
+    parsed: Metric = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("of", self.of, SOURCES)
+        check_choice("scope", self.scope, SCOPES)
+        # "l2" and 2 name one metric, which is then measured once.
+        object.__setattr__(self, "parsed", parse_metric(self.metric))

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.apply import count
+from ..kernels.formulas import DecayTerm
 from ..kernels.zeros import ZeroPool
 from ..sharding.local import local_tensor
-from ..step.step import Batch
-from .base import InnerOptimizer
+from ..step.step import Batch, PendingUpdate
+from .base import GradientOptimizer
 
-# Elementwise, linear in lr, and blind to the parameters' values: these can run on any shard, and on zeros in the
-# parameters' stead. Exactly these classes: a subclass may do anything.
+# Elementwise, linear in lr, and blind to the parameters' values: these can run on any shard, and on zeros instead of
+# the parameters. Exactly these classes: a subclass may do anything.
 ELEMENTWISE = (
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -28,11 +28,25 @@ ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adamax,
 )
+# Of these, those that can do a decay p ← p·(1 − lr·λ) in their own kernel.
 KNOWS_DECOUPLED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 
 
-class ElementwiseOptimizer(InnerOptimizer):
-    """Runs on local tensors: on the parameters' own storage, or on zeros, which it leaves at −lr·update."""
+def own_decay(cls: type[torch.optim.Optimizer], terms: Sequence[DecayTerm]) -> float | None:
+    """λ, if `terms` are what an optimizer of this class can do itself:  p ← p·(1 − lr·λ).  None if they are not.
+
+    Its kernels round the decay in their own way and skip it together with the step, so it is theirs wherever it can be.
+    That is so for one absolute, linear term, which the learning rate scales as it scales the update; and only for a
+    Python number, since their argument is one and reading a tensor would wait for the device.
+    """
+    if cls not in KNOWS_DECOUPLED or len(terms) != 1:
+        return None
+    (term,) = terms
+    return term.before_lr if term.is_linear and isinstance(term.before_lr, (int, float)) else None
+
+
+class ElementwiseOptimizer(GradientOptimizer):
+    """Runs on local tensors: on the parameters' own storage, or on zeros, which it leaves at −lr·u."""
 
     reads_params = False
 
@@ -40,72 +54,78 @@ class ElementwiseOptimizer(InnerOptimizer):
         super().__init__(*args)
         self._zeros = ZeroPool()
 
-    def begins_whole(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """All but SGD with dampening, whose buffer begins as the first gradient."""
+    def keeps_no_more(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """True for all but SGD with dampening, whose buffer begins as the first gradient."""
         settings = [self.bound.settings(group) for group in groups]
         return not any(own.get("momentum") and own.get("dampening") for own in settings)
 
-    def _stand_in(self, param: Tensor) -> Tensor:
+    def _example(self, param: Tensor) -> Tensor:
         return local_tensor(param).detach()
 
-    def direct(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Unless a mask has to see the update first, torch would refuse the learning rate, or bf16 be rounded otherwise than once."""
-        return [batch for batch in batches if self._takes(batch) and self._may_write(batch)]
+    def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Those whose update nobody has to see first."""
+        return [batch for batch in batches if self._accepts_scale(batch) and self._may_step(batch)]
 
-    def _may_write(self, batch: Batch) -> bool:
-        if batch.is_low and (batch.random_stream is not None or (batch.terms and self._handed(batch) is None)):
+    def _may_step(self, batch: Batch) -> bool:
+        # bf16 and fp16 are rounded once for decay and update together, unless the optimizer does both itself.
+        is_decayed_apart = bool(batch.terms) and own_decay(self.cls, batch.terms) is None
+        if batch.is_low and (batch.random_stream is not None or is_decayed_apart):
             return False
-        return not any(term.cautious for term in batch.terms)
+        return not any(term.cautious for term in batch.terms)  # a mask has to see the update first
+
+    def _accepts_scale(self, batch: Batch) -> bool:
+        """Whether the scale may be given to the optimizer as its lr. torch's foreach kernels refuse most tensors."""
+        settings = self.bound.settings(batch.group)
+        accepts_tensors = settings.get("fused") or settings.get("capturable") or not settings.get("foreach")
+        return not isinstance(batch.pending.scale, Tensor) or bool(accepts_tensors)
 
     def step(self, batches: Sequence[Batch]) -> None:
-        """p ← p − pulls, then p ← p − scale·update, by the optimizer itself. It may do a decay that it knows, in its own kernel."""
-        decays = []
+        """p ← p − Σ terms, then p ← p − scale·u, by the optimizer itself, decay included where it can."""
+        decays, targets = [], []
         for batch in batches:
-            handed = self._handed(batch)
-            decays.append(handed or 0.0)
-            if handed is not None:
-                count(batch.params, batch.terms, batch.tally, batch.workspace)
+            decay = own_decay(self.cls, batch.terms)
+            decays.append(decay or 0.0)
+            if decay is not None:
+                batch.count_unchanged()
             elif batch.terms:
                 batch.apply_(batch.terms)
-        targets = [
-            batch.whole if _is_as_given(batch) else [local.detach() for local in batch.params] for batch in batches
-        ]
-        self._step_on(targets, batches, [batch.scale for batch in batches], decays)
+            # Plain parameters with the very gradients that the optimizer is to see are stepped as they are.
+            is_as_given = batch.pending.tensors is batch.grads and all(
+                local is whole and grad is whole.grad
+                for local, whole, grad in zip(batch.params, batch.whole, batch.grads, strict=True)
+            )
+            targets.append(batch.whole if is_as_given else [local.detach() for local in batch.params])
+        self._step_on(targets, batches, [batch.pending.scale for batch in batches], decays)
 
     def update(self, batches: Sequence[Batch]) -> None:
-        """batch.update ← what zeros become: −scale·update."""
-        targets = [self._zeros.take(batch.index, batch.params) for batch in batches]
-        aheads = [self._lr_ahead(batch) for batch in batches]
-        # bf16 and fp16 hold the update itself better than lr times it, which fp16 may not hold at all.
-        own = [batch.scale if self._takes(batch) and not batch.is_low else 1.0 for batch in batches]
-        scales = [scale if ahead is None else ahead for scale, ahead in zip(own, aheads, strict=True)]
+        """−scale·u ← what zeros become."""
+        targets, scales, updates = [], [], []
+        for batch in batches:
+            pending = batch.pending
+            zeros = self._zeros.take(batch.index, batch.params)
+            # bf16 and fp16 hold the update itself better than lr times it, which fp16 may not hold at all.
+            scale = pending.scale if self._accepts_scale(batch) and not batch.is_low else 1.0
+            # A learning rate that the chain comes to later is multiplied by here: the optimizer's kernels do it at no
+            # cost, and with the rounding that they have alone, so that `attach` to that optimizer gives the same bits.
+            key = self.bound.lr_key
+            lr = batch.group[key] if key is not None and pending.is_unscaled and not batch.is_low else None
+            applied_lr = lr if isinstance(lr, float) and lr > 0 else None
+            left = pending.scale if scale is not pending.scale else 1.0
+            targets.append(zeros)
+            scales.append(scale if applied_lr is None else applied_lr)
+            updates.append(PendingUpdate(zeros, True, None, True, left, applied_lr))
         self._step_on(targets, batches, scales, [0.0] * len(batches))
-        for batch, target, scale, ahead in zip(batches, targets, own, aheads, strict=True):
-            batch.scale, batch.ahead = batch.scale if scale is not batch.scale else 1.0, ahead
-            batch.update, batch.owns_update, batch.flipped = target, True, True
+        for batch, update in zip(batches, updates, strict=True):
+            batch.pending = update
 
-    def _lr_ahead(self, batch: Batch) -> float | None:
-        """The learning rate that the chain comes to later: what the optimizer multiplies by it needs no multiplication there."""
-        key = self.bound.lr_key
-        lr = batch.group[key] if key is not None and batch.is_unscaled and not batch.is_low else None
-        return lr if isinstance(lr, float) and lr > 0 else None
-
-    def _takes(self, batch: Batch) -> bool:
-        """Whether the scale may be given to the optimizer as its lr; torch's foreach kernels refuse most tensors."""
-        settings = self.bound.settings(batch.group)
-        takes_tensors = settings.get("fused") or settings.get("capturable") or not settings.get("foreach")
-        return not isinstance(batch.scale, Tensor) or bool(takes_tensors)
-
-    def _handed(self, batch: Batch) -> float | None:
-        """λ, if what is pending is the optimizer's own decoupled decay p ← p·(1 − lr·λ): one absolute linear pull, scaled alike."""
-        if self.cls not in KNOWS_DECOUPLED or len(batch.terms) != 1:
-            return None
-        (term,) = batch.terms
-        return term.before_lr if term.is_linear and isinstance(term.before_lr, (int, float)) else None
+    def note_cleared(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            self._zeros.cleared(batch.index, batch.pending.tensors)
 
     def _step_on(
         self, targets: list[list[Tensor]], batches: Sequence[Batch], scales: Sequence[Any], decays: Sequence[Any]
     ) -> None:
+        """Step `targets` (parameters, or zeros) with the pending updates as gradients, `scales` as lr."""
         groups: list[dict[str, Any]] = []
         steps_on: list[tuple[Tensor, Tensor]] = []
         for batch, tensors, scale, decay in zip(batches, targets, scales, decays, strict=True):
@@ -115,27 +135,15 @@ class ElementwiseOptimizer(InnerOptimizer):
             groups.append(self._group(batch.group, tensors, **extra))
             steps_on += zip(tensors, batch.whole, strict=True)
             if tensors is not batch.whole:
-                for tensor, update in zip(tensors, batch.update, strict=True):
+                for tensor, update in zip(tensors, batch.pending.tensors, strict=True):
                     tensor.grad = update if update.dtype == tensor.dtype else update.to(tensor.dtype)
         states = self.chain.state
         is_own = all(tensors is batch.whole for batch, tensors in zip(batches, targets, strict=True))
         if is_own and not self.suffix and isinstance(states, defaultdict):
-            self._run_with(states, groups)  # nothing has to be lent
+            self._run_with(states, groups)  # the parameters themselves, under their own keys: nothing to borrow
         else:
             self._run(groups, steps_on)
         for batch, tensors in zip(batches, targets, strict=True):
             if tensors is not batch.whole:
                 for tensor in tensors:
                     tensor.grad = None
-
-    def cleared(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            self._zeros.cleared(batch.index, batch.update)
-
-
-def _is_as_given(batch: Batch) -> bool:
-    """Whether the parameters are plain tensors with the very gradients that the optimizer is to see."""
-    return batch.update is batch.grads and all(
-        local is whole and grad is whole.grad
-        for local, whole, grad in zip(batch.params, batch.whole, batch.grads, strict=True)
-    )

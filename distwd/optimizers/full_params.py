@@ -1,62 +1,92 @@
-"""Optimizers that must see the parameters themselves."""
+"""Optimizers that must see the parameters themselves: stepped with gradients, or, such as LBFGS, with a closure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .. import _torch
 from ..kernels.apply import differences
-from ..step.step import Batch
-from .base import InnerOptimizer
+from ..sharding.local import local_tensor
+from ..step.step import Batch, PendingUpdate
+from .base import GradientOptimizer, InnerOptimizer
 from .state import like_whole
 
 
-class FullParamOptimizer(InnerOptimizer):
-    """Runs on the parameters themselves, as the optimizer would alone (DTensors included); the update is the difference that makes."""
+class FullParamOptimizer(GradientOptimizer):
+    """Runs on the parameters as it would alone, DTensors included. The update is how far it moves them."""
 
     reads_params = True
 
-    def _stand_in(self, param: Tensor) -> Tensor:
+    def _example(self, param: Tensor) -> Tensor:
         return param.detach()
 
-    def direct(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Only at lr 1 and without decay: whether the step is linear in lr, or reads the parameters, is not known."""
-        return batches if all(batch.is_plain and not batch.flipped for batch in batches) else []
+    def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Only at lr 1 and without decay: whether its step is linear in lr, or reads the parameters, is not known."""
+        is_bare = all(batch.is_materialized and not batch.pending.is_negated for batch in batches)
+        return batches if is_bare else []
 
     def step(self, batches: Sequence[Batch]) -> None:
-        """Step the parameters with `batch.update` as their gradients."""
-        groups = [self._group(batch.group, params) for batch in batches for params in _by_mesh(batch.whole)]
-        kept = [param.grad for batch in batches for param in batch.whole]
+        """Step the parameters with the pending update as their gradients."""
+        groups: list[dict[str, Any]] = []
         for batch in batches:
-            if batch.update is not batch.grads:
-                for param, update in zip(batch.whole, batch.update, strict=True):
+            # torch's foreach kernels refuse a list of DTensors on two meshes, or of DTensors and plain tensors.
+            by_mesh: dict[Any, list[Tensor]] = {}
+            for param in batch.whole:
+                by_mesh.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
+            groups += [self._group(batch.group, params) for params in by_mesh.values()]
+        params = [param for batch in batches for param in batch.whole]
+        own_grads = [param.grad for param in params]
+        for batch in batches:
+            if batch.pending.tensors is not batch.grads:
+                for param, update in zip(batch.whole, batch.pending.tensors, strict=True):
                     param.grad = like_whole(update.to(param.dtype), param)
-        self._run(groups, ((param, param) for batch in batches for param in batch.whole))
-        for param, grad in zip((param for batch in batches for param in batch.whole), kept, strict=True):
+        self._run(groups, ((param, param) for param in params))
+        for param, grad in zip(params, own_grads, strict=True):
             param.grad = grad
 
     def update(self, batches: Sequence[Batch]) -> None:
-        """batch.update ← p after − p before; the parameters stay as they are."""
+        """−u ← p after the step − p before it; the parameters stay as they are."""
         before = [[param.clone() for param in batch.params] for batch in batches]
         self.step(batches)
         for batch, old in zip(batches, before, strict=True):
-            batch.update, batch.owns_update, batch.flipped = moved_back(batch.params, old), True, True
+            batch.pending = PendingUpdate(_move_back(batch.params, old), is_owned=True, is_negated=True)
 
 
-def moved_back(params: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """How far `params` have come from `old`, where they are put back."""
+class ClosureOptimizer(InnerOptimizer):
+    """Runs before the step is assembled, since it evaluates the model as often as it likes (LBFGS)."""
+
+    def search(self, closure: Callable[[], Any]) -> tuple[Any, dict[Tensor, Tensor]]:
+        """Run it on the parameters. Returns the loss, and how far each local parameter was moved. The parameters stay."""
+        groups = self.chain.param_groups
+        params = [param for group in groups for param in group["params"]]
+        # LBFGS keeps a list of its parameters besides its groups: it is made anew where the chain holds others now.
+        known = _torch.own_param_list(self.inner)
+        if known is None or list(map(id, known)) != list(map(id, groups[0]["params"])):
+            self.inner = self.cls([{"params": group["params"]} for group in groups], **self.kwargs)
+        self.inner.param_groups = [
+            {**inner, **self.bound.settings(group)}
+            for inner, group in zip(self.inner.param_groups, groups, strict=True)
+        ]
+        self.inner.state = self.chain.state
+        old = [local_tensor(param).clone() for param in params]
+        loss = self._raw_step(self.inner, closure)
+        return loss, dict(zip(params, _move_back([local_tensor(param) for param in params], old), strict=True))
+
+
+def _move_back(params: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    """How far `params` have come from `old`; they are put back there."""
     moved = differences(params, old)
     torch._foreach_copy_(params, old)
     return moved
 
 
-def _by_mesh(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    # torch's foreach kernels refuse a list of DTensors on two meshes, or of DTensors and plain tensors.
-    found: dict[Any, list[Tensor]] = {}
-    for param in params:
-        found.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
-    return list(found.values())
+def needs_closure(cls: type[torch.optim.Optimizer]) -> bool:
+    """Whether `cls.step` cannot be called without a closure, as LBFGS's."""
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

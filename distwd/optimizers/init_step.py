@@ -1,60 +1,87 @@
-"""Steps that are not what they seem: the hidden step of checkpoints, a step within a step, and who has called it."""
+"""The first steps of an optimizer: which of them are hidden steps of checkpoint code, which must change nothing.
+
+torch.distributed.checkpoint, torchtitan and others step an optimizer whose state is empty once, with every lr and every
+gradient 0, so that its state exists. A decay that is not scaled by lr would change parameters in it.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import torch
 
+from ..metrics.replica_check import check_gradients
+from ..sharding.local import local_tensor
+from ..sharding.params import NamedParam
+from ..sharding.reduce import any_rank
 from ..step.runner import StepRunner
 from .state import NO_PARAMS_KEY, mark_initialized
 
 
-def is_init_step(hosts: Sequence[torch.optim.Optimizer], conductor: StepRunner, has_closure: bool) -> bool:
-    """Whether this step only asks the hosts for their state, as torch.distributed.checkpoint does: none yet, lr 0, gradients 0.
+class FirstStep:
+    """Finds out, together with the other ranks, whether a step is real, until one is.
 
-    After the first real step only hosts that never keep state are asked again; this rank's gradients decide, and what
-    other ranks may wait for must be measured all the same.
+    The others are asked in every step until one is real, and all get the same answer. So no rank can be alone with its
+    question, whatever differs between ranks (a loaded state, an lr of 0). From then on nobody is asked, and nothing read.
+    A flag inside the phase's own all-reduce would not do: wrapped optimizers must not count a hidden step, so the host has
+    to know before it runs them.
     """
-    groups = [group for host in hosts for group in host.param_groups]
-    has_state = any(set(host.state) - {NO_PARAMS_KEY} for host in hosts)
-    idle = not (has_closure or has_state or any(group.get("lr", 1) != 0 for group in groups))
-    if not conductor.has_agreed:
-        return conductor.only_rehearses(idle)
+
+    def __init__(self, runner: StepRunner) -> None:
+        self._runner = runner
+        self._num_asked = 0
+        self.is_past = False  # whether a real step has been taken, on all ranks
+
+    def is_init_step(self, is_idle: bool) -> bool:
+        """Whether every rank is idle and has no gradient but zeros; is_idle: whether this rank is, by state and lr."""
+        if self.is_past:
+            return False
+        entries = self._runner.now.entries
+        is_real = self._is_true_on_any_rank(not (is_idle and has_only_zero_grads(entries)))
+        if is_real and self._runner.has_built_plan:
+            # This step has built the plan, so it talks and reads anyway.
+            check_gradients(self._runner.plan)
+        self.is_past = is_real
+        return not is_real
+
+    def _is_true_on_any_rank(self, flag: bool) -> bool:
+        if not self._runner.phases:
+            return flag  # the ranks have nothing to do with one another
+        world = self._runner.plan.world
+        if world.error_store is None:
+            return bool(any_rank(torch.tensor(flag), world))
+        answer = world.error_store.is_true_on_any(flag, self._num_asked)
+        self._num_asked += 1  # not before: who tries a failed step again asks the same question again
+        return answer
+
+
+def has_only_zero_grads(entries: Sequence[NamedParam]) -> bool:
+    """Whether all gradients of this rank are 0. Reads them."""
+    grads = [local_tensor(entry.tensor.grad) for entry in entries if entry.tensor.grad is not None]
+    return not any(bool(grad.count_nonzero() > 0) for grad in grads)
+
+
+def is_init_step_of(
+    optimizer: torch.optim.Optimizer, first: FirstStep, entries: Sequence[NamedParam], has_closure: bool
+) -> bool:
+    """Whether a step of an external optimizer only asks for its state.
+
+    After the first real step only optimizers that never keep state are asked again. This rank's gradients decide then,
+    and what other ranks may wait for must be measured all the same.
+    """
+    groups = optimizer.param_groups
+    has_state = bool(set(optimizer.state) - {NO_PARAMS_KEY})
+    is_idle = not (has_closure or has_state or any(group.get("lr", 1) != 0 for group in groups))
+    if not first.is_past:
+        return first.is_init_step(is_idle)
     has_gradients = any(param.grad is not None for group in groups for param in group["params"])
-    return idle and has_gradients and conductor.has_only_zero_grads()
+    return is_idle and has_gradients and has_only_zero_grads(entries)
 
 
-def mark_idle(host: torch.optim.Optimizer) -> None:
-    """See `mark_stateless`; SGD without momentum keeps no state on the other ranks either."""
-    keeps_none = isinstance(host, torch.optim.SGD) and not any(group["momentum"] for group in host.param_groups)
-    if not keeps_none and not any(group["params"] for group in host.param_groups):
-        mark_initialized(host.state, [])
-
-
-def is_within_a_step(host: torch.optim.Optimizer) -> bool:
-    """Whether a step hook of `host` was called by a step that its own step has called.
-
-    torch wraps `step` once for every class; a subclass whose step calls `super().step()` so calls the hooks twice. The stack is
-    asked, and not a counter: a step that raises never comes to its post hook.
-    """
-    wrapper = type(host).step.__code__  # the same code for every class
-    frame: FrameType | None = sys._getframe(1)
-    steps = 0
-    while frame is not None:
-        steps += frame.f_code is wrapper and frame.f_locals.get("self") is host
-        frame = frame.f_back
-    return steps > 1
-
-
-def scaler_of_this_step() -> torch.amp.GradScaler | None:
-    """The GradScaler whose `step` has called the present step, if one has. It tells nobody, so the stack is asked."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is torch.amp.GradScaler.step.__code__:
-            scaler: torch.amp.GradScaler = frame.f_locals["self"]
-            return scaler
-        frame = frame.f_back
-    return None
+def mark_if_no_params(optimizer: torch.optim.Optimizer) -> None:
+    """Mark an optimizer without parameters on this rank as initialized, if it keeps state on the others."""
+    keeps_none = isinstance(optimizer, torch.optim.SGD) and not any(
+        group["momentum"] for group in optimizer.param_groups
+    )
+    if not keeps_none and not any(group["params"] for group in optimizer.param_groups):
+        mark_initialized(optimizer.state, [])

@@ -11,9 +11,8 @@ from torch import Tensor
 from ..step.step import Step
 from ..step.transform import BoundTransform, Transform
 from .base import InnerOptimizer
-from .closure import ClosureOptimizer, needs_closure
 from .elementwise import ELEMENTWISE, ElementwiseOptimizer
-from .full_params import FullParamOptimizer
+from .full_params import ClosureOptimizer, FullParamOptimizer, needs_closure
 
 
 class Wrap(Transform):
@@ -40,16 +39,6 @@ class Wrap(Transform):
     is_linear = False
 
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], **kwargs: Any) -> None:
-        self.optimizer_class = optimizer_class
-        self.kwargs = kwargs
-        self._refuse(optimizer_class, kwargs)
-        self.fixed = _fixed(optimizer_class)
-        example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self.fixed})
-        inner = {*self.fixed, "decoupled_weight_decay"}
-        self.defaults = {key: value for key, value in example.defaults.items() if key not in inner}
-
-    @staticmethod
-    def _refuse(optimizer_class: Any, kwargs: dict[str, Any]) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise ValueError(
                 f"Wrap takes a class of torch.optim.Optimizer, not {optimizer_class!r}; pass the class, and its arguments "
@@ -63,34 +52,42 @@ class Wrap(Transform):
             raise ValueError(
                 f"{name} inside a chain has weight_decay 0; put WeightDecay({decay!r}) before it (coupled) or behind it (decoupled)"
             )
-
-    def host(
-        self, bound: BoundTransform, chain: torch.optim.Optimizer, suffix: str
-    ) -> InnerOptimizer | ClosureOptimizer:
-        """The optimizer that does the work for one chain."""
-        return inner_optimizer_for(self.optimizer_class, {**self.kwargs, **self.fixed}, bound, chain, suffix)
-
-    def apply(self, step: Step, bound: BoundTransform) -> None:
-        if self.searches:
-            return  # its update was found together with the closure, before the step began
-        step.fold(exact=True)
-        step.host = step.hosts[bound.index]
+        self.optimizer_class, self.optimizer_name, self.kwargs = optimizer_class, name, kwargs
+        # What the chain decides, as far as the class knows it.
+        known = inspect.signature(optimizer_class).parameters
+        self._fixed = {key: value for key, value in (("lr", 1.0), ("weight_decay", 0.0)) if key in known}
+        # The class itself says what its hyperparameters are, and refuses bad ones.
+        example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self._fixed})
+        hidden = {*self._fixed, "decoupled_weight_decay"}
+        self.defaults = {key: value for key, value in example.defaults.items() if key not in hidden}
 
     @property
-    def searches(self) -> bool:
+    def evaluates_closure(self) -> bool:
         """Whether the optimizer evaluates the closure itself, as LBFGS does."""
         return needs_closure(self.optimizer_class)
 
+    def inner_optimizer(self, bound: BoundTransform, chain: torch.optim.Optimizer, suffix: str) -> InnerOptimizer:
+        """The optimizer that does the work for one chain; suffix: of its state keys."""
+        cls = self.optimizer_class
+        kind = (
+            ElementwiseOptimizer
+            if cls in ELEMENTWISE
+            else ClosureOptimizer
+            if self.evaluates_closure
+            else FullParamOptimizer
+        )
+        return kind(cls, {**self.kwargs, **self._fixed}, bound, chain, suffix)
+
+    def apply(self, step: Step, bound: BoundTransform) -> None:
+        if self.evaluates_closure:
+            return  # its update was found together with the closure, before the step began
+        step.materialize(exact=True)
+        step.waiting = step.inner_optimizers[bound.index]
+
     def __repr__(self) -> str:
-        words = [] if type(self) is not Wrap else [self.optimizer_class.__name__]
+        words = [] if type(self) is not Wrap else [self.optimizer_name]
         words += [f"{key}={value!r}" for key, value in self.kwargs.items()]
         return f"{type(self).__name__}({', '.join(words)})"
-
-
-def _fixed(optimizer_class: type[torch.optim.Optimizer]) -> dict[str, Any]:
-    """What the chain decides: lr 1 and weight_decay 0, as far as the class knows them."""
-    known = inspect.signature(optimizer_class).parameters
-    return {key: value for key, value in (("lr", 1.0), ("weight_decay", 0.0)) if key in known}
 
 
 class Adam(Wrap):
@@ -124,18 +121,3 @@ class Adam(Wrap):
         super().__init__(torch.optim.Adam, **given)
         standard = inspect.signature(Adam).parameters
         self.kwargs = {key: value for key, value in given.items() if value != standard[key].default}
-
-
-def inner_optimizer_for(
-    cls: type[torch.optim.Optimizer],
-    kwargs: dict[str, Any],
-    bound: BoundTransform,
-    chain: torch.optim.Optimizer,
-    suffix: str,
-) -> InnerOptimizer | ClosureOptimizer:
-    """The right kind of inner optimizer for an optimizer class."""
-    kind: Any = (
-        ElementwiseOptimizer if cls in ELEMENTWISE else ClosureOptimizer if needs_closure(cls) else FullParamOptimizer
-    )
-    inner: InnerOptimizer | ClosureOptimizer = kind(cls, kwargs, bound, chain, suffix)
-    return inner

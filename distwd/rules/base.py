@@ -1,111 +1,159 @@
-"""What all decay rules share: what they need measured, and how a pull finds its target."""
+"""Rule: what every decay rule is made of, those of the library and those of one's own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..checks import check_choice, check_nonnegative, check_ord
-from ..kernels.apply import fold
-from ..kernels.formulas import DecayTerm, Rate
-from ..metrics.metric import Metric
-from ..step.step import Batch, Step, unless
+from ..kernels.apply import add_terms
+from ..kernels.formulas import DecayTerm
+from ..metrics.metric import Measure
+from ..step.step import Batch, Step, zero_where
 from ..step.transform import BoundTransform, Transform
 
 TARGETS = ("update", "grad", "params_direct", "closure")
 _GROWTH = ("params_difference", "update_difference")
-NORM_INPUTS = ("update", "grad", "params")
-SCOPES = ("all", "group", "tensor")
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """A number that a rule asks for: `metric` of the tensors `of`, one per `scope`."""
-
-    of: str
-    metric: Metric
-    scope: str
 
 
 class Rule(Transform):
-    """A rule that adds pulls:  rate · mask · d(p),  d(p) = sign(p)·|p|^(ord−1).
+    """A decay rule:  u ← u + c·m·d(p),  d(p) = sign(p)·|p|^(ord−1).
 
-    Subclasses say what they need measured (`need`); everything else is here.
+    c is what `coefficient` returns, λ (the setting `weight_decay`) unless a subclass says otherwise.
+    m is [u·p > 0] for a cautious rule, else 1.
+
+    A rule of one's own overrides some of these methods; nothing in it knows of ranks or shards:
+        measures(settings): the metrics that it needs, {name: Measure}.
+        keeps(settings): the numbers that it carries from step to step, {name: what it begins with}: a number, or a
+            Measure, whose value as the first real step begins is taken.
+        coefficient(settings, measured, kept): c; with `keeps`, a pair of c and the new kept numbers.
+
+    settings: the hyperparameters, each a key of the param groups of a `Chain`. Under `attach` the groups hold
+        `weight_decay` alone (as `distwd_weight_decay`), and the others stay as they are here. "ord" (default 2) and
+        "cautious" (default False) are read by this class.
+    target: as in `WeightDecay`.
+    Raises ValueError for λ < 0 or ord < 1. What a method returns is checked where the rule meets an optimizer and in
+    its first step, by ValueErrors that name rule and method.
+
+    A rule is absolute (no plan, no collective; AdamW may do it in its own kernel) if it measures nothing, keeps nothing
+    and leaves `coefficient` as it is.
+    Source: the form is that of optax's transformations with declared state.
+
+    >>> import torch
+    >>> from distwd import LR, Chain, Measure, Rule
+    >>> class NormDecay(Rule):
+    ...     def measures(self, settings):
+    ...         return {"norm": Measure("params", "l2", scope="all")}
+    ...     def coefficient(self, settings, measured, kept):
+    ...         return settings["weight_decay"] * measured["norm"]
+    >>> w = torch.nn.Parameter(torch.tensor([3.0, -4.0])); w.grad = torch.zeros(2)
+    >>> Chain([w], NormDecay(weight_decay=0.1), LR(1.0)).step()
+    >>> w.detach()
+    tensor([ 1.5000, -2.0000])
     """
 
-    target = "update"
+    def __init__(self, *, target: str = "update", **settings: Any) -> None:
+        if target in _GROWTH:
+            raise ValueError(
+                f"target={target!r} would subtract the decay from the update, so weights would grow; "
+                "use target='update', or 'params_direct' to decay the parameters at once"
+            )
+        check_choice("target", target, TARGETS)
+        self.target = target
+        self.defaults = settings
+        self.check(settings)
+
+    # --- what a rule of one's own overrides ------------------------------------------------------
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError for settings that the rule cannot work with."""
+        if "weight_decay" in settings:
+            check_nonnegative("weight_decay", settings["weight_decay"])
+        elif type(self).coefficient is Rule.coefficient:
+            raise ValueError(
+                f"{type(self).__name__} has no weight_decay and no `coefficient` of its own; pass weight_decay=, or "
+                "override coefficient"
+            )
+        check_ord(settings.get("ord", 2))
+
+    def coefficient(
+        self, settings: Mapping[str, Any], measured: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> Any:
+        """c, from numbers as float64 tensors: one element for each number at the finest scope that is asked for.
+
+        It must be elementwise, must read no tensor on the host, and runs alike on every rank. With `keeps` it returns a
+        pair: c, and the new kept numbers by name.
+        """
+        return settings["weight_decay"]
+
+    def is_cautious(self, settings: Mapping[str, Any]) -> bool:
+        """Whether to decay only where u·p > 0."""
+        return bool(settings.get("cautious", False))
+
+    # --- how it acts -----------------------------------------------------------------------------
 
     @property
     def changes(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({{"params_direct": "params", "closure": "grad"}.get(self.target, self.target)})
 
-    def need(self, settings: Mapping[str, Any]) -> Measure | None:
-        """The number that the coefficient depends on; None for an absolute rule."""
-        return None
+    def sources(self, settings: Mapping[str, Any]) -> set[str]:
+        """What its metrics are taken of: some of "params", "grad", "update"."""
+        begins = [begin for begin in self.keeps(settings).values() if isinstance(begin, Measure)]
+        return {ask.of for ask in (*self.measures(settings).values(), *begins)}
 
-    def check(self, settings: Mapping[str, Any]) -> None:
-        check_nonnegative("weight_decay", settings["weight_decay"])
-        check_ord(settings["ord"])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(_words(self))})"
-
-    def is_cautious(self, settings: Mapping[str, Any]) -> bool:
-        """Whether to decay only where update·p > 0."""
-        return False
+    def is_absolute(self, settings: Mapping[str, Any]) -> bool:
+        if type(self).coefficient is not Rule.coefficient:
+            return False
+        return not self.measures(settings) and not self.keeps(settings)
 
     def apply(self, step: Step, bound: BoundTransform) -> None:
+        """Add a decay term to every batch; for another target than "update", write it now."""
         settings = [bound.settings(batch.group) for batch in step.batches]
         cautious = [self.is_cautious(own) for own in settings]
-        self._make_way(step, any(cautious))
-        on_gradients = self.target in ("grad", "closure") or (self.target == "update" and step.pulls_gradients)
+        if any(cautious) and (self.target != "update" or any(batch.terms for batch in step.batches)):
+            # A mask is taken of the update at this place, so what is pending has to be in it.
+            step.materialize()
+        if self.target != "update":
+            step.read_before_write("params" if self.target == "params_direct" else "grad")
+
+        on_gradients = self.target in ("grad", "closure") or (self.target == "update" and step.decays_gradients)
         for batch, own, is_cautious in zip(step.batches, settings, cautious, strict=True):
             rate = step.rate(bound, batch, own, on_gradients)
             if is_cautious:
-                rate = _where_scaled(batch, rate)
-            # A pull that is put while the update is not scaled yet will be scaled by exactly what scales the update.
-            before_lr = own["weight_decay"] if batch.is_unscaled and self.need(own) is None else None
-            self._put(batch, DecayTerm(rate, float(own["ord"]), is_cautious, bound.sign(batch.group), before_lr))
+                # Where the learning rate is 0 the update is 0, whatever its mask is taken of.
+                scale = batch.pending.scale
+                rate = zero_where(scale == 0, rate) if isinstance(scale, Tensor) else rate if scale else 0.0
+            # A term that comes while the update is not scaled yet will be scaled by exactly what scales the update.
+            # Only a λ that the rule leaves as it is may be handed to an optimizer, in place of the term.
+            before_lr = own["weight_decay"] if batch.pending.is_unscaled and self.is_absolute(own) else None
+            ord = float(own.get("ord", 2))
+            self._add(batch, DecayTerm(rate, ord, is_cautious, bound.sign(batch.group), before_lr))
 
-    def _make_way(self, step: Step, cautious: bool) -> None:
-        """Settle what this rule would otherwise change behind the back of an earlier one."""
-        if cautious and (self.target != "update" or any(batch.terms for batch in step.batches)):
-            step.fold()
-        if self.target == "params_direct":
-            step.release_params()
-        elif self.target != "update":
-            step.release_grads()
-
-    def _put(self, batch: Batch, term: DecayTerm) -> None:
+    def _add(self, batch: Batch, term: DecayTerm) -> None:
         if self.target == "update":
             batch.terms.append(term)
         elif self.target == "params_direct":
             batch.apply_([term])
-            batch.at_once.append(term)
+            batch.written.append(term)
         else:
-            fold(batch.grads, batch.params, [term], 1.0, batch.grads, batch.mask, workspace=batch.workspace)
+            pending = batch.pending.mask
+            add_terms(batch.grads, batch.params, [term], 1.0, batch.grads, pending, workspace=batch.workspace)
 
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        """What it measures, and how its direction differs from p, for `print(optimizer)`."""
+        words = []
+        for ask in self.measures(settings).values():
+            by = "" if ask.scope == "all" else f" by {ask.scope}"
+            words.append(f"× {ask.parsed.name} of {ask.of}{by}")
+        if settings.get("ord", 2) != 2:
+            words.append(f"ord {settings['ord']:g}")
+        if self.is_cautious(settings):
+            words.append("cautious")
+        return ", ".join(words)
 
-def _where_scaled(batch: Batch, rate: Rate) -> Rate:
-    """`rate`, or 0 where the learning rate is 0: there the update is 0, whatever its mask is taken of."""
-    if isinstance(batch.scale, Tensor):
-        return unless(batch.scale == 0, rate)
-    return rate if batch.scale else 0.0
-
-
-def _words(decay: Rule) -> list[str]:
-    words = [f"{key}={value!r}" for key, value in decay.defaults.items()]
-    return words if decay.target == "update" else [*words, f"target={decay.target!r}"]
-
-
-def check_target(target: str) -> None:
-    """Raise ValueError for a target that is unknown, or that would make decay grow weights."""
-    if target in _GROWTH:
-        raise ValueError(
-            f"target={target!r} would subtract the decay from the update, so weights would grow; "
-            "use target='update', or 'params_direct' to decay the parameters at once"
-        )
-    check_choice("target", target, TARGETS)
+    def __repr__(self) -> str:
+        words = [f"{key}={value!r}" for key, value in self.defaults.items()]
+        words += [] if self.target == "update" else [f"target={self.target!r}"]
+        return f"{type(self).__name__}({', '.join(words)})"

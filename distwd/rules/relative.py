@@ -1,4 +1,4 @@
-"""RelativeWeightDecay: decay relative to a number about the whole model."""
+"""RelativeWeightDecay: decay relative to a metric of the whole model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_choice
-from ..metrics.metric import parse_metric
-from .base import NORM_INPUTS, SCOPES, Measure, Rule, check_target
+from ..metrics.metric import SCOPES, SOURCES, Measure, parse_metric
+from .base import Rule
 
 
 class RelativeWeightDecay(Rule):
@@ -39,6 +39,8 @@ class RelativeWeightDecay(Rule):
     {'metric': tensor(4.), 'coefficient': tensor(0.4000)}
     """
 
+    coefficient_settings = frozenset({"weight_decay"})
+
     def __init__(
         self,
         weight_decay: float | Tensor = 0.1,
@@ -50,29 +52,28 @@ class RelativeWeightDecay(Rule):
         cautious: bool = False,
         scope: str = "all",
     ) -> None:
-        check_target(target)
-        self.target = target
-        self.defaults = {
-            "weight_decay": weight_decay,
-            "ord": ord,
-            "norm_input": norm_input,
-            "metric": metric,
-            "cautious": cautious,
-            "scope": scope,
-        }
-        self.check(self.defaults)
+        super().__init__(
+            target=target,
+            weight_decay=weight_decay,
+            ord=ord,
+            norm_input=norm_input,
+            metric=metric,
+            cautious=cautious,
+            scope=scope,
+        )
 
     def check(self, settings: Mapping[str, Any]) -> None:
         super().check(settings)
-        check_choice("norm_input", settings["norm_input"], NORM_INPUTS)
+        check_choice("norm_input", settings["norm_input"], SOURCES)
         parse_metric(settings["metric"])
         check_choice("scope", settings["scope"], SCOPES)
         if not isinstance(settings["cautious"], bool):
             raise ValueError(f"cautious={settings['cautious']!r} must be True or False")
 
-    def is_cautious(self, settings: Mapping[str, Any]) -> bool:
-        cautious: bool = settings["cautious"]
-        return cautious
+    def measures(self, settings: Mapping[str, Any]) -> Mapping[str, Measure]:
+        return {"metric": Measure(settings["norm_input"], settings["metric"], settings["scope"])}
 
-    def need(self, settings: Mapping[str, Any]) -> Measure:
-        return Measure(settings["norm_input"], parse_metric(settings["metric"]), settings["scope"])
+    def coefficient(
+        self, settings: Mapping[str, Any], measured: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> Any:
+        return settings["weight_decay"] * measured["metric"]

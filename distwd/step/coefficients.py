@@ -1,8 +1,8 @@
-"""The numbers of a chain: measured by phases, turned into coefficients, kept for `stats()`."""
+"""From metrics to rates: measured phase by phase, turned into coefficients by the rules, kept for `stats()`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,111 +13,258 @@ from torch import Tensor
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import measure
+from ..metrics.metric import SCOPES, Measure
 from ..metrics.plan import Plan
-from ..rules.base import Measure
+from ..sharding.local import local_tensor
 from .phases import Phase
+from .state import COUNT, KeptNumbers
 from .step import Batch, Step
 from .transform import BoundTransform
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What a rule was told for one param group: metric and coefficient = λ·metric, [cells] each, of `need`."""
+class Coefficient:
+    """What one rule was told, and what it answered, for one param group.
 
-    need: Measure
-    metric: Tensor
-    coefficient: Tensor
+    scope: of all its numbers; each is a tensor [slots]: one slot for "all", one for each group or each parameter.
+    numbers: measured and kept ones by name, float64, as the rule was given them.
+    value: the coefficient, float32.
+    kept: the new kept numbers, float64; stored when the step has been written.
+    dtype: of the numbers that users are shown.
+    """
+
+    scope: str
+    numbers: Mapping[str, Tensor]
+    value: Tensor
+    kept: Mapping[str, Tensor]
+    dtype: torch.dtype
 
 
 class Coefficients:
-    """Measures what rules need, once per phase, and turns it into rates.
+    """Measures what rules ask for, once per phase, and lets each rule make its coefficient of it.
 
-    coefficient = λ · metric in float64, rounded once to float32. The rounding is what makes it the same number on any sharding:
+    A coefficient is computed in float64 and rounded once, to float32. That makes it the same number on any sharding:
     float64 sums differ between shardings, if at all, far below the last bit of float32.
+
+    plan: who holds what; asked for only where something is measured.
+    kept: the numbers that rules carry from step to step.
     """
 
-    def __init__(self, plan: Callable[[], Plan]) -> None:
-        self._plan = plan
-        self._readings: dict[str, dict[int, Measured]] = {}
+    def __init__(self, plan: Callable[[], Plan], kept: KeptNumbers) -> None:
+        self._plan, self._kept = plan, kept
+        self._measured: dict[tuple[int, Measure], Tensor] = {}
+        self._last: dict[str, dict[int, Coefficient]] = {}
 
-    def measure(self, phase: Phase, step: Step, bound_transforms: Sequence[BoundTransform]) -> None:
-        """Take all numbers of a phase, with one reduction."""
+    # --- in a step -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Forget what was measured in the last step."""
+        self._measured.clear()
+
+    def measure(self, phase: Phase, step: Step) -> None:
+        """Take all metrics of a phase, with one reduction."""
         plan = self._plan()
-        needs = list(dict.fromkeys(need for _, need in phase.asks))
-        sources = {of: step.source(of) for of in dict.fromkeys(need.of for need in needs)}
-        requests = [plan.request(need.metric, sources[need.of], need.scope) for need in needs]
-        numbers = dict(zip(needs, measure(requests, plan.world, step.workspace), strict=True))
+        asks = list(dict.fromkeys(ask for _, ask in phase.asks))
+        sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks)}
+        requests = [plan.request(ask.parsed, sources[ask.of], ask.scope) for ask in asks]
+        numbers = dict(zip(asks, measure(requests, plan.world, step.workspace), strict=True))
         if step.grad_scale is not None:
-            numbers = {need: _unscaled(number, need, step.grad_scale) for need, number in numbers.items()}
-        asked = {index for index, _ in phase.asks}
-        for bound in bound_transforms:
-            if bound.index in asked:
-                # Groups that are not in play keep the numbers of their own last step.
-                kept = {i: old for i, old in self._readings.get(bound.label, {}).items() if i not in step.in_play}
-                kept = kept if len(step.in_play) < len(step.groups) else {}
-                self._readings[bound.label] = kept | _read(bound, step, numbers)
+            # Gradients that a GradScaler has multiplied: M(s·x) = s^degree · M(x).
+            for ask in asks:
+                if ask.of != "params" and ask.parsed.degree:
+                    scale = step.grad_scale.to(numbers[ask].device, numbers[ask].dtype)
+                    numbers[ask] = numbers[ask] / scale**ask.parsed.degree
+        for index, ask in phase.asks:
+            self._measured[index, ask] = numbers[ask]
 
-    def rate(self, bound: BoundTransform, batch: Batch, settings: Mapping[str, Any]) -> Rate:
-        """λ for an absolute rule; for a relative one the coefficient, as a tensor: one number, or one by parameter."""
-        readings = self._readings.get(bound.label, {})
-        if batch.group_index not in readings:
+    def evaluate(self, bound: BoundTransform, step: Step) -> None:
+        """Let a rule make its coefficients, one for each active group. An absolute rule has none: its rate is λ."""
+        found: dict[int, Coefficient] = {}
+        shared: dict[Any, Coefficient] = {}
+        for index in sorted(step.active_groups):
+            settings = bound.settings(step.groups[index])
+            if bound.transform.is_absolute(settings):
+                continue
+            asks = bound.asks(settings)
+            names = self._kept.names(bound, settings)
+            key = _sharing_key(bound, settings, asks)
+            if names or key is None or key not in shared:
+                found[index] = self._evaluate_group(bound, step, index, settings, asks)
+                if key is not None:
+                    shared[key] = found[index]
+            else:
+                found[index] = shared[key]  # groups with equal settings share one
+        if not found:
+            self._last.pop(bound.label, None)
+            return
+        # Groups that this step is not of keep the numbers of their own last step (DeepSpeed steps one at a time).
+        kept = self._last.get(bound.label, {}) if len(step.active_groups) < len(step.groups) else {}
+        self._last[bound.label] = {i: old for i, old in kept.items() if i not in step.active_groups} | found
+
+    def _evaluate_group(
+        self, bound: BoundTransform, step: Step, index: int, settings: dict[str, Any], asks: Mapping[str, Measure]
+    ) -> Coefficient:
+        transform, begins = bound.transform, bound.transform.keeps(settings)
+        # All numbers come at the finest scope that the rule asks for.
+        scope = max((ask.scope for ask in asks.values()), key=SCOPES.index, default="all")
+        measured: dict[str, Tensor] = {}
+        for name, ask in asks.items():
+            values = self._measured[bound.index, ask]
+            if ask.scope != scope:
+                plan = self._plan()
+                num_slots = plan.num_groups if scope == "group" else plan.num_names
+                values = values[index if ask.scope == "group" else 0].expand(num_slots)
+            measured[name] = values
+        if measured:
+            like = next(iter(measured.values()))
+        else:
+            some = step.trainable(index)[:1]
+            device = local_tensor(step.entries[some[0]].tensor).device if some else torch.device("cpu")
+            like = torch.zeros(1, dtype=wide_dtype(device), device=device)
+
+        kept: dict[str, Tensor] = {}
+        positions = step.trainable(index) if begins else []
+        entries = [step.entries[position] for position in positions]
+        is_shared = scope != "tensor"
+        for name, values in self._kept.read(bound, settings, entries, like.device, is_shared).items():
+            if scope == "tensor":
+                # Slots of parameters that other ranks hold stay NaN: nobody here asks for them.
+                slots = self._plan().cells_of(positions, like.device)
+                kept[name] = torch.full_like(like, torch.nan).index_copy(0, slots, values)
+            else:
+                # A rank that holds nothing of the group has nowhere to keep its numbers.
+                kept[name] = (values[0] if len(values) else torch.full_like(like[0], torch.nan)).expand(len(like))
+        has_begun = kept.get(COUNT)
+        for name, begin in begins.items():
+            if isinstance(begin, Measure) and has_begun is not None:
+                kept[name] = torch.where(has_begun > 0, kept[name], measured.pop(name))
+
+        # Tensors among the settings as the numbers are: on their device, in float64.
+        given = {
+            name: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
+            for name, value in settings.items()
+        }
+        own = {name: kept[name] for name in begins}
+        answer = transform.coefficient(given, measured, own)  # type: ignore[attr-defined]
+        new: dict[str, Tensor] = {}
+        if begins:
+            if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
+                raise ValueError(
+                    f"{bound.label}.coefficient must return a pair (coefficient, new kept numbers), since `keeps` names "
+                    f"{sorted(begins)}; it returned {type(answer).__name__}"
+                )
+            answer, updated = answer
+            if set(updated) != set(begins):
+                raise ValueError(
+                    f"{bound.label}.coefficient returned kept numbers {sorted(updated)}; `keeps` names {sorted(begins)}"
+                )
+            new = {name: _as_slots(bound, f"kept number {name!r}", value, like) for name, value in updated.items()}
+            if has_begun is not None:
+                new[COUNT] = has_begun + 1
+        value = _as_slots(bound, "coefficient", answer, like)
+        dtype = self._plan().result_dtype if asks else torch.float32
+        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), new, dtype)
+
+    def rate(self, bound: BoundTransform, step: Step, batch: Batch, settings: Mapping[str, Any]) -> Rate:
+        """λ for an absolute rule; else the coefficient, as a float64 tensor: one number, or one for each parameter."""
+        known = self._last.get(bound.label, {}).get(batch.group_index)
+        if known is None or bound.transform.is_absolute(settings):
             decay: Rate = settings["weight_decay"]
             return decay
-        reading = readings[batch.group_index]
-        coefficient = reading.coefficient.to(wide_dtype(reading.coefficient.device))
-        if reading.need.scope == "tensor":
-            return coefficient[self._plan().cells_of(batch.index, coefficient.device)]
-        return coefficient[batch.group_index if reading.need.scope == "group" else 0]
+        value = known.value.to(wide_dtype(known.value.device))
+        if known.scope == "tensor":
+            return value[self._plan().cells_of(batch.index, value.device)]
+        return value[batch.group_index if known.scope == "group" else 0]
+
+    def keep(self, bound: BoundTransform, step: Step, groups: frozenset[int]) -> None:
+        """The step has been written, for these groups: their kept numbers move, but where the step is skipped."""
+        for index, known in self._last.get(bound.label, {}).items():
+            if index not in groups or not known.kept:
+                continue
+            settings = bound.settings(step.groups[index])
+            # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
+            positions = step.moving(index) if known.scope == "tensor" else step.trainable(index)
+            is_shared = known.scope != "tensor"
+            if not is_shared:
+                slots = self._plan().cells_of(positions, known.value.device)
+                values = {name: value[slots] for name, value in known.kept.items()}
+            else:
+                slot = index if known.scope == "group" else 0
+                values = {name: value[slot].reshape(1) for name, value in known.kept.items()}
+            entries = [step.entries[position] for position in positions]
+            if not entries:
+                continue
+            found_inf = step.found_inf.get(index)
+            if found_inf is not None:
+                device = known.value.device
+                old = self._kept.read(bound, settings, entries, device, is_shared)
+                skipped = found_inf.to(device, non_blocking=True) != 0
+                values = {name: torch.where(skipped, old[name], value) for name, value in values.items()}
+            self._kept.write(bound, values, entries, is_shared)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """What is measured within leaves no trace in `stats`."""
-        kept = dict(self._readings)
+        last = dict(self._last)
         yield
-        self._readings = kept
+        self._last = last
+
+    # --- for users -------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """By rule: the last metric and coefficient; see `Chain.stats`."""
-        return {
-            label: {key: self._table(readings, key) for key in ("metric", "coefficient")}
-            for label, readings in self._readings.items()
-        }
+        """By rule: the last measured and kept numbers by name, and the coefficient. See `Chain.stats`."""
+        found: dict[str, dict[str, Any]] = {}
+        for label, by_group in self._last.items():
+            first = next(iter(by_group.values()))
+            table = {name: self._table(by_group, name) for name in first.numbers}
+            found[label] = {**table, "coefficient": self._table(by_group, None)}
+        return found
 
-    def _table(self, readings: Mapping[int, Measured], key: str) -> Any:
-        plan = self._plan()
-        told: dict[Any, Tensor] = {}
-        for index, reading in readings.items():
-            values = getattr(reading, key).to(plan.result_dtype if key == "metric" else torch.float32)
-            if reading.need.scope == "tensor":
-                told.update(
-                    {e.name: values[cell] for e, cell in zip(plan.entries, plan.cells, strict=True) if e.group == index}
-                )
+    def _table(self, by_group: Mapping[int, Coefficient], name: str | None) -> Any:
+        """0-d where one number serves all groups; else by group index, or by the names of the parameters held here."""
+        shown: dict[Any, Tensor] = {}
+        originals: set[int] = set()
+        for index, known in by_group.items():
+            original = known.value if name is None else known.numbers.get(name)
+            if original is None:
+                continue
+            originals.add(id(original))
+            if known.scope == "tensor":
+                plan = self._plan()
+                values = original if name is None else original.to(known.dtype)
+                slots = zip(plan.entries, plan.cells, strict=True)
+                shown.update({entry.name: values[slot] for entry, slot in slots if entry.group == index})
             else:
-                told[index] = values[index if reading.need.scope == "group" else 0]
-        one = len({id(getattr(reading, key)) for reading in readings.values()}) == 1
-        return told[0] if one and readings[0].need.scope == "all" else told
+                value = original[index if known.scope == "group" else 0]
+                shown[index] = value if name is None else value.to(known.dtype)
+        is_one = len(originals) == 1 and all(known.scope == "all" for known in by_group.values())
+        return next(iter(shown.values())) if is_one else shown
 
 
-def _read(bound: BoundTransform, step: Step, numbers: Mapping[Measure, Tensor]) -> dict[int, Measured]:
-    """By param group in play; groups with equal settings share one reading."""
-    shared: dict[Any, Measured] = {}
-    readings = {}
-    for index in sorted(step.in_play):
-        settings = bound.settings(step.groups[index])
-        need, decay = bound.transform.need(settings), settings["weight_decay"]  # type: ignore[attr-defined]
-        key = (need, id(decay) if isinstance(decay, Tensor) else decay)
-        if key not in shared:
-            metric = numbers[need]
-            shared[key] = Measured(need, metric, (metric * _on(decay, metric)).to(torch.float32))
-        readings[index] = shared[key]
-    return readings
+def _sharing_key(bound: BoundTransform, settings: Mapping[str, Any], asks: Mapping[str, Measure]) -> Any:
+    """What two groups must have in common to share a coefficient; None if that cannot be told."""
+    names = bound.transform.coefficient_settings
+    read = settings if names is None else {name: settings[name] for name in names}
+    key = (
+        tuple(asks.items()),
+        tuple((name, id(value) if isinstance(value, Tensor) else value) for name, value in read.items()),
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
-def _unscaled(number: Tensor, need: Measure, grad_scale: Tensor) -> Tensor:
-    """A metric of gradients that a GradScaler has multiplied by `grad_scale`, as if it had not."""
-    scaled = need.of != "params" and need.metric.degree
-    return number / grad_scale.to(number.device, number.dtype) ** need.metric.degree if scaled else number
-
-
-def _on(decay: float | Tensor, like: Tensor) -> float | Tensor:
-    return decay.to(like.device, like.dtype) if isinstance(decay, Tensor) else decay
+def _as_slots(bound: BoundTransform, what: str, value: Any, like: Tensor) -> Tensor:
+    """A rule's answer as one float64 number for each slot. Raises ValueError for anything else."""
+    if isinstance(value, Tensor):
+        if value.shape not in ((), like.shape) or value.is_complex():
+            raise ValueError(
+                f"{bound.label}.coefficient: the {what} has shape {tuple(value.shape)}; it must be one number, or one for "
+                f"each of the {len(like)} numbers that it was given"
+            )
+        return value.to(like.device, like.dtype).expand(len(like))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{bound.label}.coefficient: the {what} is {value!r}; it must be a number or a tensor")
+    return torch.full_like(like, value)

@@ -1,12 +1,12 @@
-"""When to measure: the fewest reductions that give every rule the number at its place."""
+"""When to measure: the fewest reductions that give every rule its metrics at its place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..rules.base import Measure, Rule
+from ..metrics.metric import Measure
 from ..sharding.reduce import num_collectives
 from ..sharding.world import World
 from .transform import BoundTransform
@@ -14,51 +14,61 @@ from .transform import BoundTransform
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Numbers that are measured together, before the transform at `position` acts; asks: (index of the rule, its need)."""
+    """Metrics that one reduction brings, before the transform at `position` acts.
+
+    asks: pairs (index of the transform, what it asks for).
+    """
 
     position: int
     asks: tuple[tuple[int, Measure], ...]
 
 
-def schedule(bound_transforms: Sequence[BoundTransform], groups: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """The phases of a chain, in order. Depends on the rules and the groups' settings, never on gradients.
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The phases of a list of transforms, in order. It depends on their settings alone, never on gradients.
 
-    A number may be measured from the moment its tensors are final until its rule acts. So a phase is opened as late as its first
-    rule allows, and whatever is measurable by then joins it: the fewest points that stab all intervals.
+    So every rank makes the same collectives, whatever gradients it has.
     """
-    # "update" is the gradient itself until a transform makes it something else.
-    since = {"update": 0, "grad": 0, "params": 0}
-    is_gradient = True
-    opened: list[tuple[int, list[tuple[int, Measure]]]] = []
-    for position, bound in enumerate(bound_transforms):
-        for need in _needs(bound, groups):
-            if not opened or opened[-1][0] < since[need.of]:
-                opened.append((position, []))
-            opened[-1][1].append((bound.index, need))
-        changes = bound.transform.changes
-        if "grad" in changes and is_gradient:
-            since["update"] = position + 1
-        is_gradient = is_gradient and "update" not in changes
-        since.update(dict.fromkeys(changes, position + 1))
-    return tuple(Phase(position, tuple(asks)) for position, asks in opened)
 
+    phases: tuple[Phase, ...]
 
-def _needs(bound: BoundTransform, groups: Sequence[Mapping[str, Any]]) -> Iterable[Measure]:
-    """What the rule needs, over all groups; each once, in the order of the groups."""
-    if not isinstance(bound.transform, Rule):
-        return ()
-    needs = (bound.transform.need(bound.settings(group)) for group in groups)
-    return dict.fromkeys(need for need in needs if need is not None)
+    @classmethod
+    def of(cls, transforms: Sequence[BoundTransform], groups: Sequence[Mapping[str, Any]]) -> Schedule:
+        """A metric may be measured from the moment its tensors are final until its rule acts.
 
+        So a phase is opened as late as its first rule allows, and whatever can be measured by then joins it: the fewest
+        points that stab all intervals.
+        """
+        # "update" is the gradient itself until a transform makes it something else.
+        final_since = {"update": 0, "grad": 0, "params": 0}
+        update_is_gradient = True
+        opened: list[tuple[int, list[tuple[int, Measure]]]] = []
+        for position, bound in enumerate(transforms):
+            # Over all groups, each measure once, in the order of the groups.
+            asks = dict.fromkeys(ask for group in groups for ask in bound.asks(bound.settings(group)).values())
+            for ask in asks:
+                if not opened or opened[-1][0] < final_since[ask.of]:
+                    opened.append((position, []))
+                opened[-1][1].append((bound.index, ask))
+            changes = bound.transform.changes
+            if "grad" in changes and update_is_gradient:
+                final_since["update"] = position + 1
+            update_is_gradient = update_is_gradient and "update" not in changes
+            final_since.update(dict.fromkeys(changes, position + 1))
+        return cls(tuple(Phase(position, tuple(asks)) for position, asks in opened))
 
-def num_phases(phases: Sequence[Phase], world: World) -> int:
-    """All-reduces per step: one for each phase, two where sums and extrema meet in one, none in a world of one."""
-    return sum(
-        num_collectives([m for _, need in phase.asks for m in need.metric.statistics], world) for phase in phases
-    )
+    def num_collectives(self, world: World) -> int:
+        """All-reduces per step: one for each phase, two where sums and extrema meet in one, none in a world of one."""
+        return sum(
+            num_collectives([statistic for _, ask in phase.asks for statistic in ask.parsed.statistics], world)
+            for phase in self.phases
+        )
 
+    @property
+    def asks(self) -> list[tuple[int, Measure]]:
+        """All asks, phase by phase."""
+        return [ask for phase in self.phases for ask in phase.asks]
 
-def describe_phases(phases: Sequence[Phase]) -> str:
-    """The asks as a text that is equal on two ranks if and only if they will make the same reductions."""
-    asks = [f"{need.metric.name} of {need.of} ({need.scope})" for phase in phases for _, need in phase.asks]
-    return ", ".join(asks)
+    def __str__(self) -> str:
+        """The asks as a text that is equal on two ranks if and only if they will make the same reductions."""
+        return ", ".join(f"{ask.parsed.name} of {ask.of} ({ask.scope})" for _, ask in self.asks)

@@ -80,7 +80,7 @@ class Rounding:
         on_gradients: whether what is pending goes to the gradients.
         """
         for batch in () if self._warned or self.is_stochastic else batches:
-            for terms in (batch.at_once, [] if on_gradients else batch.terms):
+            for terms in (batch.written, [] if on_gradients else batch.terms):
                 self._warned = self._warned or warn_if_lost(
                     f"param_groups[{batch.group_index}]", terms, batch.params[0].dtype
                 )

@@ -1,180 +1,166 @@
-"""What `Chain` and `attach` share: a sentence led through a step, with its plan and its numbers."""
+"""What `Chain` and `attach` share: the transforms of one optimizer, run through a step."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
-from torch._compile import _disable_dynamo
+from torch import Tensor
 
-from ..attach.validate import check_numbers
-from ..errors import CollectiveError, PlanError
+from .. import _torch
+from ..errors import PlanError
 from ..kernels.compile import check_compiler
 from ..kernels.tally import Tally
 from ..kernels.workspace import Workspace
-from ..metrics.plan import Plan, build_plan
-from ..metrics.replica_check import check_gradients
-from ..sharding.layout import Layout, check_layout
-from ..sharding.ledger import Groups, Ledger
-from ..sharding.local import local_tensor
-from ..sharding.params import NamedParam, Roster
+from ..metrics.metric import Measure
+from ..metrics.plan import Plan
+from ..metrics.plan_cache import PlanCache, PlanOptions
 from ..sharding.pieces import check_tensor
-from ..sharding.reduce import any_rank
-from ..sharding.world import World, check_group
 from .audit import audit
 from .coefficients import Coefficients
-from .phases import describe_phases, num_phases, schedule
+from .param_list import ParamList, Params
+from .phases import Schedule
 from .rounding import Rounding
+from .state import KeptNumbers
 from .step import Step
 from .transform import BoundTransform
 
 
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """Which ranks hold the model, and how: the arguments `group`, `layout` and `check_replicas`, checked."""
-
-    group: dist.ProcessGroup | None = None
-    layout: Layout = field(default_factory=dict)
-    check_replicas: bool = True
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup | None, layout: Layout | None, check_replicas: bool) -> PlanOptions:
-        """Raises ValueError for what is not a group or a layout."""
-        if group is not None:
-            check_group(group)
-        check_layout(layout or {})
-        return cls(group, layout or {}, check_replicas)
-
-
 class StepRunner:
-    """Leads transforms through the steps of one optimizer, or of several with one model.
+    """Runs the transforms of one optimizer, or of several that step one model, through a step.
 
-    in_step, in_closure: what acts in a step, and in every evaluation of a closure. groups: the param groups as they are now.
-    rounding: how parameters of low precision are written. tracks: whether to count what the decay leaves unchanged.
+    transforms: the bound transforms, in order. Those with target="closure" act in every evaluation of the closure.
+    params: the parameters and their groups, as they are now.
+    options: which ranks hold the model, and how.
+    rounding: how parameters of low precision are written.
+    state_of, may_keep: where kept numbers lie, see `KeptNumbers`.
+    track_unchanged: whether to count what the decay leaves unchanged.
     compiles: whether formulas go through torch.compile.
-    named: what gives groups names for their parameters, where others know them.
     """
 
     def __init__(
         self,
-        bound_transforms: Sequence[BoundTransform],
-        holders: PlanOptions,
-        groups: Callable[[], Groups],
+        transforms: Sequence[BoundTransform],
+        params: ParamList,
+        options: PlanOptions,
         rounding: Rounding,
-        tracks: bool,
-        compiles: bool,
-        entry: Callable[[Groups], Sequence[Mapping[str, Any]]] = lambda groups: groups,
+        state_of: Callable[[Tensor], Any],
+        may_keep: Callable[[Tensor], bool] = lambda param: True,
+        track_unchanged: bool = False,
+        compiles: bool = False,
     ) -> None:
-        self.in_closure = tuple(
-            bound for bound in bound_transforms if getattr(bound.transform, "target", "") == "closure"
-        )
-        self.in_step = tuple(bound for bound in bound_transforms if bound not in self.in_closure)
-        self._holders, self._named = holders, entry
-        self._labels = {bound.index: bound.label for bound in bound_transforms}
-        self._ledger = Ledger(groups)
-        self._rounding, self._tracks = rounding, tracks
-        self._tallies: dict[int, Tally] = {}
-        self._roster = Roster()
-        self._plan: Plan | None = None
-        self._checked: tuple[NamedParam, ...] | None = None  # where no plan is needed
-        self._compiles, self._workspace = compiles, Workspace(compiles)
-        self._planned: tuple[Any, Any] | None = None  # the schedules that all ranks had when the plan was built
-        self._agreed = self._told = False  # whether all ranks are known to train; whether this one has left word
-        self._compares = False  # whether the first real step compares the gradients of copies
-        self._num_asked = 0
+        self.in_closure = tuple(bound for bound in transforms if bound.transform.target == "closure")
+        self.in_step = tuple(bound for bound in transforms if bound.transform.target != "closure")
+        self.params = params
+        # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
+        self.plans = PlanCache(options, with_offsets=rounding.is_stochastic)
+        self.kept = KeptNumbers(transforms, state_of, may_keep)
+        self._rounding, self._tracks, self._compiles = rounding, track_unchanged, compiles
+        self._workspace = Workspace(compiles)
         # In a step, `prepare` has seen to it that the plan fits.
-        self._coefficients = Coefficients(lambda: self._plan or self.plan)
+        self._coefficients = Coefficients(lambda: self.plans.plan or self.plan, self.kept)
+        self._tallies: dict[int, Tally] = {}
+        self._checked: tuple[Any, ...] | None = None  # the parameters that were looked at, where no plan is needed
+        self._now: Params | None = None
+        self._schedules: tuple[Schedule, Schedule] = (Schedule(()), Schedule(()))
+        self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
-    @property
-    def groups(self) -> Groups:
-        """All param groups, also in a step that is shown only some."""
-        return self._ledger.read()
-
-    @property
-    def entries(self) -> tuple[NamedParam, ...]:
-        """All parameters, as the groups hold them now."""
-        return self._roster.read(self._named(self.groups))
-
-    def playing(self) -> list[tuple[int, NamedParam]]:
-        """The parameters of the groups that are shown now, with their positions among all."""
-        in_play = self._ledger.in_play()
-        return [(position, entry) for position, entry in enumerate(self.entries) if entry.group in in_play]
+    # --- outside of a step -----------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
         """Who holds what; built together with the other ranks when first asked for, and when it does not fit any more."""
-        entries = self.entries
-        if self._plan is None or not self._plan.fits(entries):
-            self._plan = self._build(entries)
-        return self._plan
-
-    def _build(self, entries: tuple[NamedParam, ...]) -> Plan:
-        holders, schedules = self._holders, self._schedules()
-        rules = " | ".join(map(describe_phases, schedules)) + self._rounding.words
-        if self._plan is not None:
-            try:
-                self._plan.meet(entries, rules)
-            except PlanError:
-                self._ledger.forget()
-                raise
-            self._plan = None  # they all are here, whatever comes of it
-        bound_transforms = self._rounding.is_stochastic
-        plan = build_plan(entries, holders.group, holders.layout, holders.check_replicas, rules, bound_transforms)
-        self._planned = schedules
-        return plan
+        params = self.params.read()
+        if self.plans.fits(params.entries):
+            assert self.plans.plan is not None
+            return self.plans.plan
+        return self._build(params, self._schedule(params))
 
     @property
     def phases(self) -> int:
         """All-reduces per step, and per evaluation of a closure."""
-        world = World.of(self._holders.group)
-        return sum(num_phases(phases, world) for phases in self._schedules())
+        world = self.plans.world
+        return sum(schedule.num_collectives(world) for schedule in self._schedule(self.params.read()))
 
     def check_compiler(self) -> None:
         """Raise ValueError if torch.compile is asked for and does not work here."""
         if self._compiles:
-            for device in {entry.tensor.device.type for entry in self.entries} - {"meta"}:
+            for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
                 check_compiler(device)
+
+    def check_defaults(self) -> None:
+        """Raise ValueError, naming rule and method, for what a rule asks for by its defaults and cannot have."""
+        for bound in (*self.in_closure, *self.in_step):
+            bound.asks(bound.settings({}))
 
     def audit(self) -> str:
         """What is decayed, by how much, and by which rule."""
-        bound_transforms, world = (*self.in_closure, *self.in_step), World.of(self._holders.group)
-        return audit(self.entries, self.groups, bound_transforms, self._holders.layout, world)
+        params, transforms = self.params.read(), (*self.in_closure, *self.in_step)
+        return audit(params.entries, params.groups, transforms, self.plans.options.layout, self.plans.world)
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """The last metric and coefficient of every relative rule, and what the decay left unchanged, by group."""
-        told: dict[str, Any] = self._coefficients.stats()
+        """The last numbers of every rule that is not absolute, and what the decay left unchanged, by group."""
+        shown: dict[str, Any] = self._coefficients.stats()
         if self._tracks:
             written = sorted((index, tally) for index, tally in self._tallies.items() if tally.num_written)
-            told["unchanged_here"] = {index: tally.share() for index, tally in written}
-        return told
+            shown["unchanged_here"] = {index: tally.share() for index, tally in written}
+        return shown
 
-    def prepare(self) -> None:
-        """Refuse tensors that no rule can work on: together with the other ranks where a plan is needed."""
-        self.take_back()
-        schedules = self._schedules()
-        if any(schedules):
-            asks = [ask for phases in schedules for phase in phases for ask in phase.asks]
-            is_one = World.of(self._holders.group).size == 1
-            check_numbers(asks, self._labels, self._ledger.in_play(), self.groups, is_one)
-        # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
-        if any(schedules) or (self._rounding.is_stochastic and self._holders.layout):
+    # --- a step ----------------------------------------------------------------------------------
+
+    def prepare(self) -> Params:
+        """Begin a step: read parameters and groups, decide when to measure, and refuse what no rule can work on.
+
+        This is the only place of a step that reads groups and settles the schedule. Where metrics are needed it is done
+        together with the other ranks.
+        """
+        self.plans.clear_published()
+        params = self.read()
+        schedules = self._schedules = self._schedule(params)
+        measures = any(schedule.phases for schedule in schedules)
+        if measures:
+            self._check_asks([ask for schedule in schedules for ask in schedule.asks], params)
+        if measures or (self._rounding.is_stochastic and self.plans.options.layout):
             # A step that builds the plan talks and reads anyway; one that finds it built costs no more than those after it.
-            self._compares |= self._plan is None and any(schedules) and self._holders.check_replicas
-            # Other numbers than before are other collectives: that, too, all ranks have to do together.
-            if self.plan is not None and self._planned != schedules:
-                self._plan = self._build(self.entries)
-        elif self._checked is not (entries := self.entries):
-            for entry in entries:
+            if self.plans.plan is None and measures and self.plans.options.check_replicas:
+                self.has_built_plan = True
+            # Other metrics than before are other collectives: that, too, all ranks have to do together.
+            if not self.plans.fits(params.entries, schedules):
+                self._build(params, schedules)
+        elif self._checked is not params.entries:
+            for entry in params.entries:
                 check_tensor(entry.name, entry.tensor)
-            self._checked = entries
+            self._checked = params.entries
+        return params
 
-    def new_step(self, hosts: Mapping[int, Any]) -> Step:
-        """A step of the gradients as they are now."""
-        step = Step(self.entries, self.groups, self._coefficients, hosts, self._workspace, self._ledger.in_play())
+    def read(self) -> Params:
+        """The parameters and groups as they are now; what a step goes by until they are read again."""
+        self._now = self.params.read()
+        return self._now
+
+    @property
+    def now(self) -> Params:
+        """The parameters and groups that this step goes by."""
+        return self._now or self.read()
+
+    def end(self) -> None:
+        """No step is under way any more."""
+        self._now = None
+
+    def new_step(self, inner_optimizers: Mapping[int, Any], **settings: Any) -> Step:
+        """A step of the gradients as they are now; settings: what only a Step for an external optimizer has."""
+        params = self.now
+        step = Step(
+            params.entries,
+            params.groups,
+            params.active,
+            self._coefficients,
+            inner_optimizers,
+            self._workspace,
+            **settings,
+        )
         self._rounding.begin(step.entries, step.batches, lambda: self.plan)
         if self._tracks:
             tallies = {batch.group_index: Tally() for batch in step.batches}
@@ -182,20 +168,36 @@ class StepRunner:
                 batch.tally = tallies[batch.group_index]
         return step
 
-    def finish(self, step: Step, groups: Groups) -> None:
-        """A step has been written, for these groups."""
+    def run(self, step: Step) -> None:
+        """Let every transform act on the step, measuring before the first that needs it."""
+        self._run(step, self.in_step, self._schedules[0])
+
+    def _run(self, step: Step, transforms: Sequence[BoundTransform], schedule: Schedule) -> None:
+        phases = {phase.position: phase for phase in schedule.phases}
+        self._coefficients.begin()
+        for position, bound in enumerate(transforms):
+            if position in phases:
+                self._coefficients.measure(phases[position], step)
+            self._coefficients.evaluate(bound, step)
+            bound.transform.apply(step, bound)
+        self._rounding.warn(step.batches, on_gradients=step.decays_gradients)
+
+    def finish(self, step: Step, groups: Sequence[dict[str, Any]]) -> None:
+        """The step has been written, for these groups: counters and kept numbers move on."""
         self._rounding.count(groups)
+        ids = set(map(id, groups))
+        indices = frozenset(index for index, group in enumerate(step.groups) if id(group) in ids)
+        for bound in (*self.in_closure, *self.in_step):
+            self._coefficients.keep(bound, step, indices)
         if self._tracks:
             self._tallies |= {batch.group_index: batch.tally for batch in step.batches if batch.tally is not None}
 
-    def act(self, step: Step, bound_transforms: Sequence[BoundTransform]) -> None:
-        """Let every transform have its say, measuring before the first that needs it."""
-        phases = {phase.position: phase for phase in schedule(bound_transforms, self.groups)}
-        for position, bound in enumerate(bound_transforms):
-            if position in phases:
-                self._coefficients.measure(phases[position], step, bound_transforms)
-            bound.transform.apply(step, bound)
-        self._rounding.warn(step.batches, on_gradients=step.pulls_gradients)
+    def measure_only(self, step: Step) -> None:
+        """Only what other ranks may wait for: measure, write nothing, and forget."""
+        with self._coefficients.unchanged():
+            self._coefficients.begin()
+            for phase in self._schedules[0].phases:
+                self._coefficients.measure(phase, step)
 
     def decaying(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with the decays of target="closure" added to the gradients after every evaluation."""
@@ -204,95 +206,79 @@ class StepRunner:
             try:
                 with torch.enable_grad():
                     loss = closure()
-            except Exception as error:  # through a host's step, and no hook sees it
-                self.publish_error(error)
+            except Exception as error:
+                self.plans.publish(error)  # an optimizer may call it, and then no hook of ours sees the error
                 raise
             if self.in_closure:
                 with torch.no_grad():
-                    self.act(self.new_step({}), self.in_closure)
+                    self._run(self.new_step({}), self.in_closure, self._schedules[1])
             return loss
 
         return evaluate
 
-    def measure_only(self, step: Step) -> None:
-        """Only what other ranks may wait for: measure, write nothing, and forget."""
-        with self._coefficients.unchanged():
-            for phase in schedule(self.in_step, self.groups):
-                self._coefficients.measure(phase, step, self.in_step)
+    # --- its parts -------------------------------------------------------------------------------
 
-    def only_rehearses(self, idle: bool) -> bool:
-        """Whether every rank is `idle` and has no gradient but 0: then the others are asked, if the rules ask them anyway.
+    def _schedule(self, params: Params) -> tuple[Schedule, Schedule]:
+        return Schedule.of(self.in_step, params.groups), Schedule.of(self.in_closure, params.groups)
 
-        Asked in every step until one is real, and answered the same on every rank. So no rank can ask alone, whatever differs
-        between them; from then on nobody is asked again, and nothing read.
-        """
-        if self._agreed:
-            return False
-        is_real = self._on_any_rank(not (idle and self.has_only_zero_grads()))
-        if is_real and self._compares:
-            check_gradients(self.plan)
-        self._agreed = is_real
-        return not is_real
+    def _build(self, params: Params, schedules: tuple[Schedule, Schedule]) -> Plan:
+        rules = " | ".join(map(str, schedules)) + self._rounding.words
+        had_plan = self.plans.plan is not None
+        try:
+            return self.plans.build(params.entries, rules, schedules)
+        except PlanError:
+            if had_plan and self.plans.plan is not None:
+                self.params.forget()  # the others have not come: a change of the groups may be taken back
+            raise
 
-    def _on_any_rank(self, flag: bool) -> bool:
-        if not self.phases:
-            return flag
-        world = self.plan.world
-        if world.error_store is None:
-            return bool(any_rank(torch.tensor(flag), world))
-        answer = world.error_store.is_true_on_any(flag, self._num_asked)
-        self._num_asked += 1  # not before: who tries a failed step again asks the same question again
-        return answer
+    def _check_asks(self, asks: Sequence[tuple[int, Measure]], params: Params) -> None:
+        """Raise ValueError where a rule asks for a metric that this step cannot have; on every rank, since all step alike."""
+        labels = {bound.index: bound.label for bound in (*self.in_closure, *self.in_step)}
+        is_alone = self.plans.world.size == 1
+        is_in_backward = _torch.is_in_backward()
+        # DeepSpeed's ZeRO-3 numbers its tensors. It shows one at a time, so the first of a group is all.
+        is_piecewise = any(hasattr(param, "ds_id") for group in params.groups for param in group["params"][:1])
+        for index, ask in asks:
+            if is_in_backward and (ask.scope == "all" or not is_alone):
+                raise ValueError(IN_BACKWARD.format(label=labels[index]))
+            if len(params.active) < len(params.groups) and ask.scope == "all":
+                shown, of = len(params.active), len(params.groups)
+                raise ValueError(_IN_PARTS.format(label=labels[index], shown=shown, all=of))
+            if is_piecewise:
+                raise ValueError(_PIECE_BY_PIECE.format(label=labels[index]))
 
-    def has_only_zero_grads(self) -> bool:
-        """Whether all gradients of this rank are 0. Reads them."""
-        grads = [local_tensor(entry.tensor.grad) for entry in self.entries if entry.tensor.grad is not None]
-        return not any(bool(grad.count_nonzero() > 0) for grad in grads)
 
-    @property
-    def has_agreed(self) -> bool:
-        """Whether a real step has been taken, on all ranks."""
-        return self._agreed
-
-    def publish_error(self, error: Exception) -> None:
-        """Leave word for ranks that will wait for this one in vain. Of the plan they all know, and of being left alone."""
-        if (
-            not isinstance(error, (PlanError, CollectiveError))
-            and self._plan is not None
-            and self._plan.world.error_store is not None
-        ):
-            self._plan.world.error_store.say(f"{type(error).__name__}: {error}")
-            self._told = True
-
-    def take_back(self) -> None:
-        """A step is tried again: what was told of the last one is past."""
-        if self._told and self._plan is not None and self._plan.world.error_store is not None:
-            self._plan.world.error_store.wipe()
-        self._told = False
-
-    def _schedules(self) -> tuple[Any, Any]:
-        groups = self.groups
-        return schedule(self.in_step, groups), schedule(self.in_closure, groups)
-
+IN_BACKWARD = (
+    "{label} needs a number over parameters, but the optimizer steps inside backward(), one parameter at a time: the others' "
+    "gradients are not there yet, and ranks need not come to it in one order; step after backward(), or use an absolute rule"
+)
+_IN_PARTS = (
+    "this step is of {shown} of the optimizer's {all} param groups (DeepSpeed's ZeRO-1 and 2 step one group at a time), so {label} "
+    "never sees the whole model: give it scope='group' (or 'tensor'), or put all parameters into one group"
+)
+_PIECE_BY_PIECE = (
+    "{label} needs a number over parameters, but DeepSpeed's ZeRO-3 shows the optimizer one piece after the other; use ZeRO-1 or 2, "
+    "FSDP2, or an absolute rule"
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def in_step(method: Method) -> Method:
-    """A method that acts in a step of what has a `_runner`: nothing is recorded for autograd, and an error is told to ranks that wait.
+def step_method(method: Method) -> Method:
+    """A method that acts in a step of what has a `_runner`. Autograd records nothing, and ranks that wait learn of an error.
 
-    Inference mode is left: tensors made in it could not be written to in the next step outside of it. A compiled caller breaks
-    its graph here: collectives, hooks and groups of tensors are not for compilers.
+    Inference mode is left: tensors made in it could not be written to in the next step outside of it. A compiled caller
+    breaks its graph here: collectives, hooks and groups of tensors are not for compilers.
     """
 
-    @_disable_dynamo
+    @_torch.disable_compiler
     @functools.wraps(method)
     def acting(self: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return method(self, *args, **kwargs)
             except Exception as error:
-                self._runner.publish_error(error)
+                self._runner.plans.publish(error)
                 raise
 
     return cast(Method, acting)

@@ -1,15 +1,15 @@
-"""A step being assembled: what the transforms of a chain have said so far, and the end where it is written."""
+"""One step: the batches that it works on, what is pending for each, and the one place that writes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels.apply import apply_, differences, fold
+from ..kernels.apply import add_terms, apply_, count, differences
 from ..kernels.formulas import DecayTerm, Mask, Rate
 from ..kernels.stochastic import LOW, RandomBits, RandomStream
 from ..kernels.sums import wide_dtype
@@ -19,17 +19,74 @@ from ..metrics.measure import Source, sources_of
 from ..sharding.local import local_like, local_tensor
 from ..sharding.params import NamedParam
 
+# --- what is pending -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class PendingUpdate:
+    """The update of one batch as it stands:  u = (scale / applied_lr) · (±1) · (tensors − minus).
+
+    The factors are kept apart because each multiplication that is not made saves a pass over memory.
+
+    tensors: local tensors, shaped like the parameters. At first they are the gradients themselves.
+    is_owned: whether `tensors` may be overwritten (gradients and parameters may not).
+    minus: subtracted when the update is read, a block at a time; None: nothing.
+    is_negated: whether the sign is −1. An optimizer that steps zeros leaves −lr·u there.
+    scale: the product of the learning rates that have been passed.
+    applied_lr: a learning rate that the optimizer has multiplied by already, and that the chain comes to later.
+    """
+
+    tensors: list[Tensor]
+    is_owned: bool = False
+    minus: list[Tensor] | None = None
+    is_negated: bool = False
+    scale: Rate = 1.0
+    applied_lr: Rate | None = None
+
+    @property
+    def is_unscaled(self) -> bool:
+        """Whether the scale is the number 1. (A tensor is never known to be 1 without reading it.)"""
+        return not isinstance(self.scale, Tensor) and self.scale == 1
+
+    @property
+    def factor(self) -> Rate:
+        """What `tensors` (− `minus`) must be multiplied by."""
+        scale = self.scale if self.applied_lr is None else self.scale * reciprocal(self.applied_lr)
+        return -scale if self.is_negated else scale
+
+    @property
+    def mask(self) -> Mask:
+        """What cautious terms compare the parameters with. Scales do not matter: they are not negative."""
+        return Mask(self.tensors, -1 if self.is_negated else 1, self.minus)
+
+    def scale_by(self, lr: Rate) -> None:
+        """u ← lr·u."""
+        if lr is self.applied_lr:
+            self.applied_lr = None  # multiplied by already
+        else:
+            self.scale = self.scale * lr
+
+    def subtract_now(self) -> None:
+        """Make the difference `tensors` − `minus` a tensor of its own, before one of the two changes."""
+        if self.minus is not None:
+            self.tensors, self.is_owned, self.minus = differences(self.tensors, self.minus), True, None
+
 
 @dataclass(slots=True)
 class Batch:
-    """The parameters of one param group, device and dtype that have a gradient this step, as local tensors.
+    """The parameters of one param group, device and dtype that have a gradient in this step.
 
-    index: their positions among all parameters. What is pending is scale/ahead · (−update if flipped else update) + Σ pulls.
-    At first `update` is the gradients themselves (`owns_update` False: not ours to write to). minus: what is yet to be subtracted
-    from `update`: the whole difference would cost the memory of another shard. ahead: a factor that `update` has already, and that the
-    sentence comes to later. absorbed: whether pulls have become part of
-    `update`. draws: noise for what is written to the parameters; None: it is rounded to the nearest.
-    tally: counts what the decay leaves unchanged. at_once: pulls that have been written already.
+    group, group_index: the param group, and its index.
+    index: the positions of the parameters among all parameters of the optimizer.
+    whole: the parameters as the optimizer holds them (DTensors or plain).
+    params, grads: local tensors of parameters and gradients.
+    pending: the update as it stands.
+    workspace: where blocks are worked on.
+    terms: decay that waits to be written, beside the pending update:  p ← p − Σ terms − u.
+    is_absorbed: whether terms have become part of the pending update.
+    written: terms of target="params_direct", which have been written already.
+    random_stream: random bits for stochastic rounding; None: round to the nearest.
+    tally: counts what the decay leaves unchanged; None: nobody asked.
     """
 
     group: dict[str, Any]
@@ -38,18 +95,13 @@ class Batch:
     whole: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor]
-    update: list[Tensor]
+    pending: PendingUpdate
     workspace: Workspace
-    owns_update: bool = False
-    minus: list[Tensor] | None = None
-    flipped: bool = False
-    scale: Rate = 1.0
-    ahead: Rate | None = None
     terms: list[DecayTerm] = field(default_factory=list)
-    absorbed: bool = False
+    is_absorbed: bool = False
+    written: list[DecayTerm] = field(default_factory=list)
     random_stream: RandomStream | None = None
     tally: Tally | None = None
-    at_once: list[DecayTerm] = field(default_factory=list)
 
     @property
     def is_low(self) -> bool:
@@ -58,253 +110,270 @@ class Batch:
 
     @property
     def random_bits(self) -> RandomBits | None:
-        """The noise of the next write to the parameters."""
+        """The random bits of the next write to the parameters."""
         return None if self.random_stream is None else self.random_stream.next()
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the pending update is `update` (minus `minus`), but perhaps for its sign."""
-        return not self.terms and self.ahead is None and self.is_unscaled
+    def is_materialized(self) -> bool:
+        """Whether the update is `pending.tensors` (− `pending.minus`), but perhaps for its sign."""
+        return not self.terms and self.pending.applied_lr is None and self.pending.is_unscaled
 
-    @property
-    def is_unscaled(self) -> bool:
-        """Whether the scale is 1 (a tensor is never known to be)."""
-        return not isinstance(self.scale, Tensor) and self.scale == 1
-
-    @property
-    def mask(self) -> Mask:
-        """What cautious pulls look at."""
-        return Mask(self.update, -1 if self.flipped else 1, self.minus)
-
-    @property
-    def signed_scale(self) -> Rate:
-        """The factor of `update`."""
-        scale = self.scale if self.ahead is None else self.scale * inverse(self.ahead)
-        return -scale if self.flipped else scale
-
-    def part(self, positions: Collection[int]) -> Batch:
-        """Only the parameters at these positions; before anything is pending."""
+    def select(self, positions: Collection[int]) -> Batch:
+        """Only the parameters at these positions. For a batch of which nothing has been said yet."""
         kept = [number for number, position in enumerate(self.index) if position in positions]
         if len(kept) == len(self.index):
             return self
-        lists: dict[str, Any] = {
-            name: [getattr(self, name)[number] for number in kept]
-            for name in ("index", "whole", "params", "grads", "update")
-        }
-        return replace(self, **lists, terms=[], at_once=[])
+        grads = [self.grads[number] for number in kept]
+        return replace(
+            self,
+            index=[self.index[number] for number in kept],
+            whole=[self.whole[number] for number in kept],
+            params=[self.params[number] for number in kept],
+            grads=grads,
+            pending=PendingUpdate(grads),
+            terms=[],
+            written=[],
+        )
 
     def scale_by(self, lr: Rate) -> None:
-        """Multiply what is pending by a learning rate."""
-        if lr is self.ahead:
-            self.ahead = None
-        else:
-            self.scale = self.scale * lr
+        """Multiply everything that is pending by a learning rate."""
+        self.pending.scale_by(lr)
         self.terms = [term.scaled(lr) for term in self.terms]
 
-    def apply_(
-        self, terms: Sequence[DecayTerm], updates: list[Tensor] | None = None, scale: Rate = 1.0, clear: bool = False
-    ) -> None:
-        """Write to the parameters:  p ← p − Σ pull(p) − scale·u.  clear: leave zeros in the updates."""
-        workspace, random_bits, tally = self.workspace, self.random_bits, self.tally
+    def apply_(self, terms: Sequence[DecayTerm], with_update: bool = False) -> None:
+        """Write to the parameters:  p ← p − Σ terms(p), and − u too if asked. Then u is zeros where it is ours."""
+        pending = self.pending
         apply_(
             self.params,
             terms,
-            updates,
-            scale,
-            self.mask,
-            workspace=workspace,
-            random_bits=random_bits,
-            tally=tally,
-            clear=clear,
+            pending.tensors if with_update else None,
+            pending.factor if with_update else 1.0,
+            pending.mask,
+            workspace=self.workspace,
+            random_bits=self.random_bits,
+            tally=self.tally,
+            clear=with_update and pending.is_owned,
         )
 
-    def settle(self) -> None:
-        """Subtract what is yet to be subtracted from `update`."""
-        if self.minus is not None:
-            self.update, self.owns_update, self.minus = differences(self.update, self.minus), True, None
+    def count_unchanged(self) -> None:
+        """Count what the terms leave unchanged where an optimizer does them itself; nothing is written."""
+        count(self.params, self.terms, self.tally, self.workspace)
 
-    def fold(self) -> None:
-        """Make `update` the pending update exactly."""
-        self.settle()
-        out = self.update if self.owns_update else [torch.empty_like(u) for u in self.update]
-        fold(self.update, self.params, self.terms, self.signed_scale, out, self.mask, workspace=self.workspace)
-        self.absorbed = self.absorbed or bool(self.terms)
-        self.update, self.owns_update, self.flipped, self.scale, self.terms = out, True, False, 1.0, []
-        self.ahead = None
+    def materialize(self) -> None:
+        """Make the pending update plain tensors, with scale, sign and terms in them."""
+        self.pending.subtract_now()
+        pending = self.pending
+        out = pending.tensors if pending.is_owned else [torch.empty_like(u) for u in pending.tensors]
+        add_terms(pending.tensors, self.params, self.terms, pending.factor, out, pending.mask, workspace=self.workspace)
+        self.is_absorbed = self.is_absorbed or bool(self.terms)
+        self.pending, self.terms = PendingUpdate(out, is_owned=True), []
 
 
-class Waiting(Protocol):
-    """An optimizer that has been reached but not yet run; what comes after decides how it is run."""
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+class WaitingOptimizer(Protocol):
+    """An optimizer that the chain has come to. It has not run yet: what comes after it decides how it is run."""
 
     reads_params: bool
 
     def update(self, batches: Sequence[Batch]) -> None:
-        """Put the optimizer's update, times each batch's scale, into `batch.update`; the parameters stay."""
+        """Put the optimizer's update, times each batch's scale, into `batch.pending`; the parameters stay."""
 
-    def direct(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Those whose parameters themselves may be stepped, with their scales and pulls."""
+    def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Those whose parameters it may step itself, with their scales and terms."""
 
     def step(self, batches: Sequence[Batch]) -> None:
-        """Write pulls and update to the parameters."""
+        """Write terms and update to the parameters."""
+
+    def note_cleared(self, batches: Sequence[Batch]) -> None:
+        """The updates of `batches` have been written; the tensors that were ours hold zeros now."""
 
 
 class Rates(Protocol):
-    """Where a rule learns its rate for a batch."""
+    """Where a rule learns its rate for a batch (see coefficients.py)."""
 
-    def rate(self, place: Any, batch: Batch, settings: Mapping[str, Any]) -> Rate:
-        """λ, or λ times what was measured."""
+    def rate(self, bound: Any, step: Step, batch: Batch, settings: Mapping[str, Any]) -> Rate:
+        """The coefficient of the rule: a number, a 0-d tensor, or one for each parameter of the batch."""
 
 
 class Step:
-    """One step of a chain, over local tensors; no transform writes before it must.
+    """One step over local tensors. Transforms say what shall happen; nothing is written before it must be.
 
-    entries: all parameters of the optimizer. rates: tells a rule its rate. hosts: the wrapped optimizers by place.
-    scratch: where blocks are worked on.
-    host: an optimizer that waits for what comes after it. grad_scale: what a GradScaler has multiplied the gradients by.
-    found_inf: by param group, not 0 where its step will be skipped. pulls_gradients: whether pulls on the update are pulls on gradients.
-    in_play: the indices of the groups that are stepped; the others are as if they had no parameters. None: all groups.
-    old: local parameters as they were, by position, where an optimizer has stepped them already.
+    entries: all parameters of the optimizer, in order.
+    groups: all param groups.
+    active_groups: indices of the groups that this step is of; the others are as if they had no parameters.
+    rates: tells a rule its rate.
+    inner_optimizers: the wrapped optimizers, by the index of their transform.
+    workspace: where blocks are worked on.
+
+    Whoever steps for an external optimizer (`attach`) also gives:
+    grad_scale: what a GradScaler has multiplied the gradients by; None: nothing.
+    found_inf: by group index, a tensor that is not 0 where the optimizer will skip its step.
+    decays_gradients: whether the pending update is the gradient that the optimizer will see.
+    old: local parameters as they were before the optimizer's step, by position, where it has stepped already.
     """
 
     def __init__(
         self,
         entries: Sequence[NamedParam],
         groups: Sequence[dict[str, Any]],
+        active_groups: frozenset[int],
         rates: Rates,
-        hosts: Mapping[int, Any],
+        inner_optimizers: Mapping[int, Any],
         workspace: Workspace,
-        in_play: frozenset[int] | None = None,
+        *,
+        only: Collection[int] | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Mapping[int, Tensor | None] | None = None,
+        decays_gradients: bool = False,
     ) -> None:
-        self.entries = entries
-        self.groups = groups
-        self.rates = rates
-        self.hosts = hosts
-        self.workspace = workspace
-        self.in_play = frozenset(range(len(groups))) if in_play is None else in_play
-        playing = ((position, entry) for position, entry in enumerate(entries) if entry.group in self.in_play)
-        self.batches = list(_batches(playing, groups, workspace))
-        self.host: Waiting | None = None
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Mapping[int, Tensor | None] = {}
-        self.pulls_gradients = False
+        """only: indices of the groups to make batches of; None: all active ones. Metrics still are over all of them."""
+        self.entries, self.groups, self.active_groups = entries, groups, active_groups
+        self.rates, self.inner_optimizers, self.workspace = rates, inner_optimizers, workspace
+        self.grad_scale, self.found_inf, self.decays_gradients = grad_scale, found_inf or {}, decays_gradients
+        self.waiting: WaitingOptimizer | None = None
         self.old: Mapping[int, Tensor] = {}
 
-    def rate(self, place: Any, batch: Batch, settings: Mapping[str, Any], on_gradients: bool) -> Rate:
-        """The rate of a rule: as scaled as the gradients if it goes to them, and 0 in a step that will be skipped."""
-        rate = self.rates.rate(place, batch, settings)
+        found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
+        for position, entry in enumerate(entries):
+            param, group = entry.tensor, entry.group
+            if (gradient := param.grad) is None or group not in active_groups:
+                continue
+            if only is not None and group not in only:
+                continue
+            check_gradient(entry.name, gradient)
+            local = local_tensor(param)
+            key = (group, local.device, local.dtype)
+            if (batch := found.get(key)) is None:
+                grads: list[Tensor] = []
+                batch = Batch(groups[group], group, [], [], [], grads, PendingUpdate(grads), workspace)
+                found[key] = batch
+            batch.index.append(position)
+            batch.whole.append(param)
+            batch.params.append(local)
+            batch.grads.append(local_like(gradient, param))
+        self.batches = list(found.values())
+        self._trainable: dict[int, list[int]] | None = None
+
+    def trainable(self, group: int) -> list[int]:
+        """The positions of a group's parameters that require a gradient."""
+        if self._trainable is None:
+            self._trainable = {}
+            for position, entry in enumerate(self.entries):
+                if entry.tensor.requires_grad:
+                    self._trainable.setdefault(entry.group, []).append(position)
+        return self._trainable.get(group, [])
+
+    def moving(self, group: int) -> list[int]:
+        """The positions of a group's parameters that have a gradient in this step."""
+        return sorted(position for batch in self.batches if batch.group_index == group for position in batch.index)
+
+    # --- what transforms ask ---------------------------------------------------------------------
+
+    def rate(self, bound: Any, batch: Batch, settings: Mapping[str, Any], on_gradients: bool) -> Rate:
+        """The rate of a rule; on_gradients: whether its term will be added to gradients."""
+        rate = self.rates.rate(bound, self, batch, settings)
         if self.grad_scale is not None and on_gradients:
-            rate = rate * self.grad_scale
+            rate = rate * self.grad_scale  # the optimizer will divide the sum by it
         found_inf = self.found_inf.get(batch.group_index)
-        return rate if found_inf is None else unless(found_inf, rate)
+        return rate if found_inf is None else zero_where(found_inf, rate)
+
+    def tensors_for(self, of: str) -> list[Source]:
+        """What a metric of `of` is taken of. Parameters without a gradient are missing in all but "params"."""
+        if of == "params":
+            return sources_of([self._old_local(position, entry) for position, entry in enumerate(self.entries)])
+        if of == "grad":
+            return [Source(batch.index, batch.grads) for batch in self.batches]
+        self._run_waiting()
+        for batch in self.batches:
+            if batch.terms:
+                batch.materialize()
+        # A scale or a difference needs no tensor of its own: it is applied where the update is summed.
+        pending = [(batch.index, batch.pending) for batch in self.batches]
+        return [Source(index, update.tensors, update.minus or (), update.factor) for index, update in pending]
+
+    def _old_local(self, position: int, entry: NamedParam) -> Tensor | None:
+        """A local parameter as the step began; None for those of groups that this step is not of."""
+        if entry.group not in self.active_groups:
+            return None
+        old = self.old.get(position)
+        return local_tensor(entry.tensor) if old is None else old
+
+    # --- what transforms do ----------------------------------------------------------------------
 
     def adopt(self, moved: Mapping[Tensor, Tensor]) -> None:
         """Take as the update what an optimizer has found already: how far it moved each local parameter."""
         for batch in self.batches:
-            batch.update, batch.owns_update, batch.flipped = [moved[param] for param in batch.whole], True, True
+            batch.pending = PendingUpdate([moved[param] for param in batch.whole], is_owned=True, is_negated=True)
 
-    def source(self, of: str) -> list[Source]:
-        """What a metric of `of` is taken of; parameters without a gradient are missing in all but "params"."""
-        if of == "params":
-            return sources_of(self._params())
-        if of == "grad":
-            return [Source(batch.index, batch.grads) for batch in self.batches]
-        self._run_host()
-        for batch in self.batches:
-            if batch.terms:  # what is only scaled, or a difference, is made so when it is measured
-                batch.fold()
-        return [Source(batch.index, batch.update, batch.minus or (), batch.signed_scale) for batch in self.batches]
+    def materialize(self, exact: bool = False) -> None:
+        """Run a waiting optimizer, and make every pending update plain tensors.
 
-    def _params(self) -> list[Tensor | None]:
-        """Local parameters as the step began, by position; None for those of groups that are not in play."""
-        old, in_play = self.old, self.in_play
-        now = [local_tensor(entry.tensor) if entry.group in in_play else None for entry in self.entries]
-        return [old.get(position, tensor) for position, tensor in enumerate(now)] if old else now
-
-    def fold(self, exact: bool = False) -> None:
-        """Make `batch.update` the update at this place: run a waiting optimizer, add what is pending.
-
-        A flipped sign may stay (optimizers leave −update behind) unless `exact`.
+        exact: the sign too; else optimizers may leave −u behind.
         """
-        self._run_host()
+        self._run_waiting()
         for batch in self.batches:
-            if not batch.is_plain or (exact and batch.flipped):
-                batch.fold()
+            if not batch.is_materialized or (exact and batch.pending.is_negated):
+                batch.materialize()
 
-    def _run_host(self) -> None:
-        if self.host is not None:
-            host, self.host = self.host, None
-            host.update(self.batches)
-
-    def release_params(self) -> None:
-        """Before someone writes to the parameters: whatever still has to read them as they are, reads them now."""
-        waiting = self.host is not None and self.host.reads_params
-        if waiting or any(batch.terms for batch in self.batches):
-            self.fold()
-        for batch in self.batches:
-            batch.settle()
-
-    def release_grads(self) -> None:
-        """Before someone writes to the gradients: an update that has gone on from them must not see it."""
-        if self.host is not None or any(not batch.is_plain for batch in self.batches):
-            self.fold()
+    def read_before_write(self, target: str) -> None:
+        """Before someone writes to "params" or "grad": whatever still has to read them as they are reads them now."""
+        if target == "params":
+            waits = self.waiting is not None and self.waiting.reads_params
+            if waits or any(batch.terms for batch in self.batches):
+                self.materialize()
+            for batch in self.batches:
+                batch.pending.subtract_now()
+        elif self.waiting is not None or any(not batch.is_materialized for batch in self.batches):
+            # An update that has gone on from the gradients must not see what is written to them now.
+            self.materialize()
 
     def write(self) -> None:
-        """The end of the step: p ← p − Σ pulls − scale·update."""
+        """The end of the step:  p ← p − Σ terms − u."""
         rest = self.batches
-        if self.host is not None:
-            direct = list(self.host.direct(self.batches))
+        if self.waiting is not None:
+            waiting, self.waiting = self.waiting, None
+            # An optimizer that can steps the parameters itself: one pass over memory, and torch's own rounding.
+            direct = list(waiting.can_step(self.batches))
             taken = set(map(id, direct))
             rest = [batch for batch in self.batches if id(batch) not in taken]
-            for run, some in ((self.host.step, direct), (self.host.update, rest)):
-                if some:
-                    run(some)
-            self.host = None
+            if direct:
+                waiting.step(direct)
+            if rest:
+                waiting.update(rest)
         for batch in rest:
-            batch.apply_(batch.terms, batch.update, batch.signed_scale, clear=batch.owns_update)
-        for host in self.hosts.values():
-            host.cleared(rest)
+            batch.apply_(batch.terms, with_update=True)
+        for inner in self.inner_optimizers.values():
+            inner.note_cleared(rest)
+
+    def _run_waiting(self) -> None:
+        if self.waiting is not None:
+            waiting, self.waiting = self.waiting, None
+            waiting.update(self.batches)
 
 
-def inverse(lr: Rate) -> Rate:
-    """1/lr; at lr 0 it is 0, and an update over lr is taken as 0."""
+# --- numbers that may be tensors -------------------------------------------------------------------------------------
+
+
+def reciprocal(lr: Rate) -> Rate:
+    """1/lr; 0 at lr 0, where an update over lr is taken as 0."""
     if isinstance(lr, Tensor):
         return torch.where(lr == 0, 0.0, 1 / lr)
     return 1 / lr if lr else 0.0
 
 
-def unless(found_inf: Tensor, rate: Rate) -> Tensor:
-    """`rate`, or 0 where `found_inf` is not 0 (or is True): by selection, since 0 · inf is NaN."""
+def zero_where(flag: Tensor, rate: Rate) -> Tensor:
+    """`rate`, or 0 where `flag` is not 0 (or is True). By selection, since 0 · inf is NaN."""
     # Everything goes to where the flag is: bringing the flag here would wait for the device.
     if isinstance(rate, Tensor):
-        rate = rate.to(found_inf.device, non_blocking=True)
+        rate = rate.to(flag.device, non_blocking=True)
     else:
-        rate = torch.full((), rate, dtype=wide_dtype(found_inf.device), device=found_inf.device)
-    return torch.where(found_inf != 0, 0.0, rate)
+        rate = torch.full((), rate, dtype=wide_dtype(flag.device), device=flag.device)
+    return torch.where(flag != 0, 0.0, rate)
 
 
 def check_gradient(name: str, gradient: Tensor) -> None:
     """Raise ValueError for a gradient that no rule can work on."""
     if gradient.layout is not torch.strided:
         raise ValueError(f"the gradient of {name} is sparse; use dense gradients (for an embedding: sparse=False)")
-
-
-def _batches(
-    entries: Iterable[tuple[int, NamedParam]], groups: Sequence[dict[str, Any]], workspace: Workspace
-) -> Iterator[Batch]:
-    found: dict[tuple[int, torch.device, torch.dtype], tuple[list[int], list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for position, entry in entries:
-        param = entry.tensor
-        if (gradient := param.grad) is None:
-            continue
-        check_gradient(entry.name, gradient)
-        local = local_tensor(param)
-        key = (entry.group, local.device, local.dtype)
-        if (lists := found.get(key)) is None:
-            lists = found[key] = ([], [], [], [])
-        index, whole, params, grads = lists
-        index.append(position)
-        whole.append(param)
-        params.append(local)
-        grads.append(local_like(gradient, param))
-    for (group, _, _), (index, whole, params, grads) in found.items():
-        yield Batch(groups[group], group, index, whole, params, grads, grads, workspace)

@@ -1,33 +1,57 @@
-"""What a chain is made of: transforms, and the place each has in one chain."""
+"""What a chain is made of: transforms, and how each is bound to the param groups of one optimizer."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..metrics.metric import Measure
 from .step import Step
 
 
 class Transform(ABC):
-    """One word of the sentence. Holds its defaults only; what a chain changes lives in the chain.
+    """One step of a chain:  u ← t(u).  It holds its defaults only; whatever changes lives in the optimizer.
 
-    defaults: hyperparameters by name; each is a key of the chain's param groups. changes: what it may change of
-    "update", "grad" and "params" before the step is written. is_linear: whether scaling what is pending before it is the same as after.
+    defaults: hyperparameters by name; each becomes a key of the optimizer's param groups.
+    target: what a rule writes to, "update" for everything else.
+    changes: what it may change of "update", "grad" and "params" before the step is written.
+    is_linear: whether scaling the update before it is the same as scaling it afterwards.
+    coefficient_settings: the names of all hyperparameters that its coefficient depends on; None: on any.
+    optimizer_name: the name of the optimizer that it runs; "" for what is no optimizer.
     """
 
     defaults: dict[str, Any]
-    is_linear: ClassVar[bool] = True
+    target: str = "update"
     changes: ClassVar[frozenset[str]] = frozenset({"update"})
+    is_linear: ClassVar[bool] = True
+    coefficient_settings: ClassVar[frozenset[str] | None] = None
+    optimizer_name: str = ""
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError if these settings (of a param group) are not usable."""
 
+    def measures(self, settings: Mapping[str, Any]) -> Mapping[str, Measure]:
+        """The metrics that it needs, by names of its own choice; {} if none."""
+        return {}
+
+    def keeps(self, settings: Mapping[str, Any]) -> Mapping[str, float | Measure]:
+        """The numbers that it carries from step to step, with the value that each begins with; {} if none."""
+        return {}
+
+    def is_absolute(self, settings: Mapping[str, Any]) -> bool:
+        """Whether its rate is the number λ as it stands: nothing is measured, kept or computed."""
+        return True
+
     @abstractmethod
     def apply(self, step: Step, bound: BoundTransform) -> None:
-        """Say what this transform does to the step being assembled."""
+        """Do to the step being assembled what this transform does."""
+
+    def describe(self, settings: Mapping[str, Any]) -> str | None:
+        """Its details for the table that `print(optimizer)` shows; None for what decays nothing."""
+        return None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.defaults.items())})"
@@ -35,65 +59,137 @@ class Transform(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundTransform:
-    """A transform in a chain: its position, its label ("WeightDecay", "WeightDecay_1"), and the group key of each hyperparameter.
+    """A transform of one optimizer: where it stands, and which group keys hold its hyperparameters.
 
-    maximize_keys: the keys `maximize` of the optimizers that come later. lr_key: the key of the learning rate that will scale what is
-    pending here, if one will before another optimizer.
+    index: its position among the transforms.
+    label: its name in `repr` and `stats()`, unique: "WeightDecay", "WeightDecay_1".
+    keys: hyperparameter -> group key. What has no key keeps the transform's default.
+    coupling: in words, what scales its decay ("× lr", "before Adam", ...).
+    maximize_keys: group keys that tell whether the optimizers behind it maximize.
+    lr_key: the group key of the learning rate that scales the update behind it, before another optimizer does.
+    state_prefix: what the keys of its kept numbers in the optimizer's state begin with.
     """
 
     transform: Transform
     index: int
     label: str
-    keys: dict[str, str]
+    keys: Mapping[str, str]
+    coupling: str = ""
     maximize_keys: tuple[str, ...] = ()
     lr_key: str | None = None
+    state_prefix: str = ""
 
-    def sign(self, group: Mapping[str, Any]) -> int:
-        """−1 if an optimizer after this place maximizes: then the update here will be ascended, and decay must be subtracted from it."""
-        return math.prod(-1 if group[key] else 1 for key in self.maximize_keys)
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError if the transform cannot work with these settings."""
+        self.transform.check(settings)
+        self.asks(settings)
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The transform's hyperparameters as this param group has them now."""
-        return {name: group[key] for name, key in self.keys.items()}
+        # A group may lack a key: the checkpoint of an optimizer that had no decay yet replaces the attached one's groups.
+        return {**self.transform.defaults, **{name: group[key] for name, key in self.keys.items() if key in group}}
+
+    def sign(self, group: Mapping[str, Any]) -> int:
+        """−1 if an optimizer behind it maximizes: that ascends the update, so decay must be subtracted from it."""
+        return math.prod(-1 if group.get(key, False) else 1 for key in self.maximize_keys)
+
+    def asks(self, settings: Mapping[str, Any]) -> dict[str, Measure]:
+        """All metrics that it needs under these settings: those of `measures`, and those that kept numbers begin with.
+
+        Raises ValueError, naming the transform and the method, for what is no Measure.
+        """
+        found: dict[str, Mapping[str, Any]] = {}
+        for method in ("measures", "keeps"):
+            try:
+                found[method] = getattr(self.transform, method)(settings)
+            except ValueError as error:  # of Measure, which does not know who asks
+                raise ValueError(f"{self.label}.{method}: {error}") from error
+            if not isinstance(found[method], Mapping):
+                raise ValueError(f"{self.label}.{method} must return a dict by name, not {found[method]!r}")
+        measures, keeps = found["measures"], found["keeps"]
+        for name, measure in measures.items():
+            if not isinstance(measure, Measure):
+                raise ValueError(
+                    f"{self.label}.measures: {name!r} is {measure!r}; it must be a Measure, e.g. Measure('params', 'l2')"
+                )
+        for name, begins in keeps.items():
+            is_number = isinstance(begins, (int, float)) and not isinstance(begins, bool)
+            # Checkpoints cut state keys at dots; "num_steps" counts the steps of numbers that begin as a metric.
+            if not (is_number or isinstance(begins, Measure)) or "." in name or name in ("num_steps", *measures):
+                raise ValueError(
+                    f"{self.label}.keeps: {name!r} begins as {begins!r}; it must be a number or a Measure, under a name "
+                    "without dots that `measures` does not use, and not 'num_steps'"
+                )
+        return {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}
 
 
-def bind(transforms: Sequence[Transform]) -> tuple[BoundTransform, ...]:
-    """Give every transform its place; where a key or a label is taken, the second gets `_1`, and so on."""
+def bind(
+    transforms: Sequence[Transform], keys: Sequence[Mapping[str, str]] | None = None, state_suffix: str = ""
+) -> tuple[BoundTransform, ...]:
+    """Bind transforms to one optimizer. Where a key or a label is taken, the second gets `_1`, and so on.
+
+    keys: the group keys of each, where the optimizer's groups are not ours to lay out (`attach`).
+    state_suffix: what keeps the state keys of two attachments apart.
+    """
     keys_taken: set[str] = set()
     labels_taken: set[str] = set()
-    bound_transforms = []
+    bound_keys: list[Mapping[str, str]] = []
+    labels: list[str] = []
     for index, transform in enumerate(transforms):
-        keys = {name: _free(name, keys_taken) for name in transform.defaults}
-        keys_taken.update(keys.values())
-        label = _free(type(transform).__name__, labels_taken)
-        labels_taken.add(label)
-        bound_transforms.append(BoundTransform(transform, index, label, keys))
-    maximize = [bound.keys.get("maximize") for bound in bound_transforms]
-    return tuple(
-        replace(
-            p,
-            maximize_keys=tuple(filter(None, maximize[_first_host_after(p) :])),
-            lr_key=_next_lr(bound_transforms, p.index),
+        own = keys[index] if keys is not None else {name: _free(name, keys_taken) for name in transform.defaults}
+        keys_taken.update(own.values())
+        bound_keys.append(own)
+        labels.append(_free(type(transform).__name__, labels_taken))
+        labels_taken.add(labels[-1])
+
+    bound = []
+    for index, transform in enumerate(transforms):
+        # A rule with target="closure" acts before all optimizers, wherever it stands.
+        first_behind = 0 if transform.target == "closure" else index + 1
+        maximize = [own["maximize"] for own in bound_keys[first_behind:] if "maximize" in own]
+        lr_key = None
+        for other, own in zip(transforms[index + 1 :], bound_keys[index + 1 :], strict=True):
+            if not other.is_linear or "lr" in own:
+                lr_key = own.get("lr") if other.is_linear else None
+                break
+        coupling = _coupling(transform, transforms[index + 1 :], bound_keys[index + 1 :])
+        prefix = f"distwd_{labels[index]}{state_suffix}"
+        bound.append(
+            BoundTransform(
+                transform, index, labels[index], bound_keys[index], coupling, tuple(maximize), lr_key, prefix
+            )
         )
-        for p in bound_transforms
-    )
+    return tuple(bound)
 
 
-def _first_host_after(bound: BoundTransform) -> int:
-    # A rule with target="closure" acts before all optimizers, wherever it stands.
-    return 0 if getattr(bound.transform, "target", "") == "closure" else bound.index + 1
-
-
-def _next_lr(bound_transforms: Sequence[BoundTransform], index: int) -> str | None:
-    for bound in bound_transforms[index + 1 :]:
-        if not bound.transform.is_linear:
-            return None
-        if "lr" in bound.keys:
-            return bound.keys["lr"]
-    return None
+def _coupling(transform: Transform, behind: Sequence[Transform], keys: Sequence[Mapping[str, str]]) -> str:
+    """In words, what scales the decay of a rule."""
+    by_target = {
+        "grad": "in the gradient",
+        "closure": "in the closure's gradient",
+        "params_direct": "at once, not × lr",
+    }
+    if transform.target in by_target:
+        return by_target[transform.target]
+    for other in behind:
+        if other.optimizer_name:
+            return f"before {other.optimizer_name}"
+    return "× lr" if any("lr" in own for own in keys) else "not × lr"
 
 
 def _free(name: str, taken: set[str]) -> str:
     if name not in taken:
         return name
     return next(candidate for number in range(1, len(taken) + 2) if (candidate := f"{name}_{number}") not in taken)
+
+
+def with_current_values(
+    state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> dict[str, Any]:
+    """A state dict whose groups lack some of `keys`, with the values that the optimizer's groups have now."""
+    saved = state_dict["param_groups"]
+    filled = [
+        {**group, **{key: now[key] for key in keys if key in now and key not in group}}
+        for now, group in zip(groups, saved, strict=False)
+    ]
+    return {**state_dict, "param_groups": filled + saved[len(filled) :]}

@@ -1,0 +1,338 @@
+"""Chain: an optimizer written as a list of transforms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .metrics.plan import Plan
+from .metrics.plan_cache import PlanOptions
+from .optimizers.base import GradientOptimizer
+from .optimizers.full_params import ClosureOptimizer
+from .optimizers.init_step import FirstStep
+from .optimizers.lr import LR
+from .optimizers.state import NO_PARAMS_KEY, mark_initialized, without_mark
+from .optimizers.wrap import Wrap
+from .sharding.layout import Layout
+from .sharding.normalised import normalised_groups
+from .sharding.params import NamedParam
+from .step.param_list import ParamList
+from .step.rounding import Rounding
+from .step.runner import StepRunner, step_method
+from .step.state import kept_in, restore_kept
+from .step.transform import Transform, bind, with_current_values
+
+
+class Chain(torch.optim.Optimizer):
+    """An optimizer as a list of transforms, applied in order:  u ← g;  u ← tₖ(…t₁(u));  p ← p − u.
+
+    params: what torch.optim takes: tensors, (name, tensor) pairs (preferred: names make errors readable and pipeline
+        stages work), or group dicts; DTensors on any meshes, plain tensors, or a mix.
+    transforms: rules (`WeightDecay`, ...), optimizers (`Adam`, `Wrap`) and `LR`, in the order in which they act. A rule
+        before the optimizer is coupled (L2 in the gradient), between optimizer and `LR` decoupled and scaled by the
+        learning rate, after `LR` not scaled by it.
+    group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this
+        process. No group is created.
+    layout: who holds what, for tensors whose ownership no DTensor tells (see `Plan.build`).
+    check_replicas: whether the bits of copies are compared (see `Plan.build`), and, by a first step that builds the plan, their gradients.
+    rounding: how parameters in bf16 and fp16 are written: to the "nearest", or "stochastic": to the neighbour above with
+        the probability of the distance from the one below, so that small decays are not lost but right in the mean. The
+        noise is a hash of seed, number of the step, name (or position) of the parameter and place of the element in the whole
+        tensor: the same on every replica, in every run and on any sharding. Its step is a key of the groups.
+    seed: an integer, the same on every rank.
+    track_unchanged: whether `stats()` tells of how many elements the decay made no difference. That costs computing what
+        is written a second time.
+    compile: whether to let torch.compile fuse what distwd itself computes on tensors of more than 32 K elements (on GPUs 4 M): the
+        first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs, Triton on GPUs; ValueError
+        where there is none. On CPUs the parameters get the same bits as without it.
+
+    Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms
+    bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: groups,
+    schedulers, hooks, closures, state_dict, checkpoints. Absolute decay never communicates; relative decay costs one
+    all-reduce per phase (`phases` tells how many).
+    `print(optimizer)` tells what is decayed, by how much and by which rule, without a word to other ranks.
+    Raises ValueError for what cannot work, naming it; PlanError at the first step if the ranks do not agree on who
+    holds what. Source: the form is torchzero's and optax's.
+
+    >>> import torch
+    >>> from distwd import LR, Adam, Chain, RelativeWeightDecay
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = Chain(model.named_parameters(), Adam(), RelativeWeightDecay(0.1), LR(1e-3))
+    >>> model(torch.ones(2, 3)).sum().backward()
+    >>> optimizer.step()
+    >>> sorted(optimizer.stats()["RelativeWeightDecay"])
+    ['coefficient', 'metric']
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *transforms: Transform,
+        group: dist.ProcessGroup | None = None,
+        layout: Layout | None = None,
+        check_replicas: bool = True,
+        rounding: str = "nearest",
+        seed: int = 0,
+        track_unchanged: bool = False,
+        compile: bool = False,
+    ) -> None:
+        validate_transforms(transforms)
+        self._options = PlanOptions.of(group, layout, check_replicas)
+        self._settings: dict[str, Any] = {
+            "rounding": rounding,
+            "seed": seed,
+            "track_unchanged": track_unchanged,
+            "compile": compile,
+        }
+        self._transforms = bind(transforms)
+        self._has_stepped = False
+        self._make_runner()
+        defaults = {
+            key: bound.transform.defaults[name] for bound in self._transforms for name, key in bound.keys.items()
+        }
+        super().__init__(normalised_groups(params, group), {**defaults, **self._rounding.defaults})
+        self._runner.check_compiler()
+        self._initialize()
+
+    def _make_runner(self) -> None:
+        """Make what can be made again. None of it belongs into a copy or a checkpoint."""
+        settings = self._settings
+        self._rounding = Rounding(settings["rounding"], settings["seed"], self._options.layout)
+        self._runner = StepRunner(
+            self._transforms,
+            ParamList(lambda: self.param_groups),
+            self._options,
+            self._rounding,
+            state_of=lambda param: self.state,
+            track_unchanged=settings["track_unchanged"],
+            compiles=settings["compile"],
+        )
+        self._first_step = FirstStep(self._runner)
+        self._inner_optimizers: dict[int, GradientOptimizer] = {}
+        self._closure_optimizer: ClosureOptimizer | None = None
+        self._known: tuple[NamedParam, ...] | None = None  # the parameters whose state has begun
+        self._checked: dict[tuple[int, int], dict[str, Any]] = {}
+
+    # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does. Raises ValueError, with nothing added, for settings that a transform cannot use."""
+        settings = {**self.defaults, **param_group}
+        for bound in self._transforms:
+            bound.check(bound.settings(settings))
+        is_complete = self._known is not None  # not while the base class adds the first groups
+        if is_complete:
+            self._follow_params(self._runner.params.read().entries)
+        super().add_param_group(param_group)
+        self.state.pop(NO_PARAMS_KEY, None)  # type: ignore[call-overload]
+        if is_complete:
+            self._initialize()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load as torch does. A setting that the saved groups do not have yet stays as it is; with state comes having stepped."""
+        has_mark = NO_PARAMS_KEY in self.state
+        kept = kept_in(state_dict)
+        super().load_state_dict(with_current_values(dict(state_dict), self.param_groups, list(self.defaults)))
+        self._has_stepped = self._has_stepped or bool(state_dict["state"])
+        if has_mark:
+            mark_initialized(self.state, [])
+        restore_kept(self, kept)
+        params = self._runner.params.read()
+        self._runner.kept.create(params.entries, params.groups, is_loaded=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: groups, and state by the position of the parameter."""
+        self._follow_params(self._runner.params.read().entries)
+        return without_mark(super().state_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._options.group is not None or self._options.layout:
+            raise TypeError(
+                "a Chain with group= or layout= cannot be pickled, since process groups cannot; pickle its state_dict()"
+            )
+        own = ("_options", "_transforms", "_has_stepped", "_settings")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_runner" not in self.__dict__:
+            self._make_runner()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        # Process groups are shared, not copied.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        options, self._options = self._options, PlanOptions()
+        try:
+            state = copy.deepcopy(self.__getstate__(), memo)
+        finally:
+            self._options = options
+        twin.__setstate__({**state, "_options": options})
+        return twin
+
+    def __repr__(self) -> str:
+        words = [f"  {bound.label}: {bound.transform!r}" for bound in self._transforms]
+        return "\n".join(["Chain(", *words, ")", super().__repr__()])
+
+    def __str__(self) -> str:
+        words = [f"  {bound.label}: {bound.transform!r}" for bound in self._transforms]
+        return "\n".join(["Chain(", *words, ")", self._runner.audit()])
+
+    # --- what distwd adds --------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
+        return self._runner.plan
+
+    @property
+    def phases(self) -> int:
+        """Collectives per step (of a closure target: per evaluation of the closure); 0 for absolute rules and on one rank."""
+        return self._runner.phases
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """The last `metric` and `coefficient` (λ·metric, without learning rate) of every relative rule, by its label in `repr`.
+
+        0-d tensors, not synchronised. For scope="all" one of each (by group index where groups have settings of their own),
+        for "group" by group index, for "tensor" by the names of the parameters that this rank holds. {} before the first step.
+        With track_unchanged=True also "unchanged_here", by group index: the share of the elements that *this rank* wrote in
+        the last step which have the bits that they would have without the decay.
+        """
+        return self._runner.stats()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
+        return self._take_step(closure)
+
+    @step_method
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
+        self._check_settings()
+        if not self._inner_optimizers and self._closure_optimizer is None:
+            self._make_inner_optimizers()
+        runner = self._runner
+        if closure is None and runner.in_closure:
+            label = runner.in_closure[0].label
+            raise ValueError(
+                f"{label} has target='closure': call step(closure) with a function that evaluates the model"
+            )
+        # Nothing has been changed up to here, and nothing that was refused has to be undone.
+        params = runner.prepare()
+        self._follow_params(params.entries)
+        if self._is_init_step(closure):
+            return self._begin_state()
+
+        evaluate = None if closure is None else runner.decaying(closure)
+        if self._closure_optimizer is None:
+            loss, moved = None if evaluate is None else evaluate(), None
+        elif evaluate is None:
+            name = self._closure_optimizer.cls.__name__
+            raise ValueError(f"{name} evaluates the model itself: call step(closure)")
+        else:
+            loss, moved = self._closure_optimizer.search(evaluate)
+
+        step = runner.new_step(self._inner_optimizers)
+        if moved is not None:
+            step.adopt(moved)
+        runner.run(step)
+        step.write()
+        runner.finish(step, self.param_groups)
+        self._has_stepped = True
+        return loss
+
+    def _check_settings(self) -> None:
+        """Refuse bad settings that were put into a group by hand. Looks closely only at those that are new."""
+        for index, group in enumerate(self.param_groups):
+            for bound in self._transforms:
+                # A tensor was checked when it came with the constructor or its group; reading it here would synchronise.
+                numbers = {
+                    name: 0.0 if isinstance(value, Tensor) else value for name, value in bound.settings(group).items()
+                }
+                if self._checked.get((index, bound.index)) != numbers:
+                    bound.check(numbers)
+                    self._checked[index, bound.index] = numbers
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def _make_inner_optimizers(self) -> None:
+        wraps = [(bound, bound.transform) for bound in self._transforms if isinstance(bound.transform, Wrap)]
+        for number, (bound, wrap) in enumerate(wraps):
+            inner = wrap.inner_optimizer(bound, self, f"_{number}" if number else "")
+            if isinstance(inner, ClosureOptimizer):
+                self._closure_optimizer = inner
+            elif isinstance(inner, GradientOptimizer):
+                self._inner_optimizers[bound.index] = inner
+
+    @torch.inference_mode(False)  # or no step outside could ever write to the state
+    def _initialize(self) -> None:
+        """Make all state now, wrapped optimizers' and kept numbers, so that every rank has every key from the start."""
+        if not self._inner_optimizers:
+            self._make_inner_optimizers()
+        params = self._runner.params.read()
+        members = [(group, param) for group in self.param_groups for param in group["params"]]
+        for inner in self._inner_optimizers.values():
+            inner.initialize(members)
+        self._runner.kept.create(params.entries, params.groups)
+        if self._closure_optimizer is None and all(
+            inner.keeps_no_more(self.param_groups) for inner in self._inner_optimizers.values()
+        ):
+            mark_initialized(self.state, [param for _, param in members])
+        self._known = params.entries
+
+    def _follow_params(self, now: tuple[NamedParam, ...]) -> None:
+        """Begin anew for tensors that others have put in the places of parameters (accelerate does), and forget those.
+
+        With more or fewer places than before nothing is forgotten: DeepSpeed shows one group at a time.
+        """
+        if now is self._known or self._known is None or len(now) != len(self._known):
+            return
+        held = {entry.tensor for entry in now}
+        for gone in [entry.tensor for entry in self._known if entry.tensor not in held]:
+            self.state.pop(gone, None)
+        self._initialize()
+
+    # --- the hidden step of checkpoint code --------------------------------------------------------------------------
+
+    def _is_init_step(self, closure: Callable[[], Any] | None) -> bool:
+        if self._first_step.is_past:
+            return False
+        keys = [bound.keys["lr"] for bound in self._transforms if isinstance(bound.transform, LR)]
+        # A chain without a learning rate has no step that moves nothing.
+        may_be_idle = not self._has_stepped and closure is None and bool(keys)
+        is_idle = may_be_idle and all(bool(group[key] == 0) for group in self.param_groups for key in keys)
+        return self._first_step.is_init_step(is_idle)
+
+    def _begin_state(self) -> None:
+        """Let optimizers that are not torch's own, which begin their state in their first step, do so."""
+        step = self._runner.new_step(self._inner_optimizers)
+        for inner in self._inner_optimizers.values():
+            if not any(inner.has_state(entry.tensor) for entry in step.entries):
+                inner.update(step.batches)
+
+
+def validate_transforms(transforms: Sequence[Any]) -> None:
+    """Raise ValueError for transforms that cannot stand in one chain, or not in this order."""
+    if not transforms:
+        raise ValueError("Chain needs at least one transform, e.g. Chain(params, Adam(), WeightDecay(0.1), LR(1e-3))")
+    for transform in transforms:
+        if isinstance(transform, type) and issubclass(transform, Transform):
+            raise ValueError(f"{transform.__name__} is a class; write {transform.__name__}(...)")
+        if not isinstance(transform, Transform):
+            raise ValueError(
+                f"{transform!r} is not a transform; wrap a torch optimizer class as Wrap({getattr(transform, '__name__', 'TheClass')}, ...)"
+            )
+    wraps = [transform for transform in transforms if isinstance(transform, Wrap)]
+    for index, transform in enumerate(transforms):
+        if isinstance(transform, Wrap) and transform.evaluates_closure:
+            # It computes its own gradients: what stands before it would act on gradients that it never sees.
+            before = [other for other in transforms[:index] if other.target != "closure"]
+            if before or len(wraps) > 1:
+                raise ValueError(
+                    f"{transform!r} evaluates the gradient itself: only rules with target='closure' may stand "
+                    "before it, and no second optimizer beside it"
+                )
+            return

@@ -1,0 +1,177 @@
+"""Numbers that rules carry from step to step: where they lie in the optimizer's state, and when they move."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.sums import wide_dtype
+from ..metrics.metric import Measure
+from ..sharding.local import local_tensor
+from ..sharding.params import NamedParam
+from .transform import BoundTransform, Transform
+
+State = dict[str, Any]
+
+_PREFIX = "distwd_"
+# Counts the steps of numbers that begin as a metric. It tells that they have begun; no value of theirs could.
+COUNT = "num_steps"
+
+
+def is_kept_key(key: str) -> bool:
+    """Whether a key of an optimizer's state is ours and not the optimizer's."""
+    return key.startswith(_PREFIX)
+
+
+class KeptNumbers:
+    """Kept numbers of the rules of one optimizer, as 0-d float32 tensors in `optimizer.state[p]`.
+
+    There they travel in every state dict and checkpoint, and a parameter takes its numbers along to any sharding. A number
+    over all parameters, or over a group, is one tensor that the parameters of a group share.
+
+    transforms: the bound transforms.
+    state_of: the `state` of the optimizer that holds a parameter, by parameter.
+    may_keep: whether numbers may lie in the state of a parameter now.
+    """
+
+    def __init__(
+        self,
+        transforms: Sequence[BoundTransform],
+        state_of: Callable[[Tensor], dict[Any, State]],
+        may_keep: Callable[[Tensor], bool],
+    ) -> None:
+        # Most rules keep nothing, and then a step shall not even ask.
+        self._transforms = [bound for bound in transforms if type(bound.transform).keeps is not Transform.keeps]
+        self._state_of, self._may_keep = state_of, may_keep
+        self._has_warned = False
+
+    def names(self, bound: BoundTransform, settings: Mapping[str, Any]) -> dict[str, float]:
+        """What a rule keeps under these settings, with the number that each begins with (of a metric: 0 until then)."""
+        keeps = bound.transform.keeps(settings)
+        found = {name: 0.0 if isinstance(begins, Measure) else float(begins) for name, begins in keeps.items()}
+        return found | ({COUNT: 0.0} if any(isinstance(begins, Measure) for begins in keeps.values()) else {})
+
+    def create(
+        self, entries: Sequence[NamedParam], groups: Sequence[Mapping[str, Any]], is_loaded: bool = False
+    ) -> None:
+        """Make what is missing, so that every rank has every key before a checkpoint is saved or loaded.
+
+        is_loaded: whether a checkpoint has just been loaded. What that did not bring begins anew, with a warning.
+        """
+        missing: set[str] = set()
+        for bound in self._transforms:
+            for index, group in enumerate(groups):
+                names = self.names(bound, bound.settings(group))
+                for entry in entries if names else ():
+                    param = entry.tensor
+                    if entry.group != index or not param.requires_grad or param.is_meta or not self._may_keep(param):
+                        continue
+                    state = self._state_of(param).setdefault(param, {})
+                    for name, begins in names.items():
+                        key = f"{bound.state_prefix}_{name}"
+                        if key not in state:
+                            state[key] = torch.full((), begins, dtype=torch.float32, device=local_tensor(param).device)
+                            missing.add(bound.label)
+        if is_loaded and missing and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the loaded state has no kept numbers of {', '.join(sorted(missing))}; they begin anew with the next step",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def read(
+        self,
+        bound: BoundTransform,
+        settings: Mapping[str, Any],
+        entries: Sequence[NamedParam],
+        device: torch.device,
+        is_shared: bool,
+    ) -> dict[str, Tensor]:
+        """The kept numbers of one rule for the parameters of one group, float64: [entries], or [1] if they share them.
+
+        [0] for a group of which this rank holds nothing.
+        """
+        wide = wide_dtype(device)
+        found: dict[str, Tensor] = {}
+        for name, begins in self.names(bound, settings).items():
+            key = f"{bound.state_prefix}_{name}"
+            values = [self._state_of(entry.tensor).get(entry.tensor, {}).get(key) for entry in entries]
+            if is_shared and values:
+                values = [next((value for value in values if value is not None), None)]
+            known = [
+                torch.full((), begins, dtype=wide, device=device) if value is None else value.to(device, wide)
+                for value in values
+            ]
+            found[name] = torch.stack(known) if known else torch.zeros(0, dtype=wide, device=device)
+        return found
+
+    def write(
+        self, bound: BoundTransform, values: Mapping[str, Tensor], entries: Sequence[NamedParam], is_shared: bool
+    ) -> None:
+        """Store the numbers of a step that counts: one for each of `entries`, or one for all of them."""
+        for name, value in values.items():
+            key = f"{bound.state_prefix}_{name}"
+            targets: list[Tensor] = []
+            parts: list[Tensor] = []
+            shared: dict[torch.device, Tensor] = {}
+            for place, entry in enumerate(entries):
+                param = entry.tensor
+                if not self._may_keep(param):
+                    continue
+                state, device = self._state_of(param).setdefault(param, {}), local_tensor(param).device
+                target = state.get(key)
+                if target is None:
+                    target = state[key] = torch.zeros((), dtype=torch.float32, device=device)
+                if is_shared:
+                    # One tensor on each device, so that one write reaches all. Loading a checkpoint parts them.
+                    known = shared.setdefault(device, target)
+                    if known is not target:
+                        state[key] = known
+                        continue
+                targets.append(target)
+                parts.append(value[0 if is_shared else place].to(device, torch.float32))
+            if targets:
+                torch._foreach_copy_(targets, parts)
+
+    def remove(self, entries: Sequence[NamedParam]) -> None:
+        """Take the numbers of these rules out of the state of the parameters."""
+        for bound in self._transforms:
+            for entry in entries:
+                states = self._state_of(entry.tensor)
+                state = states.get(entry.tensor, {})
+                for key in [key for key in state if str(key).startswith(f"{bound.state_prefix}_")]:
+                    del state[key]
+                if entry.tensor in states and not state:
+                    del states[entry.tensor]
+
+
+def kept_in(state_dict: Mapping[str, Any]) -> dict[int, State]:
+    """The kept numbers in a state dict, by the position of the parameter among all of its groups."""
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    found = {}
+    for position, index in enumerate(saved):
+        state = state_dict["state"].get(index, {})
+        own = {key: value for key, value in state.items() if is_kept_key(key)}
+        if own:
+            found[position] = own
+    return found
+
+
+def restore_kept(optimizer: torch.optim.Optimizer, kept: Mapping[int, State]) -> None:
+    """Give kept numbers back the bits that they were saved with.
+
+    torch casts what it loads to the dtype of the parameter: bf16 would keep 8 bits of them.
+    """
+    if not kept:
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for position, own in kept.items():
+        for key, value in own.items():
+            if isinstance(value, Tensor):
+                device = local_tensor(params[position]).device
+                optimizer.state[params[position]][key] = value.detach().to(device, torch.float32, copy=True)
