@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import distwd
-from distwd.kernels import blocks, stochastic
+from distwd.kernels import blocks
 from distwd.kernels.stochastic import GlobalIndices, Ramp, RandomBits, dithered
 from distwd.kernels.workspace import Workspace
 from distwd.sharding.pieces import Piece, describe

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch import run_first_after_step
 from ..checks import check_choice
 from ..metrics.plan import Plan
 from ..optimizers.init_step import is_within_a_step, mark_idle
@@ -186,7 +187,7 @@ class Attachment:
     def _hook(self, host: torch.optim.Optimizer) -> list[Any]:
         after = host.register_step_post_hook(self._after)
         # What two attachments lend to a host is given back in the opposite order.
-        host._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        run_first_after_step(host, after)
         return [
             after,
             host.register_step_pre_hook(self._before),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import write_count
 from ..kernels.apply import count
 from ..optimizers.elementwise import ELEMENTWISE, KNOWS_DECOUPLED
 from ..optimizers.state import like_whole
@@ -124,7 +125,7 @@ def write_gradients(batches: Sequence[Batch]) -> PutBackGrads:
         if batch.update is not batch.grads:
             for param, update in zip(batch.whole, batch.update, strict=True):
                 stand_in = like_whole(update, param)
-                put_back.append((param, param.grad, stand_in, stand_in._version))
+                put_back.append((param, param.grad, stand_in, write_count(stand_in)))
                 param.grad = stand_in
     return put_back
 
@@ -141,7 +142,7 @@ class Overrides:
         for group, values in self.groups.values():
             group.update(values)
         for param, grad, stand_in, version in self.grads:
-            if param.grad is stand_in and (stepped or stand_in._version == version):
+            if param.grad is stand_in and (stepped or write_count(stand_in) == version):
                 param.grad = grad
         self.groups, self.grads = {}, []
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import applies_grad_scaler, scaler_states
 from ..optimizers.init_step import is_init_step, scaler_of_this_step
 from ..rules.base import Rule
 from ..step.group_keys import attachments_on
@@ -112,7 +113,7 @@ def refuse_under_scaler(hosts: Sequence[InnerOptimizer], decays: Sequence[Rule],
         coupling == "gradient" and any(decay.is_cautious(decay.defaults) for decay in decays)
     )
     at_once = any(decay.target != "update" for decay in decays)
-    unheard = follows and not all(getattr(host, "_step_supports_amp_scaling", False) for host in hosts)
+    unheard = follows and not all(applies_grad_scaler(host) for host in hosts)
     if of_gradients or at_once or unheard:
         what = (
             "a number of the gradients" if of_gradients else "a decay at once" if at_once else "a number of the updates"
@@ -127,7 +128,7 @@ def refuse_under_scaler(hosts: Sequence[InnerOptimizer], decays: Sequence[Rule],
 def _scaling() -> Any:
     """What a GradScaler has only until its next update."""
     scaler = scaler_of_this_step()
-    return None if scaler is None else scaler._per_optimizer_states
+    return None if scaler is None else scaler_states(scaler)
 
 
 def _grads(host: InnerOptimizer) -> list[Tensor | None]:

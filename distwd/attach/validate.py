@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import has_step_hooks, is_in_backward, optimizers_in_backward
 from ..optimizers.closure import needs_closure
 from ..rules.base import Measure, Rule
 from ..step.group_keys import attachments_on
@@ -56,7 +57,7 @@ def _check_host(host: Any, decays: Sequence[Rule], coupling: str) -> None:
     if not isinstance(host, torch.optim.Optimizer):
         raise ValueError(f"attach takes a torch.optim.Optimizer, not {name}")
     _refuse_in_backward(host, name, decays)
-    if not getattr(type(host).step, "hooked", False) or "_optimizer_step_pre_hooks" not in vars(host):
+    if not getattr(type(host).step, "hooked", False) or not has_step_hooks(host):
         raise ValueError(
             f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
         )
@@ -98,7 +99,7 @@ def _refuse_in_backward(host: torch.optim.Optimizer, name: str, decays: Sequence
             "decay; use its own weight_decay, or another optimizer"
         )
     params = [param for group in host.param_groups for param in group["params"]]
-    if any(host in getattr(param, "_in_backward_optimizers", ()) for param in params):
+    if any(host in optimizers_in_backward(param) for param in params):
         for decay in decays:
             if decay.need(decay.defaults) is not None:
                 raise ValueError(_IN_BACKWARD.format(label=type(decay).__name__))
@@ -115,10 +116,9 @@ def check_numbers(
 
     asks: (index of the rule, its need). in_play: the groups that the step is shown. is_alone: whether there is one rank.
     """
-    # Not -1 inside of backward(), on whatever thread.
-    is_in_backward = torch._C._current_graph_task_id() != -1
+    in_backward = is_in_backward()
     for index, need in asks:
-        if is_in_backward and (need.scope == "all" or not is_alone):
+        if in_backward and (need.scope == "all" or not is_alone):
             raise ValueError(_IN_BACKWARD.format(label=labels[index]))
         if len(in_play) < len(groups) and need.scope == "all":
             raise ValueError(_IN_PARTS.format(label=labels[index], shown=len(in_play), all=len(groups)))

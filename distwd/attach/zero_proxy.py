@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import overrides_init_group
 from ..kernels.ordinary import ORDINARY
 from ..kernels.stochastic import LOW
 from ..kernels.zeros import ZeroPool
@@ -130,7 +131,7 @@ def can_be_doubled(host: InnerOptimizer) -> bool:
 
     Of two attachments one may have changed its groups; and a function of its own, bound to it, would know nothing of the double.
     """
-    if type(host) not in ELEMENTWISE or "_init_group" in vars(host) or len(attachments_on(host)) != 1:
+    if type(host) not in ELEMENTWISE or overrides_init_group(host) or len(attachments_on(host)) != 1:
         return False
     return not any(group["differentiable"] for group in host.param_groups)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .._torch import WRAPPED_CHILD_NAMES, child_modules, flat_param_of, is_flat_param, original_params
+
 _HEAD = ("group", "weight_decay", "parameters", "whole", "tensors", "elements", "also", "rule")
-_WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -66,28 +67,30 @@ def _walk(module: nn.Module, prefix: str, within: tuple[nn.Module, ...]) -> Iter
     within = (*within, module)
     for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
         yield ParamName(prefix + name, within), param
-    for name, child in module._modules.items():  # named_children would leave out the second name of a shared child
+    for name, child in child_modules(module):  # named_children would leave out the second name of a shared child
         if child is not None:
             yield from _walk(child, prefix if _is_wrapper(module, name) else f"{prefix}{name}.", within)
 
 
 def _is_wrapper(module: nn.Module, child: str) -> bool:
     """Whether `module` is only a coat around its child."""
-    return child in _WRAPPED or (child == "module" and isinstance(module, (DistributedDataParallel, DataParallel)))
+    return child in WRAPPED_CHILD_NAMES or (
+        child == "module" and isinstance(module, (DistributedDataParallel, DataParallel))
+    )
 
 
 def _flattened_shapes(parts: Sequence[nn.Module]) -> dict[int, tuple[int, ...]]:
     """The whole shapes of parameters that FSDP1 keeps as flat pieces, by id."""
     shapes: dict[int, tuple[int, ...]] = {}
     for module in (module for part in parts for module in part.modules()):
-        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
-        if flat is not None and getattr(flat, "_params", None) is not None:
-            shapes.update((id(p), tuple(shape)) for p, shape in zip(flat._params, flat._shapes, strict=True))
+        flat = flat_param_of(module)
+        if flat is not None:
+            shapes.update((id(param), shape) for param, shape in original_params(flat))
     return shapes
 
 
 def _whole_shape(param: Tensor, flattened: Mapping[int, tuple[int, ...]], name: str) -> tuple[int, ...]:
-    if getattr(param, "_is_flat_param", False):
+    if is_flat_param(param):
         raise ValueError(
             f"{name} is many parameters that FSDP1 has flattened into one; wrap with use_orig_params=True, so that "
             "matrices and vectors can be told apart"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .._torch import layout_spec
 from ..kernels.sums import wide_dtype
 from ..kernels.workspace import Workspace
 from ..sharding.build import Built, Call, build
@@ -254,7 +255,7 @@ def build_plan(
 
 def _stamp(tensor: Tensor) -> Any:
     """What must not change as long as a plan is to hold."""
-    return tensor._spec if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
+    return layout_spec(tensor) if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
 
 
 def _identity(entry: NamedParam) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import own_param_list
 from ..sharding.local import local_tensor
 from .base import Inner
 from .full_params import moved_back
@@ -34,7 +35,7 @@ class ClosureOptimizer(Inner):
 
     def _meet(self, groups: list[dict[str, Any]]) -> None:
         """Show the inner optimizer the chain's groups and state. LBFGS keeps a list of its parameters besides."""
-        kept = getattr(self.inner, "_params", None)
+        kept = own_param_list(self.inner)
         if kept is None or list(map(id, kept)) != list(map(id, groups[0]["params"])):
             self.inner = self.cls([{"params": group["params"]} for group in groups], **self.kwargs)
         self.inner.param_groups = [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from types import FrameType
 
 import torch
 
+from .._torch import calling_frame
 from ..step.runner import StepRunner
 from .state import NO_PARAMS_KEY, mark_initialized
 
@@ -41,7 +41,7 @@ def is_within_a_step(host: torch.optim.Optimizer) -> bool:
     asked, and not a counter: a step that raises never comes to its post hook.
     """
     wrapper = type(host).step.__code__  # the same code for every class
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = calling_frame()
     steps = 0
     while frame is not None:
         steps += frame.f_code is wrapper and frame.f_locals.get("self") is host
@@ -51,7 +51,7 @@ def is_within_a_step(host: torch.optim.Optimizer) -> bool:
 
 def scaler_of_this_step() -> torch.amp.GradScaler | None:
     """The GradScaler whose `step` has called the present step, if one has. It tells nobody, so the stack is asked."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = calling_frame()
     while frame is not None:
         if frame.f_code is torch.amp.GradScaler.step.__code__:
             scaler: torch.amp.GradScaler = frame.f_locals["self"]

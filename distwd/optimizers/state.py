@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .._torch import can_init_group, init_group
 from ..sharding.local import local_like, local_tensor
 
 State = dict[str, Any]
@@ -62,7 +63,7 @@ def like_whole(local: Tensor, param: Tensor) -> Tensor:
 
 def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in: Tensor) -> State:
     """The state that one of torch's optimizers begins with for a parameter; {} for others, which begin at their first step."""
-    if not type(inner).__module__.startswith("torch.optim") or not hasattr(inner, "_init_group"):
+    if not type(inner).__module__.startswith("torch.optim") or not can_init_group(inner):
         return {}
     if isinstance(inner, torch.optim.SGD):
         # SGD's buffer begins as the first gradient, which is what zeros become at the first step, but for dampening.
@@ -75,10 +76,9 @@ def initial_states(inner: torch.optim.Optimizer, group: dict[str, Any], stand_in
         state: State = made.state[stand_in]
         if state:
             return state
-    num_lists = len(inspect.signature(inner._init_group).parameters) - 1
     inner.state = defaultdict(dict)
-    stand_in.grad = stand_in.detach()  # _init_group only asks whether there is one
-    inner._init_group(group, *([] for _ in range(num_lists)))
+    stand_in.grad = stand_in.detach()  # only asked whether there is one
+    init_group(inner, group)
     stand_in.grad = None
     begun: State = inner.state.pop(stand_in, {})
     return begun

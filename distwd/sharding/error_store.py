@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from .._torch import first_backend, timeout_of
 from ..errors import PlanError
 
 
@@ -34,8 +34,8 @@ class ErrorStore:
         """The board of the plan called `number`; None where there is nobody else, or the backend has no timeout (a fake one)."""
         if group is None or group.size() == 1:
             return None
-        backend = group._get_backend(torch.device(group._device_types[0].type))
-        if not hasattr(getattr(backend, "options", None), "_timeout"):
+        backend = first_backend(group)
+        if timeout_of(backend) is None:
             return None
         store = PrefixStore(f"distwd/{number}", group.get_group_store())
         return cls(store, group.rank(), group.size(), backend)
@@ -46,7 +46,8 @@ class ErrorStore:
 
         So whoever waits for this rank in a collective meanwhile still waits when the meeting has failed.
         """
-        timeout: timedelta = self.backend.options._timeout
+        timeout = timeout_of(self.backend)
+        assert timeout is not None  # or `of` would have made no store
         return timeout / 2
 
     def say(self, reason: str) -> None:

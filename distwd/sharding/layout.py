@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch import flat_param_of, original_params, padding_of_shard
 from .world import check_group
 
 Pattern = str | Callable[[str, Tensor], bool]
@@ -79,10 +80,10 @@ def _fsdp1_marks(model: torch.nn.Module) -> Iterator[tuple[Pattern, Mark]]:
 
     by_group: dict[Any, list[Tensor]] = {}
     for module in FullyShardedDataParallel.fsdp_modules(model):
-        handle = module._handle
-        if handle is not None:
+        flat = flat_param_of(module)
+        if flat is not None:
             whole = module.sharding_strategy is ShardingStrategy.NO_SHARD
-            tensors = getattr(handle.flat_param, "_params", None) or [handle.flat_param]
+            tensors = [param for param, _ in original_params(flat)] or [flat]
             by_group.setdefault((module.process_group, whole), []).extend(tensors)
     if not by_group:
         raise ValueError(
@@ -94,8 +95,7 @@ def _fsdp1_marks(model: torch.nn.Module) -> Iterator[tuple[Pattern, Mark]]:
 
 def padding_of(tensor: Tensor) -> int:
     """Elements at the end of a local tensor that belong to nobody: an FSDP1 FlatParameter's last shards are filled up."""
-    padding: int = getattr(tensor, "_shard_numel_padded", 0)
-    return padding
+    return padding_of_shard(tensor)
 
 
 def find_mark(name: str, tensor: Tensor, layout: Layout) -> tuple[int, Mark] | None:

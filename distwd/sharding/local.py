@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .._torch import local_part
 from ..kernels.ordinary import ORDINARY
 
 
@@ -17,7 +18,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
     # Told apart first, since looking for what a tensor does not have takes longer than all the rest.
     if type(tensor) in ORDINARY:
         return tensor
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor) if isinstance(tensor, DTensor) else tensor
     # A redistributed DTensor can hold a wrapper that still waits for its collective.
     wait = getattr(local, "wait", None)
     return local if wait is None else wait()

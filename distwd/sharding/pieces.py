@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
+from .._torch import StridedShard
 from .layout import Mark, Sharded, padding_of
 from .local import local_tensor
 from .world import World
@@ -114,7 +115,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 def short_placement(placement: Placement) -> str:
     """`S(0)`, `R` or `SS(0,2)`, as torch abbreviates placements."""
-    if isinstance(placement, _StridedShard):
+    if isinstance(placement, StridedShard):
         return f"SS({placement.dim},{placement.split_factor})"
     return f"S({placement.dim})" if isinstance(placement, Shard) else "R"
 
@@ -126,9 +127,9 @@ def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
     # torch cuts from the first mesh dimension to the last, each cutting what the one before left.
     axes = list(zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True))
     written = _cut_along(axes, tuple(tensor.shape))
-    if not any(isinstance(placement, _StridedShard) for placement in tensor.placements):
+    if not any(isinstance(placement, StridedShard) for placement in tensor.placements):
         return written
-    # FSDP2 over TP cuts last along its first axis, and writes that as a _StridedShard. Where TP's pieces are uneven, the two
+    # FSDP2 over TP cuts last along its first axis, and writes that as a StridedShard. Where TP's pieces are uneven, the two
     # are not the same; then the local tensor tells which it is, and that the whole is covered is checked later.
     nested = _cut_along(_as_fsdp_cuts(axes), tuple(tensor.shape))
     return nested if _fits(nested, local) or not _fits(written, local) else written
@@ -137,7 +138,7 @@ def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
 def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals, ...]:
     cuts = list(_whole(shape))
     for placement, num_chunks, index in axes:
-        if isinstance(placement, _StridedShard):
+        if isinstance(placement, StridedShard):
             parts = (
                 _chunk(cuts[placement.dim], int(placement.split_factor), k) for k in range(int(placement.split_factor))
             )
@@ -148,7 +149,7 @@ def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals,
 
 
 def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
-    """The axes in the order in which they cut: a _StridedShard(dim, k) after those that make k pieces of `dim`, if there are such."""
+    """The axes in the order in which they cut: a StridedShard(dim, k) after those that make k pieces of `dim`, if there are such."""
     order: list[Axis] = []
     for axis in reversed(axes):
         place = _place_after(axis[0], order)
@@ -159,7 +160,7 @@ def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
 def _place_after(placement: Placement, order: Sequence[Axis]) -> int | None:
     pieces = 1
     for place, (other, num_chunks, _) in enumerate(order, start=1):
-        if isinstance(placement, _StridedShard) and isinstance(other, Shard) and other.dim == placement.dim:
+        if isinstance(placement, StridedShard) and isinstance(other, Shard) and other.dim == placement.dim:
             pieces *= num_chunks
             if pieces == placement.split_factor:
                 return place

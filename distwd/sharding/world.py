@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch import device_types
 from .error_store import ErrorStore
 
 
@@ -36,7 +37,7 @@ class World:
         if group is None:
             return cls(None, 0, 1, (), torch.device("cpu"))
         check_group(group)
-        serves = tuple(device.type for device in group._device_types)
+        serves = device_types(group)
         return cls(group, dist.get_rank(group), dist.get_world_size(group), serves, _device(serves))
 
     def sendable(self, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._torch import step_pre_hooks
 from ..checks import check_number
 
 KEY = "distwd_weight_decay"
@@ -14,7 +15,7 @@ KEY = "distwd_weight_decay"
 
 def attachments_on(host: torch.optim.Optimizer) -> list[Any]:
     """The attachments that live in the step hooks of `host`."""
-    owners = (getattr(hook, "__self__", None) for hook in host._optimizer_step_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in step_pre_hooks(host))
     return [owner for owner in owners if hasattr(owner, "lent_groups")]
 
 

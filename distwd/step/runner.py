@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._compile import _disable_dynamo
 
+from .._torch import disable_compiler
 from ..attach.validate import check_numbers
 from ..errors import CollectiveError, PlanError
 from ..kernels.compile import check_compiler
@@ -285,7 +285,7 @@ def in_step(method: Method) -> Method:
     its graph here: collectives, hooks and groups of tensors are not for compilers.
     """
 
-    @_disable_dynamo
+    @disable_compiler
     @functools.wraps(method)
     def acting(self: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():

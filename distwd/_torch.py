@@ -1,0 +1,204 @@
+"""Every private name of torch (and of Python) that distwd uses, each behind a plain name.
+
+Above each stands the public thing that would replace it. Nothing else in the package names anything private of torch;
+tests/test_torch_names.py checks that each of these names exists in the installed torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.fx.experimental import _config
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+# --- DTensor --------------------------------------------------------------------------------------------------------
+
+# Waits for: a public class for the placement that FSDP2 over TP writes; DTensor.placements returns it already.
+StridedShard = _StridedShard
+
+
+def local_part(tensor: DTensor) -> Tensor:
+    """The local tensor of a DTensor, without a view and without autograd."""
+    # Waits for: a DTensor.to_local() that neither dispatches nor records autograd; it costs more than the arithmetic on small shards.
+    return tensor._local_tensor
+
+
+def layout_spec(tensor: DTensor) -> Any:
+    """Mesh, placements, shape, strides and dtype of a DTensor as one object that can be compared."""
+    # Waits for: a public record of these; compared one by one they would cost several attribute reads per parameter and step.
+    return tensor._spec
+
+
+# --- process groups -------------------------------------------------------------------------------------------------
+
+
+def device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
+    """The device types that the backends of a process group send from."""
+    # Waits for: a public list of a group's devices; dist.get_backend_config returns text that differs between releases.
+    return tuple(device.type for device in group._device_types)
+
+
+def first_backend(group: dist.ProcessGroup) -> Any:
+    """The backend of a process group's first device type."""
+    # Waits for: a public way to the options of a group, for its timeout.
+    return group._get_backend(torch.device(device_types(group)[0]))
+
+
+def timeout_of(backend: Any) -> timedelta | None:
+    """How long a backend's collectives wait now; None for a backend without timeout (torch's fake one)."""
+    # Waits for: a public getter; dist has only a setter.
+    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
+    return timeout
+
+
+# --- FSDP1 ----------------------------------------------------------------------------------------------------------
+
+# What torch's wrappers call the module that they wrap. Waits for: a public way to names without them.
+WRAPPED_CHILD_NAMES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def flat_param_of(module: nn.Module) -> Tensor | None:
+    """The FlatParameter of a module that FSDP1 wraps; None for other modules, and where nothing is sharded."""
+    # Waits for: a public way from a FullyShardedDataParallel module to its parameters' layout. FSDP1 is frozen: none will come.
+    return getattr(getattr(module, "_handle", None), "flat_param", None)
+
+
+def original_params(flat_param: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """The parameters that a FlatParameter holds, with their whole shapes; empty for use_orig_params=False."""
+    # Waits for: as above.
+    params = getattr(flat_param, "_params", None)
+    if params is None:
+        return []
+    shapes = flat_param._shapes  # type: ignore[attr-defined]
+    return [(param, tuple(shape)) for param, shape in zip(params, shapes, strict=True)]
+
+
+def is_flat_param(tensor: Tensor) -> bool:
+    """Whether a tensor is a FlatParameter of FSDP1."""
+    # Waits for: a public class; torch itself asks this attribute, since the class fakes isinstance with it.
+    return getattr(tensor, "_is_flat_param", False)
+
+
+def padding_of_shard(tensor: Tensor) -> int:
+    """Elements at the end of a local FlatParameter that belong to nobody; 0 for other tensors."""
+    # Waits for: as above.
+    padding: int = getattr(tensor, "_shard_numel_padded", 0)
+    return padding
+
+
+# --- modules and tensors --------------------------------------------------------------------------------------------
+
+
+def child_modules(module: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
+    """The children of a module, by name, a shared one under each of its names."""
+    # Waits for: named_children(remove_duplicate=False).
+    return module._modules.items()
+
+
+def write_count(tensor: Tensor) -> int:
+    """A number that grows with each write to a tensor."""
+    # Waits for: a public version counter.
+    return tensor._version
+
+
+def is_in_backward() -> bool:
+    """Whether backward() runs now, on whatever thread."""
+    # Waits for: a public question; hooks that step inside backward() can only be recognised by this.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def optimizers_in_backward(param: Tensor) -> Iterable[torch.optim.Optimizer]:
+    """The optimizers that torch.distributed.optim._apply_optimizer_in_backward steps for a parameter."""
+    # Waits for: a public list of them.
+    optimizers: Iterable[torch.optim.Optimizer] = getattr(param, "_in_backward_optimizers", ())
+    return optimizers
+
+
+# --- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def has_step_hooks(optimizer: Any) -> bool:
+    """Whether an optimizer keeps step hooks of its own; a wrapper that passes attributes on does not."""
+    # Waits for: a public way to ask; `register_step_pre_hook` exists on wrappers too, and does nothing there.
+    return "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def step_pre_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
+    """The hooks that run before an optimizer's step, in order."""
+    # Waits for: a public list of hooks.
+    return optimizer._optimizer_step_pre_hooks.values()
+
+
+def run_first_after_step(optimizer: torch.optim.Optimizer, handle: Any) -> None:
+    """Let the post hook of this handle run before all others."""
+    # Waits for: register_step_post_hook(..., prepend=True), as modules have.
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+
+
+def can_init_group(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's class makes state through torch's usual method, see `init_group`."""
+    # Waits for: see `init_group`.
+    return hasattr(optimizer, "_init_group")
+
+
+def overrides_init_group(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody has replaced that method on this one optimizer."""
+    # Waits for: see `init_group`.
+    return "_init_group" in vars(optimizer)
+
+
+def init_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Make the state of a group's parameters, as the first step would."""
+    # Waits for: a public way to make an optimizer's state without a step.
+    method = optimizer._init_group  # type: ignore[attr-defined]
+    # The lists that the method fills besides differ by class; all its parameters but the group are such lists.
+    num_lists = len(inspect.signature(method).parameters) - 1
+    method(group, *([] for _ in range(num_lists)))
+
+
+def own_param_list(optimizer: torch.optim.Optimizer) -> list[Tensor] | None:
+    """The list of parameters that LBFGS keeps beside its groups; None for other optimizers."""
+    # Waits for: an LBFGS that reads its groups.
+    params: list[Tensor] | None = getattr(optimizer, "_params", None)
+    return params
+
+
+def applies_grad_scaler(optimizer: Any) -> bool:
+    """Whether an optimizer's own kernel unscales gradients, and skips the step if they are not finite."""
+    # Waits for: a public flag; GradScaler asks this one.
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def scaler_states(scaler: torch.amp.GradScaler) -> Any:
+    """What a GradScaler knows of each optimizer until its next update; a new object after each update."""
+    # Waits for: a public way to read whether a GradScaler has skipped a step.
+    return scaler._per_optimizer_states
+
+
+# --- compiler and interpreter ---------------------------------------------------------------------------------------
+
+# Waits for: a torch.compiler.disable that does not import the compiler when it decorates.
+disable_compiler = _disable_dynamo
+
+# Waits for: a public setting, per call of torch.compile, that equal lengths are not taken for one number.
+shape_config = _config
+
+# Waits for: a public question whether an operation would be seen by a dispatch mode (CommDebugMode, FlopCounterMode).
+is_in_dispatch_mode = is_in_torch_dispatch_mode
+
+
+def calling_frame(depth: int = 1) -> FrameType:
+    """The Python frame `depth` calls above the function that calls this one; 0 is that function's own."""
+    # Waits for: nothing; inspect.currentframe() is the same call, documented as possibly None.
+    return sys._getframe(depth + 1)

@@ -1,0 +1,194 @@
+"""The private names of torch that distwd relies on exist in the installed torch, each on the object that it is read from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import distwd
+from distwd import _torch
+
+PACKAGE = Path(distwd.__file__).parent
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def sharded(group) -> DTensor:
+    return distribute_tensor(torch.arange(6.0).reshape(3, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+
+
+def test_local_tensor(sharded):
+    assert torch.equal(_torch.local_part(sharded), torch.arange(6.0).reshape(3, 2))
+
+
+def test_spec(sharded):
+    assert _torch.layout_spec(sharded).placements == (Shard(0),)
+
+
+def test_strided_shard():
+    assert _torch.StridedShard(1, split_factor=2).split_factor == 2
+
+
+def test_device_types(group):
+    assert "cpu" in _torch.device_types(group)
+
+
+def test_backend_and_its_timeout(group):
+    timeout = _torch.timeout_of(_torch.first_backend(group))
+    assert timeout is not None
+    assert timeout.total_seconds() > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of FSDP1 on a CPU
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_flat_params(group, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        model = FullyShardedDataParallel(
+            torch.nn.Linear(3, 2), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+    flat = _torch.flat_param_of(model)
+    assert flat is not None
+    assert _torch.is_flat_param(flat)
+    assert not _torch.is_flat_param(torch.ones(1))
+    assert hasattr(flat, "_shard_numel_padded")
+    assert _torch.padding_of_shard(flat) == 0
+    assert [shape for _, shape in _torch.original_params(flat)] == ([(2, 3), (2,)] if use_orig_params else [])
+
+
+def test_wrapped_child_names():
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+    from torch.distributed.fsdp import _common_utils
+
+    assert _common_utils.FSDP_WRAPPED_MODULE in _torch.WRAPPED_CHILD_NAMES
+    assert checkpoint_wrapper._CHECKPOINT_WRAPPED_MODULE in _torch.WRAPPED_CHILD_NAMES
+    compiled = torch.compile(torch.nn.Linear(1, 1))
+    assert set(dict(_torch.child_modules(compiled))) <= set(_torch.WRAPPED_CHILD_NAMES)
+
+
+def test_modules():
+    shared = torch.nn.Linear(1, 1)
+    assert [name for name, _ in _torch.child_modules(torch.nn.Sequential(shared, shared))] == ["0", "1"]
+
+
+def test_version():
+    tensor = torch.zeros(1)
+    before = _torch.write_count(tensor)
+    tensor.add_(1)
+    assert _torch.write_count(tensor) == before + 1
+
+
+def test_current_graph_task_id():
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(_torch.is_in_backward()))
+    x.sum().backward()
+    assert (seen, _torch.is_in_backward()) == ([True], False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch itself calls it when imported
+def test_in_backward_optimizers():
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    param = torch.nn.Parameter(torch.ones(1))
+    assert not _torch.optimizers_in_backward(param)
+    _apply_optimizer_in_backward(torch.optim.SGD, [param], {"lr": 0.1})
+    assert [type(optimizer) for optimizer in _torch.optimizers_in_backward(param)] == [torch.optim.SGD]
+
+
+def test_step_hooks():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    assert _torch.has_step_hooks(optimizer)
+    said: list[str] = []
+    optimizer.register_step_pre_hook(hook := lambda *_: None)
+    assert list(_torch.step_pre_hooks(optimizer)) == [hook]
+    optimizer.register_step_post_hook(lambda *_: said.append("first made"))
+    _torch.run_first_after_step(
+        optimizer, optimizer.register_step_post_hook(lambda *_: said.append("made to run first"))
+    )
+    optimizer.step()
+    assert said == ["made to run first", "first made"]
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Rprop, torch.optim.Adadelta])
+def test_init_group(cls):
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.zeros(2)
+    optimizer = cls([param], lr=0.1)
+    assert _torch.can_init_group(optimizer)
+    assert not _torch.overrides_init_group(optimizer)
+    _torch.init_group(optimizer, optimizer.param_groups[0])
+    assert optimizer.state[param]
+
+
+def test_params_of_lbfgs():
+    param = torch.nn.Parameter(torch.ones(2))
+    params = _torch.own_param_list(torch.optim.LBFGS([param]))
+    assert params is not None
+    assert params[0] is param
+    assert _torch.own_param_list(torch.optim.SGD([param], lr=0.1)) is None
+
+
+def test_step_supports_amp_scaling():
+    param = torch.nn.Parameter(torch.ones(2))
+    assert _torch.applies_grad_scaler(torch.optim.AdamW([param], fused=True))
+    assert not _torch.applies_grad_scaler(torch.optim.AdamW([param]))
+
+
+def test_per_optimizer_states():
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    before = _torch.scaler_states(scaler)
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    scaler.step(optimizer)
+    assert _torch.scaler_states(scaler) is before
+    scaler.update()
+    assert _torch.scaler_states(scaler) is not before
+
+
+def test_disable_compiler():
+    assert _torch.disable_compiler(lambda: 3)() == 3
+
+
+def test_shape_config():
+    assert isinstance(_torch.shape_config.use_duck_shape, bool)
+
+
+def test_dispatch_mode():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        assert _torch.is_in_dispatch_mode()
+    assert not _torch.is_in_dispatch_mode()
+
+
+def test_getframe():
+    def called():
+        return _torch.calling_frame().f_code.co_name
+
+    assert called() == "test_getframe"
+
+
+PRIVATE = re.compile(r"_getframe|from torch[\w.]*\._\w+|from torch[\w.]* import [^\n]*\b_\w+|torch\.(?!_foreach)_\w+")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_private_names_stand_in_one_file(path):
+    found = set(PRIVATE.findall(path.read_text(encoding="utf-8")))
+    assert path.name == "_torch.py" or not found
