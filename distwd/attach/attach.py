@@ -16,7 +16,6 @@ from ..optimizers.init_step import is_within_a_step, mark_idle
 from ..optimizers.state import NO_PARAMS_KEY, without_mark
 from ..rules.base import Rule
 from ..sharding.layout import Layout
-from ..sharding.naming import Naming
 from ..step.group_keys import unused_keys, with_keys, write_keys
 from ..step.rounding import KEY, Rounding
 from ..step.runner import PlanOptions, StepRunner, in_step
@@ -114,14 +113,15 @@ class Attachment:
         check_choice("coupling", coupling, COUPLINGS)
         validate_optimizers(hosts, decays, coupling)
         self._hosts, self._decays, self._coupling = list(hosts), tuple(decays), coupling
-        self._naming = Naming(named_parameters or (), self._shown())
         keys = unused_keys(hosts, len(decays))
         rounds = Rounding(rounding, seed, holders.layout, *unused_keys(hosts, 1, f"distwd_{KEY}"))
         lambdas = {key: decay.defaults["weight_decay"] for key, decay in zip(keys, decays, strict=True)}
         self._defaults = lambdas | rounds.defaults
         self.keys = list(self._defaults)
         bound_transforms = sentence(decays, coupling, keys, [bound.label for bound in bind(decays)])
-        self._runner = StepRunner(bound_transforms, holders, self._shown, rounds, tracks, compiles, self._naming.named)
+        self._runner = StepRunner(
+            bound_transforms, holders, self._shown, rounds, tracks, compiles, named_parameters or ()
+        )
         self._runner.check_compiler()
         rules = [decay for decay in decays if decay.target != "closure"]
         self._follows = coupling != "gradient" and bool(rules) and needs_update(rules, hosts)

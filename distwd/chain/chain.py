@@ -17,8 +17,7 @@ from ..optimizers.lr import LR
 from ..optimizers.state import NO_PARAMS_KEY, mark_initialized, without_mark
 from ..optimizers.wrap import Wrap
 from ..sharding.layout import Layout
-from ..sharding.normalised import normalised_groups
-from ..sharding.params import NamedParam
+from ..sharding.params import NamedParam, normalised_groups
 from ..step.group_keys import with_keys
 from ..step.rounding import Rounding
 from ..step.runner import PlanOptions, StepRunner, in_step

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..attach.before import ExternalLR, ExternalOptimizer
-from ..groups.model_params import AuditRow, audit_table
 from ..optimizers.lr import LR
 from ..optimizers.wrap import Wrap
 from ..rules.base import Rule
 from ..sharding.layout import Layout, Sharded, find_mark
 from ..sharding.params import NamedParam
+from ..sharding.tables import AuditRow, audit_table
 from ..sharding.world import World
 from .transform import BoundTransform
 

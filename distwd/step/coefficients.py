@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
-from ..metrics.measure import measure
+from ..metrics.measure import Request, Slots, measure
 from ..metrics.plan import Plan
 from ..rules.base import Measure
 from .phases import Phase
@@ -38,6 +38,7 @@ class Coefficients:
 
     def __init__(self, plan: Callable[[], Plan]) -> None:
         self._plan = plan
+        self._kept_slots: Slots | None = None
         self._readings: dict[str, dict[int, Measured]] = {}
 
     def measure(self, phase: Phase, step: Step, bound_transforms: Sequence[BoundTransform]) -> None:
@@ -45,8 +46,9 @@ class Coefficients:
         plan = self._plan()
         needs = list(dict.fromkeys(need for _, need in phase.asks))
         sources = {of: step.source(of) for of in dict.fromkeys(need.of for need in needs)}
-        requests = [plan.request(need.metric, sources[need.of], need.scope) for need in needs]
-        numbers = dict(zip(needs, measure(requests, plan.world, step.workspace), strict=True))
+        requests = [Request(need.metric, sources[need.of], need.scope) for need in needs]
+        measured = measure(plan, requests, slots=self._slots(), workspace=step.workspace)
+        numbers = dict(zip(needs, measured, strict=True))
         if step.grad_scale is not None:
             numbers = {need: _unscaled(number, need, step.grad_scale) for need, number in numbers.items()}
         asked = {index for index, _ in phase.asks}
@@ -66,8 +68,15 @@ class Coefficients:
         reading = readings[batch.group_index]
         coefficient = reading.coefficient.to(wide_dtype(reading.coefficient.device))
         if reading.need.scope == "tensor":
-            return coefficient[self._plan().cells_of(batch.index, coefficient.device)]
+            return coefficient[self._slots().index(batch.index, coefficient.device)]
         return coefficient[batch.group_index if reading.need.scope == "group" else 0]
+
+    def _slots(self) -> Slots:
+        """Kept as long as the plan holds: making them takes a walk over all parameters."""
+        plan = self._plan()
+        if self._kept_slots is None or self._kept_slots.plan is not plan:
+            self._kept_slots = Slots(plan)
+        return self._kept_slots
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -90,7 +99,11 @@ class Coefficients:
             values = getattr(reading, key).to(plan.result_dtype if key == "metric" else torch.float32)
             if reading.need.scope == "tensor":
                 told.update(
-                    {e.name: values[cell] for e, cell in zip(plan.entries, plan.cells, strict=True) if e.group == index}
+                    {
+                        e.name: values[cell]
+                        for e, cell in zip(plan.entries, plan.name_ids, strict=True)
+                        if e.group == index
+                    }
                 )
             else:
                 told[index] = values[index if reading.need.scope == "group" else 0]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..metrics.measure import num_collectives
 from ..rules.base import Measure, Rule
-from ..sharding.reduce import num_collectives
 from ..sharding.world import World
 from .transform import BoundTransform
 

@@ -17,7 +17,7 @@ from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW, GlobalIndices, Ramp, RandomBits, RandomStream
 from ..metrics.plan import Plan
 from ..sharding.layout import Layout, find_mark
-from ..sharding.manifest import stable_hash
+from ..sharding.ownership import stable_hash
 from ..sharding.params import NamedParam
 from ..sharding.pieces import Piece, describe
 from .step import Batch

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .._torch import disable_compiler
 from ..attach.validate import check_numbers
@@ -18,12 +19,11 @@ from ..kernels.tally import Tally
 from ..kernels.workspace import Workspace
 from ..metrics.plan import Plan, build_plan
 from ..metrics.replica_check import check_gradients
+from ..sharding.collectives import is_true_on_any_rank
 from ..sharding.layout import Layout, check_layout
-from ..sharding.ledger import Groups, Ledger
 from ..sharding.local import local_tensor
-from ..sharding.params import NamedParam, Roster
+from ..sharding.params import Groups, NamedParam, ParamList
 from ..sharding.pieces import check_tensor
-from ..sharding.reduce import any_rank
 from ..sharding.world import World, check_group
 from .audit import audit
 from .coefficients import Coefficients
@@ -56,7 +56,7 @@ class StepRunner:
     in_step, in_closure: what acts in a step, and in every evaluation of a closure. groups: the param groups as they are now.
     rounding: how parameters of low precision are written. tracks: whether to count what the decay leaves unchanged.
     compiles: whether formulas go through torch.compile.
-    named: what gives groups names for their parameters, where others know them.
+    named_parameters: (name, tensor) pairs, for groups without names.
     """
 
     def __init__(
@@ -67,18 +67,17 @@ class StepRunner:
         rounding: Rounding,
         tracks: bool,
         compiles: bool,
-        entry: Callable[[Groups], Sequence[Mapping[str, Any]]] = lambda groups: groups,
+        named_parameters: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
         self.in_closure = tuple(
             bound for bound in bound_transforms if getattr(bound.transform, "target", "") == "closure"
         )
         self.in_step = tuple(bound for bound in bound_transforms if bound not in self.in_closure)
-        self._holders, self._named = holders, entry
+        self._holders = holders
         self._labels = {bound.index: bound.label for bound in bound_transforms}
-        self._ledger = Ledger(groups)
+        self._params = ParamList(groups, named_parameters)
         self._rounding, self._tracks = rounding, tracks
         self._tallies: dict[int, Tally] = {}
-        self._roster = Roster()
         self._plan: Plan | None = None
         self._checked: tuple[NamedParam, ...] | None = None  # where no plan is needed
         self._compiles, self._workspace = compiles, Workspace(compiles)
@@ -92,17 +91,17 @@ class StepRunner:
     @property
     def groups(self) -> Groups:
         """All param groups, also in a step that is shown only some."""
-        return self._ledger.read()
+        return self._params.groups
 
     @property
     def entries(self) -> tuple[NamedParam, ...]:
         """All parameters, as the groups hold them now."""
-        return self._roster.read(self._named(self.groups))
+        return self._params.read().entries
 
     def playing(self) -> list[tuple[int, NamedParam]]:
         """The parameters of the groups that are shown now, with their positions among all."""
-        in_play = self._ledger.in_play()
-        return [(position, entry) for position, entry in enumerate(self.entries) if entry.group in in_play]
+        params = self._params.read()
+        return [(position, entry) for position, entry in enumerate(params.entries) if entry.group in params.active]
 
     @property
     def plan(self) -> Plan:
@@ -117,9 +116,9 @@ class StepRunner:
         rules = " | ".join(map(describe_phases, schedules)) + self._rounding.words
         if self._plan is not None:
             try:
-                self._plan.meet(entries, rules)
+                self._plan.meet_to_rebuild(entries, rules)
             except PlanError:
-                self._ledger.forget()
+                self._params.forget()
                 raise
             self._plan = None  # they all are here, whatever comes of it
         bound_transforms = self._rounding.is_stochastic
@@ -159,7 +158,7 @@ class StepRunner:
         if any(schedules):
             asks = [ask for phases in schedules for phase in phases for ask in phase.asks]
             is_one = World.of(self._holders.group).size == 1
-            check_numbers(asks, self._labels, self._ledger.in_play(), self.groups, is_one)
+            check_numbers(asks, self._labels, self._params.read().active, self.groups, is_one)
         # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
         if any(schedules) or (self._rounding.is_stochastic and self._holders.layout):
             # A step that builds the plan talks and reads anyway; one that finds it built costs no more than those after it.
@@ -174,7 +173,8 @@ class StepRunner:
 
     def new_step(self, hosts: Mapping[int, Any]) -> Step:
         """A step of the gradients as they are now."""
-        step = Step(self.entries, self.groups, self._coefficients, hosts, self._workspace, self._ledger.in_play())
+        params = self._params.read()
+        step = Step(params.entries, params.groups, self._coefficients, hosts, self._workspace, params.active)
         self._rounding.begin(step.entries, step.batches, lambda: self.plan)
         if self._tracks:
             tallies = {batch.group_index: Tally() for batch in step.batches}
@@ -239,7 +239,7 @@ class StepRunner:
             return flag
         world = self.plan.world
         if world.error_store is None:
-            return bool(any_rank(torch.tensor(flag), world))
+            return is_true_on_any_rank(flag, world)
         answer = world.error_store.is_true_on_any(flag, self._num_asked)
         self._num_asked += 1  # not before: who tries a failed step again asks the same question again
         return answer
@@ -261,13 +261,13 @@ class StepRunner:
             and self._plan is not None
             and self._plan.world.error_store is not None
         ):
-            self._plan.world.error_store.say(f"{type(error).__name__}: {error}")
+            self._plan.world.error_store.publish(f"{type(error).__name__}: {error}")
             self._told = True
 
     def take_back(self) -> None:
         """A step is tried again: what was told of the last one is past."""
         if self._told and self._plan is not None and self._plan.world.error_store is not None:
-            self._plan.world.error_store.wipe()
+            self._plan.world.error_store.clear()
         self._told = False
 
     def _schedules(self) -> tuple[Any, Any]:
