@@ -8,10 +8,10 @@ A slot is a place in a vector of numbers: one for all parameters (scope "all"), 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from .metric import COUNT, SUM, Metric, Statistic
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-Kept = TypeVar("Kept")
 
 # Gradients that come and go make ever new combinations of parameters; a cache of them must not grow without end.
 _MAX_KEPT = 64
@@ -77,56 +75,71 @@ class Request:
 class Slots:
     """In which slot each parameter of a plan counts, and which of them this rank has to count.
 
-    None of it changes from step to step, so whoever measures in every step keeps this object beside the plan.
+    None of it changes from step to step, so whoever measures in every step keeps this object beside the plan. What is asked
+    once is kept: a step must not walk over all parameters again, nor copy anything to a device.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._kept: dict[Any, Any] = {}
-        self._kept_of_some: dict[Any, Any] = {}
+        self._by_scope: dict[str, tuple[Sequence[int], Counter[int]]] = {}
+        self._numel: dict[tuple[str, torch.device], Tensor] = {}
+        self._owned_among: dict[tuple[tuple[int, ...], str], dict[int, list[int]]] = {}
+        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._has_padding = any(piece.padding for piece in plan.pieces)
 
-    def num_owned(self, scope: str) -> Counter[int]:
-        """By slot, how many pieces this rank owns."""
-        return self._keep(scope, lambda: Counter(compress(self._of_params(scope), self.plan.owned)))
+    def by_scope(self, scope: str) -> tuple[Sequence[int], Counter[int]]:
+        """The slot of each parameter, and by slot how many pieces this rank owns."""
+        if scope not in self._by_scope:
+            plan = self.plan
+            slots: Sequence[int] = (0,) * len(plan.entries)
+            if scope != "all":
+                slots = [entry.group for entry in plan.entries] if scope == "group" else plan.name_ids
+            self._by_scope[scope] = slots, Counter(compress(slots, plan.owned))
+        return self._by_scope[scope]
 
     def numel(self, scope: str, device: torch.device) -> Tensor:
         """[slots] float64: elements over all ranks, on `device`."""
-
-        def make() -> Tensor:
+        key = scope, device
+        if key not in self._numel:
             dtype = wide_dtype(device)
-            # Filled on the device: a copy from the host would make the host wait for the device.
             if scope == "all":
-                return torch.full((1,), self.plan.numel, dtype=dtype, device=device)
-            by_slot = self.plan.numel_by_group if scope == "group" else self.plan.numel_by_name
-            return by_slot.to(device, dtype)
-
-        return self._keep((scope, device), make)
+                # Filled there: a copy from the host would make the host wait, and `Plan.metric` keeps no slots.
+                self._numel[key] = torch.full((1,), self.plan.numel, dtype=dtype, device=device)
+            else:
+                by_slot = self.plan.numel_by_group if scope == "group" else self.plan.numel_by_name
+                self._numel[key] = by_slot.to(device, dtype)
+        return self._numel[key]
 
     def owned_among(self, positions: Sequence[int], scope: str) -> dict[int, list[int]]:
         """By slot, the places in `positions` of pieces that this rank owns."""
-
-        def make() -> dict[int, list[int]]:
-            slots, found = self._of_params(scope), defaultdict(list)
+        key = tuple(positions), scope
+        if key not in self._owned_among:
+            slots, _ = self.by_scope(scope)
+            found = defaultdict[int, list[int]](list)
             for place, position in enumerate(positions):
+                # A piece that several ranks hold would count several times, so only its owner counts it.
                 if self.plan.owned[position]:
                     found[slots[position]].append(place)
-            return found
-
-        return self._keep_of_some((tuple(positions), scope), make)
+            if len(self._owned_among) >= _MAX_KEPT:
+                self._owned_among.clear()
+            self._owned_among[key] = found
+        return self._owned_among[key]
 
     def index(self, positions: Sequence[int], device: torch.device) -> Tensor:
         """[positions] int64 on `device`: where the numbers of these parameters stand among numbers of scope "tensor"."""
-        name_ids = self.plan.name_ids
-        return self._keep_of_some(
-            (tuple(positions), device), lambda: torch.tensor([name_ids[p] for p in positions], device=device)
-        )
+        key = tuple(positions), device
+        if key not in self._index:
+            if len(self._index) >= _MAX_KEPT:
+                self._index.clear()
+            self._index[key] = torch.tensor([self.plan.name_ids[position] for position in positions], device=device)
+        return self._index[key]
 
     def counted(self, source: Source, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Some of a source's tensors, and what is subtracted from them, without elements that are only padding."""
         both = []
         for tensors in (source.tensors, source.minus):
             some = [tensors[place] for place in places] if tensors else []
+            # FSDP1 fills the last shards up with zeros. They change no sum, but they would be the smallest |x|.
             if self._has_padding and some:
                 pieces = [self.plan.pieces[source.positions[place]] for place in places]
                 some = [
@@ -135,25 +148,6 @@ class Slots:
                 ]
             both.append(some)
         return both[0], both[1]
-
-    def _of_params(self, scope: str) -> Sequence[int]:
-        if scope == "all":
-            return (0,) * len(self.plan.entries)
-        return [entry.group for entry in self.plan.entries] if scope == "group" else self.plan.name_ids
-
-    def _keep(self, key: Any, make: Callable[[], Kept]) -> Kept:
-        if key not in self._kept:
-            self._kept[key] = make()
-        kept: Kept = self._kept[key]
-        return kept
-
-    def _keep_of_some(self, key: Any, make: Callable[[], Kept]) -> Kept:
-        if key not in self._kept_of_some:
-            if len(self._kept_of_some) >= _MAX_KEPT:
-                self._kept_of_some.clear()
-            self._kept_of_some[key] = make()
-        kept: Kept = self._kept_of_some[key]
-        return kept
 
 
 def measure(
@@ -171,6 +165,7 @@ def measure(
     One collective, however much is asked (see `num_collectives`). A piece that another rank owns too is left out here.
     """
     slots, workspace = slots or Slots(plan), workspace or Workspace()
+    # A rank without sources takes part all the same: which collectives are made depends on the plan alone, never on gradients.
     numels = []
     for request in requests:
         device = request.sources[0].tensors[0].device if request.sources else plan.world.device
@@ -199,12 +194,14 @@ def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World)
     if world.size == 1:
         return list(partials)
     totals: list[dict[Statistic, Tensor]] = [{} for _ in partials]
+    # A backend has no reduction that adds some elements of a vector and takes the maximum of others.
     for is_sum in (True, False):
         some = [(n, s, values) for n, by in enumerate(partials) for s, values in by.items() if s.is_sum is is_sum]
         if not some:
             continue
         # A minimum travels as the maximum of the negated values, so that all extrema share one collective.
         signed = [-values if statistic.kind == "min" else values for _, statistic, values in some]
+        # Tensors may be on several devices; a collective takes one vector on one device.
         device = world.sendable(signed[0]).device
         packed = torch.cat([values.to(device) for values in signed])
         reduced = sum_over_ranks(packed, world) if is_sum else max_over_ranks(packed, world)
@@ -222,9 +219,10 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
     statistics, scope = request.metric.statistics, request.scope
     measured: list[tuple[list[int], dict[Statistic, Tensor], float | Tensor]] = []
     alike: dict[Any, list[tuple[int, Tensor, list[Tensor], float | Tensor]]] = {}
-    missing = slots.num_owned(scope).copy()
+    missing = slots.by_scope(scope)[1].copy()
     for source in request.sources:
         scale = source.scale
+        # A tensor is not read to find out whether it equals another.
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
         for slot, places in slots.owned_among(source.positions, scope).items():
             missing[slot] -= len(places)
@@ -258,9 +256,11 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
 
 def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tensor:
     """The statistic of scale · x, from that of x:  Σx → s·Σx,  Σ|x|^p → |s|^p·Σ|x|^p,  max|x| → |s|·max|x|."""
+    # The usual factors: of gradients and of updates that an optimizer leaves negated.
     if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and statistic != SUM)):
         return value
     factor = scale.to(value.device, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
+    # The number of non-zeros has no factor, but at a learning rate of 0 there are none.
     if statistic == COUNT:
         return torch.where(factor == 0, 0.0, value)
     if statistic == SUM:
@@ -279,6 +279,7 @@ def _by_slot(slots: list[int], values: list[Tensor], statistic: Statistic, numel
     # One value for each, in order: scope "all", or "tensor" where this rank owns everything.
     if slots == list(range(len(numel))):
         return joined
+    # A slot may have several values: of tensors on several devices, or of several dtypes.
     by_slot = defaultdict[int, list[Tensor]](list)
     for slot, value in zip(slots, joined.unbind(), strict=True):
         by_slot[slot].append(value)

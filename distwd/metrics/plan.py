@@ -63,6 +63,7 @@ class Plan:
     result_dtype: torch.dtype
     numel_by_name: Tensor = field(repr=False)
     numel_by_group: Tensor = field(repr=False)
+    # Of no use to users: see `offset_of` and `fits`.
     _offsets: tuple[int, ...] = field(repr=False)
     _stamps: list[Any] = field(repr=False)
 
@@ -103,6 +104,7 @@ class Plan:
             raise ValueError(
                 f"plan.metric got {len(tensors)} tensors for a plan of {len(self.entries)} parameters; pass one (or None) for each"
             )
+        # Users measure parameters that require gradients; nothing of it shall be recorded.
         with torch.no_grad():
             # All of them before the first check: `local_like` may talk to other ranks, which do not see what is wrong here.
             locals_ = [
@@ -145,6 +147,7 @@ class Plan:
         entries, rules: the parameters and the numbers asked for as they are now, to say why this rank needs another plan.
         Raises PlanError if some ranks do not come: they go on with this plan.
         """
+        # Without a store (one rank, or a fake backend) there is nobody to wait for.
         if self.world.error_store is not None:
             self.world.error_store.rendezvous(explain_change(self.entries, entries, rules))
 
@@ -165,6 +168,7 @@ def build_plan(
     rules: what will be measured, as text; must be the same on every rank.
     offsets: whether `Plan.offset_of` will be asked.
     """
+    # On this rank alone, since it is an error of the call, the same on every rank that runs the same program.
     check_layout(layout or {})
     args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets)
     found = build(entries, args)
@@ -188,6 +192,7 @@ def build_plan(
 
 def _stamp(tensor: Tensor) -> Any:
     """What must not change as long as a plan is to hold."""
+    # A DTensor keeps its spec object as long as nothing changes, so a comparison is one of identity.
     return layout_spec(tensor) if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
 
 
@@ -217,6 +222,7 @@ def global_metric(
     tensor(5.)
     """
     parse_metric(metric)  # before the exchange: a wrong word is an error on this rank at once
+    # Names given beside the tensors: a list of gradients, say, with the names of their parameters.
     if names is not None:
         found = [entry.tensor for entry in entries_of(tensors)]
         if len(names) != len(found):

@@ -25,9 +25,11 @@ from .world import ErrorStore, World
 # The first row of every rank is about the rank itself: whether it objects, a hash of its rules, whether its tensors are named,
 # how many groups it has, a hash of its other arguments, which patterns of its layout have matched (bits), a number for the plan.
 _OBJECTS, _RULES, _NAMED, _GROUPS, _ARGUMENTS, _MATCHED, _NUMBER = range(NUM_COLUMNS)
-_MAX_PATTERNS = 62  # as bits of one number
-_NARROW = 1 << _MAX_PATTERNS  # the bit beside them: some tensors here are not float64
-_UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2  # values of _NAMED
+# Patterns are bits of one int64, whose sign bit and the bit below it are not theirs.
+_MAX_PATTERNS = 62
+_NARROW = 1 << _MAX_PATTERNS  # some tensors here are not float64
+# Values of _NAMED. A rank without parameters is of neither kind, and fits to both.
+_UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ def build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
     gathered = gather_rows(local.rows, args.world)
     headers = torch.stack([part[0] for part in gathered])
     _check_headers(headers, local.objection, args)
+    # A pipeline stage may have fewer groups than another. Per-group numbers are vectors over the longest list.
     num_groups = int(headers[:, _GROUPS].max())
     rows = [part[1:] for part in gathered]
     found = resolve(rows, args.world.rank, num_groups)
@@ -136,9 +139,11 @@ def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
     if entries:
         named = _ALL_NAMED if all(entry.named for entry in entries) else _UNNAMED
     matched: set[int] = set()
+    # What is sent if this rank objects: no rows, so that the exchange goes its usual way.
     pieces: tuple[Piece, ...] = ()
     objection, rows = None, torch.zeros(0, NUM_COLUMNS, dtype=torch.int64)
-    # An error is sent, not raised: a rank that raises alone leaves the others waiting in the exchange.
+    # An error is sent, not raised: a rank that raises alone leaves the others waiting in the exchange. ValueErrors come from our
+    # checks, RuntimeErrors from torch, of tensors whose bits cannot be read.
     try:
         pieces = tuple(_describe_all(entries, args.layout, matched))
         checksums = [0] * len(entries)
@@ -157,6 +162,7 @@ def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
     header[_MATCHED] = sum(1 << number for number in matched)
     if any(piece.dtype != torch.float64 for piece in pieces):
         header[_MATCHED] |= _NARROW
+    # 63 bits, so a positive int64. Not from torch's generator: building a plan must not change what a user draws next.
     header[_NUMBER] = uuid.uuid4().int >> 65
     return LocalReport(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))
 
@@ -170,6 +176,7 @@ def _describe_all(entries: Sequence[NamedParam], layout: Layout, matched: set[in
     seen: dict[object, str] = {}
     meshes: Meshes = {}
     for entry in entries:
+        # Tied parameters, listed under both names, would be decayed twice and count twice in every metric.
         for key in (entry.name, id(entry.tensor)):
             if key in seen:
                 what = "is listed twice" if seen[key] == entry.name else f"is the same tensor as {seen[key]} (tied)"
@@ -190,12 +197,14 @@ def _check_headers(headers: Tensor, objection: str | None, args: BuildArgs) -> N
 
     headers: [ranks, 7] int64, the same on every rank, so all take the same branch and the exchange of texts in it is safe.
     """
+    # Objections first: a rank that could not describe its tensors differs from the others in everything that follows.
     if headers[:, _OBJECTS].any():
         raise PlanError(_by_rank(gather_objects(objection, args.world), args.world))
+    # Ranks with other rules would start other collectives in a step.
     if len(headers[:, _RULES].unique()) > 1:
         texts = gather_objects(args.rules, args.world)
         raise PlanError("the ranks do not have the same rules: " + _by_rank(texts, args.world))
-    # A rank without parameters fits to both kinds.
+    # Names cannot be matched with positions.
     if len(headers[headers[:, _NAMED] != _EMPTY, _NAMED].unique()) > 1:
         raise PlanError("some ranks gave names and others did not; pass model.named_parameters() on every rank")
     if len(headers[:, _ARGUMENTS].unique()) > 1:
@@ -225,9 +234,11 @@ def _by_rank(texts: Sequence[str | None], world: World) -> str:
 
 def _check_pieces(found: OwnerTable, entries: Sequence[NamedParam], local: LocalReport, world: World) -> None:
     """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of the names in question."""
+    # The table is the same on every rank, so all return here, or all take part in the exchange below.
     if not (found.mismatched or found.uncovered or found.drifted):
         return
     wrong = {name_id for names in (found.mismatched, found.uncovered, found.drifted) for name_id in names[:SHOWN]}
+    # As unsigned, which people compare more easily.
     bits = [checksum % (1 << 64) for checksum in local.rows[1:, CHECKSUM].tolist()]
     reports = [
         PieceReport(name_id, piece, entry.named, entry.group, f"bits {checksum:016x}")

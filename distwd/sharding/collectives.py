@@ -53,6 +53,7 @@ def is_true_on_any_rank(flag: bool, world: World) -> bool:
 def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, world: World) -> Tensor:
     if world.size == 1:
         return values
+    # NCCL alone cannot send what CPU offload keeps in host memory.
     sent = world.sendable(values)
     with _errors_explained(world, in_step=True):
         dist.all_reduce(sent, op=op, group=world.group)
@@ -71,6 +72,7 @@ def gather_rows(rows: Tensor, world: World) -> list[Tensor]:
     """
     if world.size == 1:
         return [rows]
+    # Stages of a pipeline hold different numbers of parameters.
     counts = torch.cat(_gather(torch.tensor([rows.shape[0]]), world)).tolist()
     # An all-gather takes equal shapes only: gloo has no other.
     padded = rows.new_zeros(max(counts), rows.shape[1])
@@ -82,6 +84,7 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     """One picklable value from every rank, in order of rank. For small things, once: the texts of an error, names that matched."""
     if world.size == 1:
         return [value]
+    # Pickled by torch, through a tensor on the group's device.
     values: list[Any] = [None] * world.size
     with _errors_explained(world, in_step=False):
         dist.all_gather_object(values, value, group=world.group)
@@ -102,6 +105,7 @@ def _errors_explained(world: World, in_step: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # While a plan is built no rank can have published anything: its store comes with the plan.
         if not in_step:
             raise PlanError(
                 f"rank {world.rank} of {world.size} has come to build a plan, and another rank of the group has not. "

@@ -12,25 +12,32 @@ from .pieces import Piece
 # Faults of each kind that a text shows. Ranks need not send each other reports of more.
 SHOWN = 5
 
+# Some ranks want another plan while others keep the old one: add_param_group or another metric on one rank only.
 _CHANGE_FIX = (
     "Change groups (add_param_group), shapes, placements and metrics between the same steps on every rank, with an empty "
     "group where a rank has nothing to add."
 )
+# Pipeline stages that all count their layers from 0; FSDP1's shards, of different lengths under one name; groups in another order.
 _MISMATCH_FIX = (
     "give different parameters different names, and build every rank's model and param groups alike; shards in plain tensors need a "
     "layout: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} for others."
 )
+# A group= of too few ranks, or of several models; a parameter that was left out on one rank; Megatron's distributed optimizer,
+# where a rank has no piece at all of some parameters.
 _COVER_FIX = (
     "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that "
     "holds a piece of it. With Sharded(group) every rank of the group has a piece, if need be an empty tensor; where that cannot be "
     "(Megatron's distributed optimizer), leave the layout out and give the pieces names of their own, such as f'{name} on rank {rank}'."
 )
+# ZeRO partitions have equal lengths, so they look like copies; experts of one shape under one name do too. Real copies differ
+# after initialisation from a seed of each rank's own.
 _DRIFT_FIX = (
     "if they are shards in plain tensors, say so: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} "
     "for ZeRO partitions, Megatron or experts; if they are different parameters (experts, pipeline stages), give them "
     "different names; if they are copies, they have drifted or were initialised differently: broadcast them. "
     "check_replicas=False turns this comparison off."
 )
+# Experts and stages that were initialised from one seed; training without DDP, so that gradients are never averaged.
 _GRADIENT_FIX = (
     "if they are different parameters that were initialised alike (pipeline stages, experts), give them different names, or "
     "a layout={pattern: Sharded(group)}; if they are copies, average their gradients before the step, or they drift; if "
@@ -89,6 +96,7 @@ def explain_change(planned: Sequence[NamedParam], now: Sequence[NamedParam], rul
     planned, now: the parameters of the plan, and those that the optimizer has now.
     rules: the numbers that are measured now, as text.
     """
+    # By name, whatever the order: a new order alone is no change that a user would look for.
     before, after = ({entry.name: entry for entry in entries} for entries in (planned, now))
     changes = {
         "new": [name for name in after if name not in before],

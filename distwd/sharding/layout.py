@@ -64,6 +64,7 @@ class Sharded:
         """
         from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+        # Nested modules may be wrapped with different groups and strategies (HYBRID_SHARD beside NO_SHARD), so one mark for each.
         by_group: dict[Any, list[Tensor]] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             flat = flat_param_of(module)
@@ -89,6 +90,7 @@ class _IsOneOf:
     tensors: tuple[Tensor, ...]
 
     def __call__(self, name: str, tensor: Tensor) -> bool:
+        # By identity: `==` of tensors compares their elements.
         return any(tensor is one for one in self.tensors)
 
     def __repr__(self) -> str:
@@ -106,6 +108,7 @@ def find_mark(name: str, tensor: Tensor, layout: Layout) -> tuple[int, Mark] | N
     Raises ValueError where a predicate raises anything.
     """
     for number, (pattern, mark) in enumerate(layout.items()):
+        # The first match counts, as in a list of exceptions that ends with "*".
         if isinstance(pattern, str):
             matches = fnmatchcase(name, pattern)
         else:
@@ -131,5 +134,6 @@ def check_layout(layout: Layout) -> None:
             raise ValueError(f"layout: {pattern!r} is neither a glob of names nor a predicate(name, tensor)")
         if not isinstance(mark, (Sharded, Replicated)):
             raise ValueError(f"layout[{pattern!r}] must be Sharded(group) or Replicated(group), not {mark!r}")
+        # None means all ranks, and is looked up when it is needed: the layout may be written before init_process_group.
         if mark.group is not None:
             check_group(mark.group)

@@ -41,7 +41,7 @@ def entries_of(params: Iterable[Any]) -> tuple[NamedParam, ...]:
     """
     if isinstance(params, Tensor):
         raise ValueError("params must be an iterable of tensors, not one tensor; pass [tensor]")
-    items = list(params)
+    items = list(params)  # a generator, such as model.parameters(), can be read once only
     if any(isinstance(item, Mapping) for item in items):
         return entries_of_groups(items)
     return entries_of_groups([{"params": items}])
@@ -64,6 +64,7 @@ def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, 
                 name, member = member
             if not isinstance(member, Tensor):
                 raise TypeError(f"params must hold tensors or (name, tensor) pairs, not {type(member).__name__}")
+            # Without a name the position among all parameters stands for it: ranks match by that.
             entries.append(NamedParam(name or f"param {len(entries)}", member, index, name is not None, decay))
     return tuple(entries)
 
@@ -81,6 +82,7 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
             "params must be an iterable of tensors, (name, tensor) pairs or group dicts, not one tensor; pass [tensor]"
         )
     items = list(params)
+    # torch refuses an empty list. One process without parameters is a mistake; one rank of several may be a stage without any.
     if not items:
         if World.of(group).size == 1:
             raise ValueError("optimizer got an empty parameter list; pass model.named_parameters()")
@@ -90,6 +92,7 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
     groups = []
     for item in items:
         members = item["params"]
+        # torch refuses sets too, but would not see one that has been copied into a list.
         if isinstance(members, set):
             raise TypeError(
                 "params of a group must be an ordered collection, not a set: ranks would disagree on the order; pass a list"
@@ -132,6 +135,7 @@ class ParamList:
         self._all: Groups = ()
         self._ids: tuple[list[int], list[int]] = [], []
         self._entries: tuple[NamedParam, ...] = ()
+        # Weak, since an old tensor may be gigabytes; and keys by identity, since `==` of tensors compares elements.
         self._names = WeakTensorKeyDictionary({tensor: name for name, tensor in named_parameters})
         # The names by place, for tensors that take the place of known ones later.
         self._names_by_place: list[list[str | None]] = []
@@ -165,11 +169,13 @@ class ParamList:
 
     def _with_names(self, groups: Groups) -> Groups:
         """The groups, with `param_names` where they have none of their own and the names of all members are known."""
+        # The usual case, without a look at the parameters.
         if not self._names and not self._names_by_place:
             return groups
         named = []
         for index, group in enumerate(groups):
             names = [self._names.get(param) for param in group["params"]]
+            # A group that was added later has no places yet. One that has lost or gained a member has no known order.
             places = self._names_by_place[index] if index < len(self._names_by_place) else []
             if len(places) == len(names):
                 names = [name or place for name, place in zip(names, places, strict=True)]

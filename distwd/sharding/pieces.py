@@ -71,26 +71,37 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     """
     check_tensor(name, tensor)
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
-    piece = Piece(name, shape, tensor.dtype, _whole(shape), local, "plain", ())
+    whole = tuple(((0, size),) for size in shape)
+    piece = Piece(name, shape, tensor.dtype, whole, local, "plain", ())
     if isinstance(tensor, DTensor):
         meshes = {} if meshes is None else meshes
         mesh = tensor.device_mesh
         cuts = _cuts(tensor, local)
+        # Of an empty tensor nothing is measured or decayed; frameworks give it any shape.
         if math.prod(local) and not _fits(cuts, local):
             raise ValueError(
                 f"{name}: the local tensor has shape {local}, but {tensor.placements} on a mesh of shape "
                 f"{tuple(mesh.shape)} gives {tuple(_length(cut) for cut in cuts)}; "
                 "distribute it with torch's own functions (distribute_tensor, fully_shard), or pass its true shape to DTensor.from_local"
             )
+        # `mesh.mesh` is a tensor, and reading it for every parameter takes longer than all else here.
         if mesh not in meshes:
             meshes[mesh] = tuple(mesh.mesh.flatten().tolist())
-        piece = replace(
-            piece, cuts=cuts, placements=", ".join(map(short_placement, tensor.placements)), mesh=meshes[mesh]
-        )
+        # As torch abbreviates them: S(0), R, SS(0,2).
+        placements = [
+            f"SS({p.dim},{p.split_factor})"
+            if isinstance(p, StridedShard)
+            else f"S({p.dim})"
+            if isinstance(p, Shard)
+            else "R"
+            for p in tensor.placements
+        ]
+        piece = replace(piece, cuts=cuts, placements=", ".join(placements), mesh=meshes[mesh])
     if not isinstance(mark, Sharded):
         return piece
     # The mark adds a cut, by the number of the piece. For a plain tensor it is the only one. A DTensor of experts keeps its own
     # cuts: their expert-parallel axis is not in its mesh.
+    # The pieces' lengths are known to their ranks alone, so the whole is described as a row of numbered pieces.
     world = World.of(mark.group)
     ranks = tuple(dist.get_process_group_ranks(world.group)) if world.group is not None else ()
     own_shape, own_cuts = (piece.shape, piece.cuts) if piece.mesh else ((), ())
@@ -108,6 +119,7 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise ValueError, with the name and the way out, for meta, sparse, complex, integer and `Partial` tensors."""
     local = local_tensor(tensor)
+    # During deferred initialisation either of the two may still be a meta tensor.
     if tensor.is_meta or local.is_meta:
         raise ValueError(f"{name} is a meta tensor, without numbers; call model.to_empty(...) and initialise it first")
     if local.layout is not torch.strided:
@@ -123,13 +135,6 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"{name} has a Partial placement {tensor.placements}: its numbers are pending sums; "
             "call redistribute(placements=...) with Shard or Replicate first"
         )
-
-
-def short_placement(placement: Placement) -> str:
-    """`S(0)`, `R` or `SS(0,2)`, as torch abbreviates placements."""
-    if isinstance(placement, StridedShard):
-        return f"SS({placement.dim},{placement.split_factor})"
-    return f"S({placement.dim})" if isinstance(placement, Shard) else "R"
 
 
 # --- how a mesh cuts --------------------------------------------------------------------------------------------------
@@ -153,7 +158,7 @@ def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
 
 def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals, ...]:
     """Cut a whole along each mesh axis in turn, in the order given."""
-    cuts = list(_whole(shape))
+    cuts: list[Intervals] = [((0, size),) for size in shape]
     for placement, num_chunks, index in axes:
         if isinstance(placement, StridedShard):
             # Cuts each of `split_factor` parts by itself, and takes the same chunk of all.
@@ -171,6 +176,7 @@ def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
     There it is an ordinary Shard. A _StridedShard for which no such axes are found keeps its place.
     """
     order: list[Axis] = []
+    # From the last axis, which for FSDP2 over TP is TP and cuts first.
     for axis in reversed(axes):
         placement, num_chunks, index = axis
         place, cut = 0, axis
@@ -195,16 +201,13 @@ def _fits(cuts: Sequence[Intervals], local: tuple[int, ...]) -> bool:
     return lengths == local or math.prod(lengths) == math.prod(local) == 0
 
 
-def _whole(shape: tuple[int, ...]) -> tuple[Intervals, ...]:
-    return tuple(((0, size),) for size in shape)
-
-
 def _length(intervals: Intervals) -> int:
     return sum(high - low for low, high in intervals)
 
 
 def _chunk(intervals: Intervals, num_chunks: int, index: int) -> Intervals:
     """The `index`-th of `num_chunks` parts, with the sizes of `torch.chunk`; the last ones may be empty."""
+    # torch.chunk rounds the size up, so the last parts come out short or empty (numpy would make the first ones longer).
     size = -(-_length(intervals) // num_chunks)
     return tuple(_take(intervals, size * index, size * (index + 1)))
 
@@ -215,6 +218,7 @@ def _take(intervals: Intervals, start: int, stop: int) -> Iterator[tuple[int, in
         first, last = max(low, low + start), min(high, low + stop)
         if first < last:
             yield first, last
+        # From here on counted from the end of this interval.
         start, stop = start - (high - low), stop - (high - low)
 
 

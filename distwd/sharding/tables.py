@@ -46,6 +46,7 @@ def plan_table(
                 entry.decay or "-",
             )
         )
+    # The sum over all ranks of this number is the last number: what a user can check.
     num_owned = sum(piece.numel for piece, own in zip(pieces, owned, strict=True) if own)
     last = f"rank {world.rank} of {world.size} speaks for {num_owned:,} of {numel:,} elements"
     return "\n".join([*text_table(rows), last])
@@ -85,12 +86,14 @@ def audit_table(rows: Sequence[AuditRow]) -> str:
     rows: one for each parameter. Those of equal layers are put together as `layers.*.norm.weight`: of a large model nobody
     would read them all.
     """
+    # Sorted by group; within a group the order of the model is kept, for sorting is stable.
     kinds: dict[tuple[object, ...], list[AuditRow]] = {}
     for row in sorted(rows, key=lambda row: row.group):
         kinds.setdefault((row.group, row.rule, _NUMBER.sub("*", row.name), row.shape), []).append(row)
     lines: list[Sequence[str]] = [_AUDIT_HEAD]
     for alike in kinds.values():
         first = alike[0]
+        # A lone `layers.7.weight` is not a pattern: the other layers are in another group, or of another shape.
         name = first.name if len(alike) == 1 else _NUMBER.sub("*", first.name)
         decays = "; ".join(f"{decay:g}" for decay in first.decays) or "-"
         elements = f"{sum(row.numel for row in alike):,}"

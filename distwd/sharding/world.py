@@ -62,6 +62,7 @@ class World:
 
 def check_group(group: Any) -> None:
     """Raise ValueError for what is not a process group that this process belongs to."""
+    # What `new_group` returns on ranks that it leaves out.
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             "group: this process is not a member of it; build the optimizer only on the ranks of the group"
@@ -74,8 +75,10 @@ def check_group(group: Any) -> None:
 
 def _device(serves: tuple[str, ...]) -> torch.device:
     """Where to send from: the CPU if the group serves it, else this process's current card."""
+    # Only what is on a device of another type is copied, and every device can copy to the CPU.
     if "cpu" in serves:
         return torch.device("cpu")
+    # The current card, not card 0: NCCL refuses two ranks on one card.
     return torch.device(serves[0], getattr(torch, serves[0]).current_device())
 
 
@@ -148,6 +151,7 @@ class ErrorStore:
         Raises PlanError if neither is known within the timeout.
         """
         answer = f"answer {number}"
+        # One True decides, so this rank need not wait. Ranks that train then meet in the collective that follows.
         if flag:
             self.store.set(answer, "yes")
             return True
@@ -174,6 +178,7 @@ class ErrorStore:
         Raises PlanError with the reasons of the ranks that came, if some did not come within the timeout.
         """
         self.publish(reason)
+        # `add` is atomic: exactly one rank is the last.
         if self.store.add("met", 1) == self.size:
             self.store.set("go", "")
         try:
