@@ -139,7 +139,7 @@ class Slots:
         both = []
         for tensors in (source.tensors, source.minus):
             some = [tensors[place] for place in places] if tensors else []
-            # FSDP1 fills the last shards up with zeros. They change no sum, but they would be the smallest |x|.
+            # FSDP1 fills up the last shards. What lies there is nobody's, and would often be the smallest |x|.
             if self._has_padding and some:
                 pieces = [self.plan.pieces[source.positions[place]] for place in places]
                 some = [
@@ -218,7 +218,7 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
     """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
     statistics, scope = request.metric.statistics, request.scope
     measured: list[tuple[list[int], dict[Statistic, Tensor], float | Tensor]] = []
-    alike: dict[Any, list[tuple[int, Tensor, list[Tensor], float | Tensor]]] = {}
+    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], float | Tensor]] = {}
     missing = slots.by_scope(scope)[1].copy()
     for source in request.sources:
         scale = source.scale
@@ -231,14 +231,15 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
                 # Small tensors with a slot of their own: those of one length are measured together, as rows of a matrix. One by
                 # one, scope="tensor" would start several kernels for every bias.
                 key = (tensors[0].device, tensors[0].dtype, size, bool(minus), scale_key)
-                alike.setdefault(key, []).append((slot, tensors[0], minus, scale))
+                own_slots, own_tensors, own_minus, _ = alike.setdefault(key, ([], [], [], scale))
+                own_slots.append(slot)
+                own_tensors += tensors
+                own_minus += minus
             else:
                 values = local_statistics(tensors, statistics, workspace, minus)
                 measured.append(([slot], {statistic: value.view(1) for statistic, value in values.items()}, scale))
-    for some in alike.values():
-        tensors, minus = [tensor for _, tensor, _, _ in some], [one for _, _, own, _ in some for one in own]
-        values = statistics_of_each(tensors, minus, statistics, workspace)
-        measured.append(([slot for slot, _, _, _ in some], values, some[0][3]))
+    for own_slots, own_tensors, own_minus, scale in alike.values():
+        measured.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
 
     slots_of_values = [slot for own, _, _ in measured for slot in own]
     # Parameters without a tensor count as zeros. To a sum of |x|^p they add nothing, but they are the smallest |x|.

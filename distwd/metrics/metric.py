@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_choice
 
 # What a metric may be taken of, and over which parameters.
-TENSORS = ("update", "grad", "params")
+SOURCES = ("update", "grad", "params")
 SCOPES = ("all", "group", "tensor")
 
 Statistics = Mapping["Statistic", Tensor]
@@ -148,6 +148,6 @@ class Measure:
     parsed: Metric = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_choice("of", self.of, TENSORS)
+        check_choice("of", self.of, SOURCES)
         check_choice("scope", self.scope, SCOPES)
         object.__setattr__(self, "parsed", parse_metric(self.metric))
