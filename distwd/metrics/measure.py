@@ -1,8 +1,9 @@
 """Measure: sums over local elements, one reduction over all ranks for everything that is asked, and the formulas.
 
-    sources  →  local statistics by slot, float64  →  one packed vector, one all-reduce  →  metric(statistics, number of elements)
+    sources → local statistics by slot, float64 → one packed vector, one all-reduce → metric(statistics, num elements)
 
-A slot is a place in a vector of numbers: one for all parameters (scope "all"), one per param group, or one per parameter.
+A slot is a place in a vector of numbers: one for all parameters (scope "all"), one per param group, or one per
+parameter.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Request:
 class Slots:
     """In which slot each parameter of a plan counts, and which of them this rank has to count.
 
-    None of it changes from step to step, so whoever measures in every step keeps this object beside the plan. What is asked
-    once is kept: a step must not walk over all parameters again, nor copy anything to a device.
+    None of it changes from step to step, so whoever measures in every step keeps this object beside the plan. A
+    step must not walk over all parameters again, nor copy anything to a device.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -126,7 +127,7 @@ class Slots:
         return self._owned_among[key]
 
     def index(self, positions: Sequence[int], device: torch.device) -> Tensor:
-        """[positions] int64 on `device`: where the numbers of these parameters stand among numbers of scope "tensor"."""
+        """[positions] int64 on `device`: the slots of these parameters among numbers of scope "tensor"."""
         key = tuple(positions), device
         if key not in self._index:
             if len(self._index) >= _MAX_KEPT:
@@ -165,7 +166,8 @@ def measure(
     One collective, however much is asked (see `num_collectives`). A piece that another rank owns too is left out here.
     """
     slots, workspace = slots or Slots(plan), workspace or Workspace()
-    # A rank without sources takes part all the same: which collectives are made depends on the plan alone, never on gradients.
+    # A rank without sources takes part all the same: which collectives are made depends on the plan alone, never on
+    # gradients.
     numels = []
     for request in requests:
         device = request.sources[0].tensors[0].device if request.sources else plan.world.device
@@ -188,7 +190,8 @@ def num_collectives(statistics: Sequence[Statistic], world: World) -> int:
 def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World) -> list[dict[Statistic, Tensor]]:
     """Combine statistics over all ranks.
 
-    partials: for each request, [slots] float64 by statistic, of this rank's own elements; other requests may be on other devices.
+    partials: for each request, [slots] float64 by statistic, of this rank's own elements; other requests may be on
+        other devices.
     Returns the same, over all ranks, on the devices they came from.
     """
     if world.size == 1:
@@ -228,8 +231,8 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
             missing[slot] -= len(places)
             tensors, minus = slots.counted(source, places)
             if len(tensors) == 1 and (size := tensors[0].numel()):
-                # Small tensors with a slot of their own: those of one length are measured together, as rows of a matrix. One by
-                # one, scope="tensor" would start several kernels for every bias.
+                # Small tensors with a slot of their own: those of one length are measured together, as rows of a
+                # matrix. One by one, scope="tensor" would start several kernels for every bias.
                 key = (tensors[0].device, tensors[0].dtype, size, bool(minus), scale_key)
                 own_slots, own_tensors, own_minus, _ = alike.setdefault(key, ([], [], [], scale))
                 own_slots.append(slot)

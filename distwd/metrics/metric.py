@@ -75,8 +75,8 @@ class Metric:
 
 
 def _variance(m: Statistics, n: Tensor) -> Tensor:
-    # var = (Σx² − (Σx)²/n) / (n−1). The difference loses |mean/std|² of float64's 2^-53, so it keeps float32's precision up to
-    # a ratio of about 10^4. A second pass over centred values would be exact, and a second collective.
+    # var = (Σx² − (Σx)²/n) / (n−1). The difference loses |mean/std|² of float64's 2^-53, so it keeps float32's
+    # precision up to a ratio of about 10^4. A second pass over centred values would be exact, and a second collective.
     spread = (m[SQUARE] - m[SUM] ** 2 / n).clamp(min=0.0)
     # Of one element it is 0, as a coefficient can use it; but a NaN stays a NaN.
     return torch.where(n > 1, spread / (n - 1).clamp(min=1), 0.0 * spread)

@@ -1,4 +1,4 @@
-"""The plan: who holds which piece of every parameter, and which rank owns it; and `global_metric`, a number without a plan."""
+"""The plan: who holds which piece of every parameter, and which rank owns it. And numbers about sharded tensors."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from .metric import parse_metric
 class Plan:
     """Who holds which piece of every parameter, and which rank owns it.
 
-    Built once, by one exchange of descriptions (56 bytes per parameter and rank); frozen; `print(plan)` shows it as a table.
-    For each piece that several ranks hold, the lowest rank owns it, so that every element of the model counts exactly once.
+    Built once, by one exchange of descriptions (56 bytes per parameter and rank); frozen; `print(plan)` shows it as a
+    table. For each piece that several ranks hold, the lowest rank owns it, so that every element of the model counts
+    exactly once.
 
     world: the ranks that hold the model.
     entries: the parameters of this rank; the next four are in the same order.
@@ -92,11 +93,12 @@ class Plan:
         return build_plan(entries_of(params), group, layout, check_replicas)
 
     def metric(self, tensors: Sequence[Tensor | None], metric: str | float = "mad") -> Tensor:
-        """A number about all elements of `tensors`, which correspond to the plan's parameters one by one (their gradients, say).
+        """A number about all elements of `tensors`, one for each of the plan's parameters (their gradients, say).
 
         tensors: DTensors or local tensors, of the parameters' local shapes; None counts as zeros.
         metric: as in `global_metric`.
-        Returns a 0-d float32 tensor (float64 if every parameter is float64), with the same bits on every rank. One all-reduce.
+        Returns a 0-d float32 tensor (float64 if every parameter is float64), with the same bits on every rank. One
+        all-reduce.
         Raises ValueError if their number or local shapes are not the plan's, or the metric is not known.
         """
         parsed = parse_metric(metric)
@@ -106,7 +108,8 @@ class Plan:
             )
         # Users measure parameters that require gradients; nothing of it shall be recorded.
         with torch.no_grad():
-            # All of them before the first check: `local_like` may talk to other ranks, which do not see what is wrong here.
+            # All of them before the first check: `local_like` may talk to other ranks, which do not see what is wrong
+            # here.
             locals_ = [
                 None if t is None else local_like(t, entry.tensor)
                 for t, entry in zip(tensors, self.entries, strict=True)
@@ -125,7 +128,7 @@ class Plan:
         return len(self.numel_by_name)
 
     def offset_of(self, position: int) -> int:
-        """Elements of the whole before a counted piece; 0 for other pieces. Only for plans that were built with `offsets`."""
+        """Elements of the whole before a counted piece; 0 for other pieces. The plan must be built with `offsets`."""
         return self._offsets[position]
 
     def fits(self, entries: Sequence[NamedParam]) -> bool:
@@ -133,7 +136,8 @@ class Plan:
 
         entries: the parameters as they are now.
         """
-        # The same tuple as before is the usual case, and then names need not be compared. Tensors may have changed in place.
+        # The same tuple as before is the usual case, and then names need not be compared. Tensors may have changed in
+        # place.
         if entries is not self.entries and (
             [(entry.name, entry.group) for entry in entries] != [(entry.name, entry.group) for entry in self.entries]
         ):
@@ -144,7 +148,8 @@ class Plan:
     def meet_to_rebuild(self, entries: Sequence[NamedParam], rules: str) -> None:
         """Wait until every rank of this plan is about to build another one.
 
-        entries, rules: the parameters and the numbers asked for as they are now, to say why this rank needs another plan.
+        entries, rules: the parameters and the numbers asked for as they are now, to say why this rank needs another
+            plan.
         Raises PlanError if some ranks do not come: they go on with this plan.
         """
         # Without a store (one rank, or a fake backend) there is nobody to wait for.
@@ -207,8 +212,9 @@ def global_metric(
     """A number about all elements of `tensors`, each counted once however they are sharded:  mean|x|, ‖x‖_p, ...
 
     tensors: DTensors, plain tensors or a mix, on any meshes; or (name, tensor) pairs. Float dtypes, any shapes.
-    metric: "mad" (mean |x|), "std", "var" (both with N-1), "sum", "rms", "l0" (non-zeros), "l1", "l2", "l3", "l4", "linf", or a number p.
-        Over no elements it is 0; a NaN on any rank makes it NaN on all. std and var keep float32's precision up to |mean|/std of 10^4.
+    metric: "mad" (mean |x|), "std", "var" (both with N-1), "sum", "rms", "l0" (non-zeros), "l1", "l2", "l3", "l4",
+        "linf", or a number p. Over no elements it is 0; a NaN on any rank makes it NaN on all. std and var keep
+        float32's precision up to |mean|/std of 10^4.
     group: the ranks that together hold the tensors; default all ranks.
     layout: as in `Plan.build`.
     names: one for each tensor, where they come without.

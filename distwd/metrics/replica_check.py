@@ -2,9 +2,9 @@
 
     s = Σᵢ ±gᵢ with signs by place;   all are copies  ⟹  Σ over holders of s = (number of holders) · (s of the owner)
 
-Pipeline stages or experts that were initialised from one seed, under the same names on every rank, look like copies until they
-are trained. So the gradients of copies are compared once, in a first step that builds the plan. They need not have equal bits,
-since kernels round differently; but different parameters have entirely different gradients.
+Pipeline stages or experts that were initialised from one seed, under the same names on every rank, look like copies
+until they are trained. So the gradients of copies are compared once, in a first step that builds the plan. They need
+not have equal bits, since kernels round differently; but different parameters have entirely different gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ..sharding.explain import SHOWN, PieceReport, explain_gradients
 from ..sharding.local import local_tensor
 from .plan import Plan
 
-# For different gradients s differs by about their norm; for equal ones by roundings, far below this part of it even in bf16.
+# For different gradients s differs by about their norm; for equal ones by roundings, far below this part of it even in
+# bf16.
 _TOLERANCE = 0.01
 _BLOCK = 1 << 20
 
@@ -28,8 +29,8 @@ _BLOCK = 1 << 20
 def check_gradients(plan: Plan) -> None:
     """Raise PlanError, on every rank alike, where copies of a piece have different gradients.
 
-    One all-reduce if any piece has copies. A name is not judged if some rank has no gradient for it, or one that is not finite,
-    or one that is cut otherwise than the parameter.
+    One all-reduce if any piece has copies. A name is not judged if some rank has no gradient for it, or one that is not
+    finite, or one that is cut otherwise than the parameter.
     """
     if not plan.has_copies:
         return
@@ -78,7 +79,7 @@ def _gradient(param: Tensor, numel: int) -> Tensor | None:
 
 
 def _signed_sum_and_norm(flat: Tensor) -> list[Tensor]:
-    """Σᵢ ±gᵢ and ‖g‖, 0-d; the same signs on every rank, half of each. A plain sum would not see elements that changed places."""
+    """Σᵢ ±gᵢ and ‖g‖, 0-d; signs by place, the same on every rank. A plain sum would not see elements change places."""
     wide = wide_dtype(flat.device)
     total = torch.zeros((), dtype=wide, device=flat.device)
     for start in range(0, flat.numel(), _BLOCK):

@@ -1,4 +1,4 @@
-"""Building a plan: describe what is here, exchange with the other ranks, find the owners, and raise together if anything is wrong.
+"""Building a plan: describe what is here, exchange it, find the owners, and raise together if anything is wrong.
 
 Two all-gathers of integers. A third exchange, of text, is made only to explain an error.
 """
@@ -22,8 +22,9 @@ from .params import NamedParam
 from .pieces import Meshes, Piece, describe
 from .world import ErrorStore, World
 
-# The first row of every rank is about the rank itself: whether it objects, a hash of its rules, whether its tensors are named,
-# how many groups it has, a hash of its other arguments, which patterns of its layout have matched (bits), a number for the plan.
+# The first row of every rank is about the rank itself: whether it objects, a hash of its rules, whether its tensors are
+# named, how many groups it has, a hash of its other arguments, which patterns of its layout have matched (bits), a
+# number for the plan.
 _OBJECTS, _RULES, _NAMED, _GROUPS, _ARGUMENTS, _MATCHED, _NUMBER = range(NUM_COLUMNS)
 # Patterns are bits of one int64, whose sign bit and the bit below it are not theirs.
 _MAX_PATTERNS = 62
@@ -142,8 +143,8 @@ def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
     # What is sent if this rank objects: no rows, so that the exchange goes its usual way.
     pieces: tuple[Piece, ...] = ()
     objection, rows = None, torch.zeros(0, NUM_COLUMNS, dtype=torch.int64)
-    # An error is sent, not raised: a rank that raises alone leaves the others waiting in the exchange. ValueErrors come from our
-    # checks, RuntimeErrors from torch, of tensors whose bits cannot be read.
+    # An error is sent, not raised: a rank that raises alone leaves the others waiting in the exchange. ValueErrors come
+    # from our checks, RuntimeErrors from torch, of tensors whose bits cannot be read.
     try:
         pieces = tuple(_describe_all(entries, args.layout, matched))
         checksums = [0] * len(entries)
@@ -195,7 +196,8 @@ def _describe_all(entries: Sequence[NamedParam], layout: Layout, matched: set[in
 def _check_headers(headers: Tensor, objection: str | None, args: BuildArgs) -> None:
     """Raise PlanError on every rank if any objects, or if they were called differently.
 
-    headers: [ranks, 7] int64, the same on every rank, so all take the same branch and the exchange of texts in it is safe.
+    headers: [ranks, 7] int64, the same on every rank, so all take the same branch and the exchange of texts in it is
+        safe.
     """
     # Objections first: a rank that could not describe its tensors differs from the others in everything that follows.
     if headers[:, _OBJECTS].any():
@@ -233,7 +235,7 @@ def _by_rank(texts: Sequence[str | None], world: World) -> str:
 
 
 def _check_pieces(found: OwnerTable, entries: Sequence[NamedParam], local: LocalReport, world: World) -> None:
-    """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of the names in question."""
+    """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of those names."""
     # The table is the same on every rank, so all return here, or all take part in the exchange below.
     if not (found.mismatched or found.uncovered or found.drifted):
         return

@@ -1,6 +1,7 @@
 """The one door to the network: every collective that distwd starts is started here.
 
-(One more is started by torch: `local_like` in local.py redistributes a gradient that is cut otherwise than its parameter.)
+One more is started by torch: `local_like` in local.py redistributes a gradient that is cut otherwise than its
+parameter.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def gather_rows(rows: Tensor, world: World) -> list[Tensor]:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """One picklable value from every rank, in order of rank. For small things, once: the texts of an error, names that matched."""
+    """One small picklable value from every rank, in order of rank. Not for every step: for texts of an error, say."""
     if world.size == 1:
         return [value]
     # Pickled by torch, through a tensor on the group's device.
@@ -101,7 +102,7 @@ def _gather(tensor: Tensor, world: World) -> list[Tensor]:
 
 @contextmanager
 def _errors_explained(world: World, in_step: bool) -> Iterator[None]:
-    """Turn a backend's error into one that says what to do: the peer died, raised, does something else, or is too late."""
+    """Turn a backend's error into one that says what to do: another rank died, raised, or does something else."""
     try:
         yield
     except RuntimeError as error:

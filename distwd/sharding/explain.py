@@ -17,20 +17,21 @@ _CHANGE_FIX = (
     "Change groups (add_param_group), shapes, placements and metrics between the same steps on every rank, with an empty "
     "group where a rank has nothing to add."
 )
-# Pipeline stages that all count their layers from 0; FSDP1's shards, of different lengths under one name; groups in another order.
+# Pipeline stages that all count their layers from 0; FSDP1's shards, of different lengths under one name; groups in
+# another order.
 _MISMATCH_FIX = (
     "give different parameters different names, and build every rank's model and param groups alike; shards in plain tensors need a "
     "layout: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} for others."
 )
-# A group= of too few ranks, or of several models; a parameter that was left out on one rank; Megatron's distributed optimizer,
-# where a rank has no piece at all of some parameters.
+# A group= of too few ranks, or of several models; a parameter that was left out on one rank; Megatron's distributed
+# optimizer, where a rank has no piece at all of some parameters.
 _COVER_FIX = (
     "pass the group of exactly the ranks that hold the model (group=), and pass every parameter on every rank that "
     "holds a piece of it. With Sharded(group) every rank of the group has a piece, if need be an empty tensor; where that cannot be "
     "(Megatron's distributed optimizer), leave the layout out and give the pieces names of their own, such as f'{name} on rank {rank}'."
 )
-# ZeRO partitions have equal lengths, so they look like copies; experts of one shape under one name do too. Real copies differ
-# after initialisation from a seed of each rank's own.
+# ZeRO partitions have equal lengths, so they look like copies; experts of one shape under one name do too. Real copies
+# differ after initialisation from a seed of each rank's own.
 _DRIFT_FIX = (
     "if they are shards in plain tensors, say so: layout=Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)} "
     "for ZeRO partitions, Megatron or experts; if they are different parameters (experts, pipeline stages), give them "
@@ -122,7 +123,7 @@ def _section(
     describe: Callable[[PieceReport], str],
     fix: str,
 ) -> str:
-    """One kind of fault: a line `w: rank 0, 1: ... | rank 2: ...` for each name, and what to do; "" if nothing is wrong."""
+    """One kind of fault, a line `w: rank 0, 1: ... | rank 2: ...` for each name; "" if nothing is wrong."""
     if not wrong:
         return ""
     lines = [f"{problem}:"]
@@ -143,7 +144,7 @@ def _section(
 
 
 def _names_fix(reports: Sequence[Sequence[PieceReport]]) -> list[str]:
-    """Advice to give names, if some have none: parameters that were matched by position may not belong together at all."""
+    """Advice to give names, if some have none. What was matched by position may not belong together at all."""
     return [] if all(report.named for of_rank in reports for report in of_rank) else [_NAMES_FIX]
 
 

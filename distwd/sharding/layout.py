@@ -36,10 +36,10 @@ class Replicated:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """A mark for `layout=`: this rank's tensor is the piece numbered by its rank in `group`, of one whole cut over `group`.
+    """A mark for `layout=`: one whole is cut over `group`, and each rank holds the piece of its own number.
 
-    Pieces may have any lengths, 0 too. Another group that holds the same name holds copies. On a DTensor it adds a cut that is
-    not in its placements, as of experts whose expert-parallel axis is not in their mesh.
+    Pieces may have any lengths, 0 too. Another group that holds the same name holds copies. On a DTensor it adds a cut
+    that is not in its placements, as of experts whose expert-parallel axis is not in their mesh.
 
     group: a process group that this rank belongs to; None for all ranks.
     Source: torch's `Shard` placement.
@@ -55,8 +55,8 @@ class Sharded:
     def from_fsdp1(model: torch.nn.Module) -> Layout:
         """The layout of a model that is wrapped with FSDP1 (torch.distributed.fsdp.FullyShardedDataParallel).
 
-        With use_orig_params=True every parameter is a piece, perhaps an empty one. With False every FlatParameter is; its
-        padding counts for nothing.
+        With use_orig_params=True every parameter is a piece, perhaps an empty one. With False every FlatParameter is;
+        its padding counts for nothing.
 
         model: wrapped with any sharding strategy, the whole or in parts.
         Returns a layout for `Chain`, `attach`, `Plan.build` or `global_metric`.
@@ -64,7 +64,8 @@ class Sharded:
         """
         from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-        # Nested modules may be wrapped with different groups and strategies (HYBRID_SHARD beside NO_SHARD), so one mark for each.
+        # Nested modules may be wrapped with different groups and strategies (HYBRID_SHARD beside NO_SHARD), so one mark
+        # for each.
         by_group: dict[Any, list[Tensor]] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             flat = flat_param_of(module)
@@ -85,7 +86,7 @@ class Sharded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _IsOneOf:
-    """A predicate: whether a tensor is one of these very objects. FSDP1's names cannot be told from names of its parts."""
+    """A predicate: whether a tensor is one of these very objects, whatever wrappers do to its name."""
 
     tensors: tuple[Tensor, ...]
 
@@ -112,8 +113,8 @@ def find_mark(name: str, tensor: Tensor, layout: Layout) -> tuple[int, Mark] | N
         if isinstance(pattern, str):
             matches = fnmatchcase(name, pattern)
         else:
-            # The predicate is the user's and may raise anything, on one rank alone. As a ValueError it is sent to the others
-            # when a plan is built, and raised there too.
+            # The predicate is the user's and may raise anything, on one rank alone. As a ValueError it is sent to the
+            # others when a plan is built, and raised there too.
             try:
                 matches = bool(pattern(name, tensor))
             except Exception as error:

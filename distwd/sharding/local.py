@@ -18,7 +18,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
     tensor: a DTensor, or a plain tensor, which is returned as it is.
     Returns a plain tensor over the same storage, without autograd and without communication.
     """
-    # Plain tensors are told apart first: to look for an attribute that a tensor does not have takes longer than all the rest.
+    # Plain tensors are told apart first: to look for an attribute that a tensor does not have takes longer than all the
+    # rest.
     if type(tensor) in _PLAIN:
         return tensor
     # The attribute is read anew in every step and never cached, so a parameter may be given other storage at any time.
@@ -36,8 +37,8 @@ def local_like(tensor: Tensor, param: Tensor) -> Tensor:
     Returns a plain tensor of the local shape of `param`.
 
     A gradient with other placements than its parameter (`Replicate`, `Partial`) is redistributed first, as torch's own
-    optimizers do implicitly. That is a collective, on every rank of the mesh: the only one outside of collectives.py. Its ranks
-    agree, since placements are the same on all ranks of a mesh. With equal placements nothing is sent.
+    optimizers do implicitly. That is a collective, on every rank of the mesh: the only one outside of collectives.py.
+    Its ranks agree, since placements are the same on all ranks of a mesh. With equal placements nothing is sent.
     """
     if type(tensor) in _PLAIN:
         return tensor

@@ -1,6 +1,7 @@
-"""Who owns what: each rank describes its pieces as rows of integers, and every rank finds the same owners from all rows.
+"""Who owns what: each rank describes its pieces as rows of integers, and all find the same owners in all rows.
 
-A row has seven int64 columns, so 56 bytes for each parameter that a rank holds. Every number is the same in every process.
+A row has seven int64 columns, so 56 bytes for each parameter that a rank holds. Every number is the same in every
+process.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from .pieces import Piece
 
-# NAME: hash of the name. META: hash of what must be equal on all ranks. WHOLE, VOLUME: of the whole tensor and of the piece,
-# see `_volume`. NUMEL: elements of the piece. GROUP: index of its param group. CHECKSUM: of its bits.
+# NAME: hash of the name. META: hash of what must be equal on all ranks. WHOLE, VOLUME: of the whole tensor and of the
+# piece, see `_volume`. NUMEL: elements of the piece. GROUP: index of its param group. CHECKSUM: of its bits.
 NUM_COLUMNS = 7
 NAME, META, WHOLE, VOLUME, NUMEL, GROUP, CHECKSUM = range(NUM_COLUMNS)
 _CHECKSUM_BLOCK = 1 << 20
@@ -36,8 +37,9 @@ def rows_of(pieces: Sequence[Piece], groups: Sequence[int], checksums: Sequence[
     """
     rows = []
     for piece, group, checksum in zip(pieces, groups, checksums, strict=True):
-        # Position is a weak name: a rank with other layers has other parameters at the same positions. Equal positions must at
-        # least live on equal meshes. And the group counts, since per-group numbers add up what has one group index.
+        # Position is a weak name: a rank with other layers has other parameters at the same positions. Equal positions
+        # must at least live on equal meshes. And the group counts, since per-group numbers add up what has one group
+        # index.
         meta = (piece.shape, piece.is_counted, str(piece.dtype), () if named else piece.mesh, group)
         whole = _volume([((0, size),) for size in piece.shape])
         numbers = [stable_hash(piece.name), stable_hash(meta), whole, _volume(piece.cuts), piece.numel, group, checksum]
@@ -54,7 +56,7 @@ def stable_hash(value: object) -> int:
 def _volume(cuts: Sequence[Sequence[tuple[int, int]]]) -> int:
     """A number for a box of indices, such that the numbers of disjoint boxes add up to that of their union (mod 2^64).
 
-    μ = Π over dimensions of Σ over intervals (R(stop) − R(start)),  R: a pseudo-random number for each dimension and index
+    μ = Π over dimensions of Σ over intervals of (R(stop) − R(start)),  R: a random number for each dimension and index
 
     So pieces cover the whole exactly once if and only if (up to a chance of 2^-64) their numbers add up to the whole's,
     whatever their shapes are; and equal pieces have equal numbers.
@@ -133,7 +135,8 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> OwnerTable:
     names, name_ids = torch.unique(column(NAME), return_inverse=True)
     num_names = len(names)
     zeros = torch.zeros(num_names, dtype=torch.int64)
-    # Sorted by name, then by volume: equal pieces become neighbours, and stay in order of rank since the sorts are stable.
+    # Sorted by name, then by volume: equal pieces become neighbours, and stay in order of rank since the sorts are
+    # stable.
     order = torch.argsort(column(VOLUME), stable=True)
     order = order[torch.argsort(name_ids[order], stable=True)]
     ids, volume, elements = name_ids[order], column(VOLUME)[order], column(NUMEL)[order]
@@ -144,7 +147,8 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> OwnerTable:
     numel = zeros.index_add(0, ids[owned], elements[owned])
     group_numel = torch.zeros(num_groups, dtype=torch.int64)
     group_numel.index_add_(0, column(GROUP)[order][owned], elements[owned])
-    # Here pieces without elements count, since a whole without elements must be covered too. Sums wrap at 2^64, as volumes do.
+    # Here pieces without elements count, since a whole without elements must be covered too. Sums wrap at 2^64, as
+    # volumes do.
     covered = zeros.index_add(0, ids[first], volume[first])
     whole = zeros.scatter(0, ids, column(WHOLE)[order])
     run = first.cumsum(0) - 1  # number of the run of equal pieces that each sorted row is in
@@ -175,8 +179,9 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> OwnerTable:
 def offsets_of(pieces: Sequence[Piece], gathered: Sequence[Tensor]) -> tuple[int, ...]:
     """For each counted piece, how many elements of its whole come before it; 0 for the other pieces.
 
-    pieces: of this rank. gathered: the rows of every rank. Random bits are drawn by an element's index in the whole, and only
-    the exchange tells how long the pieces of lower numbers are.
+    pieces: of this rank.
+    gathered: the rows of every rank. Random bits are drawn by an element's index in the whole, and only here does a
+        rank learn how long the pieces of lower numbers are.
     """
     counted = torch.tensor([stable_hash(piece.name) for piece in pieces if piece.is_counted], dtype=torch.int64)
     table = torch.cat(list(gathered))[:, [NAME, VOLUME, NUMEL]]

@@ -48,7 +48,7 @@ def entries_of(params: Iterable[Any]) -> tuple[NamedParam, ...]:
 
 
 def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, ...]:
-    """The parameters of param groups, as a user gives them to torch.optim, or as it keeps them (`param_names` beside `params`)."""
+    """The parameters of param groups, as a user writes them or torch.optim keeps them (`param_names` beside `params`)."""
     entries: list[NamedParam] = []
     for index, group in enumerate(groups):
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
@@ -74,7 +74,8 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
 
     params: what a user passes to an optimizer; group dicts are copied.
     group: the ranks that hold the model.
-    Returns [one empty group] for a rank of several that has no parameters (a pipeline stage, say), else the same members.
+    Returns [one empty group] for a rank of several that has no parameters (a pipeline stage, say), else the same
+    members.
     Raises ValueError for no parameters in a world of one, TypeError for a lone tensor or a set, as torch does.
     """
     if isinstance(params, Tensor):
@@ -82,7 +83,8 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
             "params must be an iterable of tensors, (name, tensor) pairs or group dicts, not one tensor; pass [tensor]"
         )
     items = list(params)
-    # torch refuses an empty list. One process without parameters is a mistake; one rank of several may be a stage without any.
+    # torch refuses an empty list. One process without parameters is a mistake; one rank of several may be a stage
+    # without any.
     if not items:
         if World.of(group).size == 1:
             raise ValueError("optimizer got an empty parameter list; pass model.named_parameters()")
@@ -123,11 +125,13 @@ class Params:
 class ParamList:
     """The parameters of one or several optimizers, followed from step to step.
 
-    Other libraries change what an optimizer holds between steps, and during one. DeepSpeed's ZeRO-1 and 2 step one group at a
-    time and hide the others meanwhile. accelerate's `prepare` puts other tensors into the places of the old ones.
+    Other libraries change what an optimizer holds between steps, and during one. DeepSpeed's ZeRO-1 and 2 step one
+    group at a time and hide the others meanwhile. accelerate's `prepare` puts other tensors into the places of the old
+    ones.
 
     shown: returns the param groups that the optimizers have now.
-    named_parameters: (name, tensor) pairs, for optimizers that were made without names. No tensor is kept alive by them.
+    named_parameters: (name, tensor) pairs, for optimizers that were made without names. No tensor is kept alive by
+        them.
     """
 
     def __init__(self, shown: Callable[[], Groups], named_parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
@@ -164,7 +168,7 @@ class ParamList:
         return Params(groups, self._entries, active)
 
     def forget(self) -> None:
-        """Take the groups that are shown next for all there are: after a change was refused, the user may take it back."""
+        """Take the groups that are shown next for all there are. After a change was refused, the user may undo it."""
         self._all = ()
 
     def _with_names(self, groups: Groups) -> Groups:

@@ -2,8 +2,8 @@
 
     whole [7, 2], FSDP2 on 3 ranks:  rank 0 has rows 0:3, rank 1 has 3:6, rank 2 has 6:7  (as torch.chunk cuts)
 
-A piece is a box: for each dimension of the whole, the intervals of indices that are here. Usually that is one interval. FSDP2
-over TP can leave several, since each cuts what the other has left.
+A piece is a box: for each dimension of the whole, the intervals of indices that are here. Usually that is one interval.
+FSDP2 over TP can leave several, since each cuts what the other has left.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Piece:
     placements: how the whole is cut, as text: "S(0), R".
     mesh: the ranks of the DTensor's mesh; () for a plain tensor.
     padding: elements at the end of the local tensor that belong to nobody.
-    is_counted: whether the whole is known as a number of pieces only. Then `shape` is (number of pieces,) and `cuts` says which.
+    is_counted: whether the whole is known as a number of pieces only. Then `shape` is (number of pieces,) and `cuts`
+        says which.
     """
 
     name: str
@@ -66,8 +67,8 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     name, tensor: of the parameter. A plain tensor is whole, unless its mark says otherwise.
     mark: what `layout=` says of it.
     meshes: the ranks of meshes that were met before; is added to. Thousands of parameters share one mesh.
-    Raises ValueError for what no rule can work on (see `check_tensor`), and for a local tensor of a shape that its placements
-    do not give.
+    Raises ValueError for what no rule can work on (see `check_tensor`), and for a local tensor of a shape that its
+    placements do not give.
     """
     check_tensor(name, tensor)
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
@@ -99,9 +100,9 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
         piece = replace(piece, cuts=cuts, placements=", ".join(placements), mesh=meshes[mesh])
     if not isinstance(mark, Sharded):
         return piece
-    # The mark adds a cut, by the number of the piece. For a plain tensor it is the only one. A DTensor of experts keeps its own
-    # cuts: their expert-parallel axis is not in its mesh.
-    # The pieces' lengths are known to their ranks alone, so the whole is described as a row of numbered pieces.
+    # The mark adds a cut, by the number of the piece. For a plain tensor it is the only one. A DTensor of experts keeps
+    # its own cuts: their expert-parallel axis is not in its mesh. The pieces' lengths are known to their ranks alone,
+    # so the whole is described as a row of numbered pieces.
     world = World.of(mark.group)
     ranks = tuple(dist.get_process_group_ranks(world.group)) if world.group is not None else ()
     own_shape, own_cuts = (piece.shape, piece.cuts) if piece.mesh else ((), ())
@@ -150,8 +151,9 @@ def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
     as_written = _cut_along(axes, tuple(tensor.shape))
     if not any(isinstance(placement, StridedShard) for placement in tensor.placements):
         return as_written
-    # FSDP2 over TP cuts last along its first axis, and writes that as a _StridedShard. Where TP's pieces are uneven, the two
-    # are not the same; then the local tensor's shape decides which it is. That the whole is covered is checked later.
+    # FSDP2 over TP cuts last along its first axis, and writes that as a _StridedShard. Where TP's pieces are uneven,
+    # the two are not the same; then the local tensor's shape decides which it is. That the whole is covered is checked
+    # later.
     nested = _cut_along(_as_fsdp_cuts(axes), tuple(tensor.shape))
     return nested if _fits(nested, local) or not _fits(as_written, local) else as_written
 
@@ -171,9 +173,10 @@ def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals,
 
 
 def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
-    """The axes in the order in which FSDP2 over TP cuts: a _StridedShard(dim, k) comes after the axes that cut `dim` into k pieces.
+    """The axes in the order in which FSDP2 over TP cuts.
 
-    There it is an ordinary Shard. A _StridedShard for which no such axes are found keeps its place.
+    A _StridedShard(dim, k) comes after the axes that cut `dim` into k pieces; there it is an ordinary Shard. A
+    _StridedShard for which no such axes are found keeps its place.
     """
     order: list[Axis] = []
     # From the last axis, which for FSDP2 over TP is TP and cuts first.
@@ -196,7 +199,7 @@ def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
 
 
 def _fits(cuts: Sequence[Intervals], local: tuple[int, ...]) -> bool:
-    """Whether a local tensor of this shape can hold the piece. All empty shapes are the same: torch writes some as (0,)."""
+    """Whether a local tensor of this shape can hold the piece. Empty ones are alike: torch writes some as (0,)."""
     lengths = tuple(map(_length, cuts))
     return lengths == local or math.prod(lengths) == math.prod(local) == 0
 
@@ -207,7 +210,8 @@ def _length(intervals: Intervals) -> int:
 
 def _chunk(intervals: Intervals, num_chunks: int, index: int) -> Intervals:
     """The `index`-th of `num_chunks` parts, with the sizes of `torch.chunk`; the last ones may be empty."""
-    # torch.chunk rounds the size up, so the last parts come out short or empty (numpy would make the first ones longer).
+    # torch.chunk rounds the size up, so the last parts come out short or empty (numpy would make the first ones
+    # longer).
     size = -(-_length(intervals) // num_chunks)
     return tuple(_take(intervals, size * index, size * (index + 1)))
 

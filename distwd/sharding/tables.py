@@ -83,8 +83,8 @@ class AuditRow:
 def audit_table(rows: Sequence[AuditRow]) -> str:
     """A line for each kind of parameter, and one that sums up.
 
-    rows: one for each parameter. Those of equal layers are put together as `layers.*.norm.weight`: of a large model nobody
-    would read them all.
+    rows: one for each parameter. Those of equal layers are put together as `layers.*.norm.weight`: of a large model
+        nobody would read them all.
     """
     # Sorted by group; within a group the order of the model is kept, for sorting is stable.
     kinds: dict[tuple[object, ...], list[AuditRow]] = {}

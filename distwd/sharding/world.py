@@ -1,4 +1,4 @@
-"""The ranks that together hold the model, and the key-value store through which they can tell each other why a step failed."""
+"""The ranks that together hold the model, and the key-value store where they publish why a step failed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class World:
     size: number of ranks in the group.
     serves: device types that the group's backends can send from ("cpu", "cuda", ...).
     device: where a tensor of any other device type is copied before it is sent.
-    error_store: where these ranks publish why they cannot continue; None without a plan, on one rank, and where the backend
-        has no timeout.
+    error_store: where these ranks publish why they cannot continue; None without a plan, on one rank, and where the
+        backend has no timeout.
     """
 
     group: dist.ProcessGroup | None
@@ -56,7 +56,7 @@ class World:
         return tensor if tensor.device.type in self.serves else tensor.to(self.device)
 
     def published_errors(self) -> str:
-        """`rank 1: reason; rank 2: reason`, or "" if no rank has published one. To be asked when a collective has failed."""
+        """`rank 1: reason; rank 2: reason`, or "" if no rank has published one. For when a collective has failed."""
         return "" if self.error_store is None else self.error_store.read()
 
 
@@ -86,8 +86,9 @@ def _device(serves: tuple[str, ...]) -> torch.device:
 class ErrorStore:
     """Keys of the ranks of one plan in the key-value store of their process group.
 
-    A rank that raises in a step leaves the others waiting in a collective. It publishes its reason here, and the others read
-    it when the backend has given up. The store is host memory behind a socket, so it works while collectives do not.
+    A rank that raises in a step leaves the others waiting in a collective. It publishes its reason here, and the others
+    read it when the backend has given up. The store is host memory behind a socket, so it works while collectives do
+    not.
     A step that goes well touches it once: the first step asks whether it is a real one.
 
     store: the group's store, with a prefix of this plan.
@@ -103,11 +104,15 @@ class ErrorStore:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, number: int) -> ErrorStore | None:
-        """The store of the plan called `number`, the same on every rank; None for one rank, and for a backend without timeout."""
+        """The store of the plan called `number`; None for one rank, and for a backend without timeout.
+
+        number: the same on every rank, and another for every plan.
+        """
         if group is None or group.size() == 1:
             return None
         backend = first_backend(group)
-        # torch's fake backend, used to simulate a cluster in one process. Its other ranks do not exist and answer nothing.
+        # torch's fake backend, used to simulate a cluster in one process. Its other ranks do not exist and answer
+        # nothing.
         if timeout_of(backend) is None:
             return None
         store = PrefixStore(f"distwd/{number}", group.get_group_store())
@@ -171,8 +176,8 @@ class ErrorStore:
     def rendezvous(self, reason: str) -> None:
         """Wait until every rank has called this.
 
-        An exchange that the other ranks do not expect would be paired with whatever collective they are in, and corrupt it.
-        So before a plan is rebuilt the ranks meet here first.
+        An exchange that the other ranks do not expect would be paired with whatever collective they are in, and corrupt
+        it. So before a plan is rebuilt the ranks meet here first.
 
         reason: why this rank is here, for those that are not.
         Raises PlanError with the reasons of the ranks that came, if some did not come within the timeout.
@@ -184,8 +189,8 @@ class ErrorStore:
         try:
             self.store.wait(["go"], self.timeout)
         except RuntimeError as error:
-            # Take this rank off the count, so that a rank which comes too late cannot complete it. If the count was complete
-            # meanwhile, the others have left already, and this rank follows.
+            # Take this rank off the count, so that a rank which comes too late cannot complete it. If the count was
+            # complete meanwhile, the others have left already, and this rank follows.
             if self.store.add("met", -1) + 1 < self.size:
                 raise PlanError(self.read()) from error
         self.clear()
