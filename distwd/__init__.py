@@ -6,9 +6,8 @@ from .chain import Chain
 from .errors import PlanError
 from .groups.param_groups import param_groups
 from .groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
-from .metrics.global_metric import global_metric
 from .metrics.metric import Measure
-from .metrics.plan import Plan
+from .metrics.plan import Plan, global_metric
 from .optimizers.lr import LR
 from .optimizers.wrap import Adam, Wrap
 from .rules.base import Rule

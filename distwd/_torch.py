@@ -30,13 +30,15 @@ StridedShard = _StridedShard
 
 def local_part(tensor: DTensor) -> Tensor:
     """The local tensor of a DTensor, without a view and without autograd."""
-    # Waits for: a DTensor.to_local() that neither dispatches nor records autograd; it costs more than the arithmetic on small shards.
+    # Waits for: a DTensor.to_local() that neither dispatches nor records autograd; it costs more than the arithmetic on
+    # small shards.
     return tensor._local_tensor
 
 
 def layout_spec(tensor: DTensor) -> Any:
     """Mesh, placements, shape, strides and dtype of a DTensor as one object that can be compared."""
-    # Waits for: a public record of these; compared one by one they would cost several attribute reads per parameter and step.
+    # Waits for: a public record of these; compared one by one they would cost several attribute reads per parameter and
+    # step.
     return tensor._spec
 
 
@@ -70,7 +72,8 @@ WRAPPED_CHILD_NAMES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped
 
 def flat_param_of(module: nn.Module) -> Tensor | None:
     """The FlatParameter of a module that FSDP1 wraps; None for other modules, and where nothing is sharded."""
-    # Waits for: a public way from a FullyShardedDataParallel module to its parameters' layout. FSDP1 is frozen: none will come.
+    # Waits for: a public way from a FullyShardedDataParallel module to its parameters' layout. FSDP1 is frozen: none
+    # will come.
     return getattr(getattr(module, "_handle", None), "flat_param", None)
 
 

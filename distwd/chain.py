@@ -19,9 +19,7 @@ from .optimizers.lr import LR
 from .optimizers.state import NO_PARAMS_KEY, mark_initialized, without_mark
 from .optimizers.wrap import Wrap
 from .sharding.layout import Layout
-from .sharding.normalised import normalised_groups
-from .sharding.params import NamedParam
-from .step.param_list import ParamList
+from .sharding.params import NamedParam, ParamList, normalised_groups
 from .step.rounding import Rounding
 from .step.runner import StepRunner, step_method
 from .step.state import kept_in, restore_kept

@@ -18,8 +18,7 @@ from distwd.kernels.compile import check_compiler
 from distwd.kernels.sums import local_statistics
 from distwd.kernels.workspace import Workspace
 from distwd.metrics.metric import ABS
-from distwd.sharding.manifest import checksums_of, rows_of
-from distwd.sharding.ownership import resolve
+from distwd.sharding.ownership import checksums_of, resolve, rows_of
 from distwd.sharding.pieces import Meshes, describe
 
 

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from distwd.sharding.local import local_tensor
-from distwd.sharding.manifest import checksums_of, rows_of
-from distwd.sharding.ownership import Ownership, resolve
+from distwd.sharding.ownership import OwnerTable, checksums_of, resolve, rows_of
 from distwd.sharding.pieces import describe
 
 
@@ -60,7 +59,7 @@ def _dtensor(local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Sequenc
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def owners(held: Sequence[Sequence[Tensor]]) -> list[Ownership]:
+def owners(held: Sequence[Sequence[Tensor]]) -> list[OwnerTable]:
     """What each rank finds when all have told what they hold, tensors by position."""
     rows = []
     for tensors in held:

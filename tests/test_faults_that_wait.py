@@ -187,7 +187,7 @@ FAULTS = {
     closure_raises_on_one_rank: (2, "FloatingPointError", "PlanError", "no data left"),
     absolute_on_one_rank: (3, "nothing", "PlanError", "the same rules"),
     other_group_on_one_rank: (3, "PlanError", "PlanError", "same group="),
-    one_rank_does_not_step: (2, "nothing", "Stranded", "another rank.*Timed out"),
+    one_rank_does_not_step: (2, "nothing", "CollectiveError", "another rank.*Timed out"),
 }
 WAYS = ("chain", "attach")
 # A metric of an attached rule is no key of the groups: nobody can change it later.
@@ -260,5 +260,5 @@ def test_a_rank_killed_in_a_step_ends_the_step_of_the_others(way):
     assert "never came back" not in text
     for rank in (0, 2):
         (ending,) = re.findall(rf"rank {rank} raised:.*?survived: (Ending\(.*?\))\n", text, re.DOTALL)
-        assert "kind='Stranded'" in ending
+        assert "kind='CollectiveError'" in ending
         assert "changed=False" in ending

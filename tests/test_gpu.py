@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import distwd
+from distwd.metrics.measure import reduce_statistics
 from distwd.metrics.metric import parse_metric
-from distwd.sharding.reduce import Partial, reduce_partials
 from distwd.sharding.world import World
 from tests import runs
 from tests.layouts import whole_model
@@ -125,7 +125,7 @@ def test_numbers_of_offloaded_shards_go_over_what_the_group_serves(one_rank, bac
     # A world that believes in a second rank, so that something is sent.
     world = dataclasses.replace(World.of(None), size=2)
     value = torch.arange(3.0, dtype=torch.float64)
-    totals = reduce_partials([Partial(0, parse_metric("l1").moments[0], value)], world)
+    totals = reduce_statistics([{parse_metric("l1").statistics[0]: value}], world)[0]
     assert world.device.type == ("cuda" if backend == "nccl" else "cpu")
     assert [total.device.type for total in totals.values()] == ["cpu"]
     assert torch.equal(next(iter(totals.values())), value)

@@ -14,9 +14,9 @@ from distwd.kernels.formulas import DecayTerm, Mask
 from distwd.kernels.joined import joined, spread_
 from distwd.kernels.workspace import Workspace
 from distwd.kernels.zeros import ZeroPool
-from distwd.metrics.measure import Part, Request, measure
+from distwd.metrics.measure import Request, Source, measure
 from distwd.metrics.metric import parse_metric
-from distwd.sharding.world import World
+from distwd.metrics.plan import Plan
 
 SHAPES = {
     "alike": [(4, 6)] * 5,
@@ -171,9 +171,9 @@ def test_small_tensors_are_joined_where_there_are_many_operations(side, dtype, n
 def test_differences_of_tensors_of_equal_lengths_and_other_dtypes_are_not_rounded_to_one_another(narrow, order):
     news = [torch.full((6,), 1e5 if narrow == torch.float16 else 1.0001), torch.ones(6, dtype=narrow)][::order]
     olds = [torch.full_like(new, 0.5) for new in news]
-    parts = [Part(cell, [new], [old]) for cell, (new, old) in enumerate(zip(news, olds, strict=True))]
-    request = Request(parse_metric("mad"), parts, torch.full((2,), 6.0, dtype=torch.float64))
-    (found,) = measure([request], World.of(None), Workspace())
+    plan = Plan.build([(f"w{number}", new) for number, new in enumerate(news)])
+    (found,) = measure(plan, [Request(parse_metric("mad"), [Source([0, 1], news, olds)], "tensor")])
+    found = found[list(plan.name_ids)]
     assert found.tolist() == pytest.approx(
         [(new.double() - old.double()).mean().item() for new, old in zip(news, olds, strict=True)]
     )

@@ -147,7 +147,7 @@ def test_a_mutant_trains_to_other_parameters(worlds, mutant, layout):
 
 def padding_counts(layout: str) -> dict:
     """What fills up the last pieces of FSDP1 is zeros: it shows in a mean, not in a sum."""
-    with _patched("distwd.sharding.pieces.padding_of", lambda padding_of: lambda tensor: 0):
+    with _patched("distwd.sharding.pieces.padding_of_shard", lambda padding_of_shard: lambda tensor: 0):
         return metrics_on(layout, 0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""The private names of torch that distwd relies on exist in the installed torch, each on the object that it is read from."""
+"""The private names that distwd relies on exist in the installed torch, each on the object that it is read from."""
 
 from __future__ import annotations
 

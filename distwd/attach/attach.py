@@ -20,7 +20,7 @@ from ..optimizers.lr import LR
 from ..optimizers.state import NO_PARAMS_KEY, without_mark
 from ..rules.base import Rule
 from ..sharding.layout import Layout
-from ..step.param_list import ParamList
+from ..sharding.params import ParamList
 from ..step.rounding import KEY, Rounding
 from ..step.runner import StepRunner, step_method
 from ..step.state import State, kept_in, restore_kept

@@ -1,20 +1,14 @@
-"""What a model holds, by the bare model's names and whole shapes, and the table that says how each parameter decays."""
+"""What a model holds, by the bare model's names and whole shapes."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-_HEAD = ("group", "weight_decay", "parameters", "whole", "tensors", "elements", "also", "rule")
-_WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
-# --- what a model holds -----------------------------------------------------------------------------------------------
+from .._torch import WRAPPED_CHILD_NAMES, child_modules, flat_param_of, is_flat_param, original_params
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,81 +60,33 @@ def _walk(module: nn.Module, prefix: str, within: tuple[nn.Module, ...]) -> Iter
     within = (*within, module)
     for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
         yield ParamName(prefix + name, within), param
-    for name, child in module._modules.items():  # named_children would leave out the second name of a shared child
+    for name, child in child_modules(module):  # named_children would leave out the second name of a shared child
         if child is not None:
             yield from _walk(child, prefix if _is_wrapper(module, name) else f"{prefix}{name}.", within)
 
 
 def _is_wrapper(module: nn.Module, child: str) -> bool:
     """Whether `module` is only a coat around its child."""
-    return child in _WRAPPED or (child == "module" and isinstance(module, (DistributedDataParallel, DataParallel)))
+    return child in WRAPPED_CHILD_NAMES or (
+        child == "module" and isinstance(module, (DistributedDataParallel, DataParallel))
+    )
 
 
 def _flattened_shapes(parts: Sequence[nn.Module]) -> dict[int, tuple[int, ...]]:
     """The whole shapes of parameters that FSDP1 keeps as flat pieces, by id."""
     shapes: dict[int, tuple[int, ...]] = {}
     for module in (module for part in parts for module in part.modules()):
-        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
-        if flat is not None and getattr(flat, "_params", None) is not None:
-            shapes.update((id(p), tuple(shape)) for p, shape in zip(flat._params, flat._shapes, strict=True))
+        flat = flat_param_of(module)
+        if flat is not None:
+            shapes.update((id(param), shape) for param, shape in original_params(flat))
     return shapes
 
 
 def _whole_shape(param: Tensor, flattened: Mapping[int, tuple[int, ...]], name: str) -> tuple[int, ...]:
-    if getattr(param, "_is_flat_param", False):
+    if is_flat_param(param):
         raise ValueError(
             f"{name} is many parameters that FSDP1 has flattened into one; wrap with use_orig_params=True, so that "
             "matrices and vectors can be told apart"
         )
     # A DTensor's shape is the whole one; DeepSpeed's ZeRO-3 leaves an empty tensor and notes the shape.
     return flattened.get(id(param)) or tuple(getattr(param, "ds_shape", param.shape))
-
-
-# --- how it decays ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class AuditRow:
-    """One parameter: its name, whole shape, index of its group, λ of each decay, other hyperparameters in words, and the rule in words."""
-
-    name: str
-    shape: tuple[int, ...]
-    group: int
-    decays: tuple[float, ...]
-    also: str
-    rule: str
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-
-def audit_table(lines: Sequence[AuditRow]) -> str:
-    """A row for each kind of parameter (`layers.*.norm.weight`: layers are told once), and a line that sums up."""
-    kinds: dict[tuple[object, ...], list[AuditRow]] = {}
-    for line in sorted(lines, key=lambda line: line.group):
-        kinds.setdefault((line.group, line.rule, _NUMBER.sub("*", line.name), line.shape), []).append(line)
-    rows = [_HEAD, *map(_row, kinds.values())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    decayed = _sum(line for line in lines if any(line.decays))
-    spared = _sum(line for line in lines if not any(line.decays))
-    return "\n".join([*table, f"decayed: {decayed}; not decayed: {spared}"])
-
-
-def _row(alike: Sequence[AuditRow]) -> tuple[str, ...]:
-    first = alike[0]
-    name = first.name if len(alike) == 1 else _NUMBER.sub("*", first.name)
-    shape = "×".join(map(str, first.shape)) or "scalar"
-    elements = f"{sum(line.numel for line in alike):,}"
-    decays = "; ".join(f"{decay:g}" for decay in first.decays) or "-"
-    return (str(first.group), decays, name, shape, str(len(alike)), elements, first.also or "-", first.rule)
-
-
-def _sum(lines: Iterable[AuditRow]) -> str:
-    counted = list(lines)
-    return f"{len(counted)} tensors, {sum(line.numel for line in counted):,} elements"

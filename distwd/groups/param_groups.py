@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..checks import check_nonnegative
 from ..sharding.collectives import gather_objects
+from ..sharding.tables import AuditRow, audit_table
 from ..sharding.world import World
-from .model_params import AuditRow, ModelParam, audit_table, params_of
+from .model_params import ModelParam, params_of
 
 Selector = str | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, Tensor], bool]
 

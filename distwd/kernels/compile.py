@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import _config as shape_config
 
+from .._torch import shape_config
 from .workspace import Workspace
 
 

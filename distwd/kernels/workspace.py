@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._torch import is_in_dispatch_mode
 from .blocks import block_size
 
 
@@ -27,7 +27,7 @@ class Workspace:
     def compiles(self) -> bool:
         """Whether formulas go through torch.compile now."""
         # Under a dispatch mode (CommDebugMode, FlopCounterMode) torch would run them uncompiled, and never compile them again.
-        return self._compiles and not is_in_torch_dispatch_mode()
+        return self._compiles and not is_in_dispatch_mode()
 
     def take(self, use: str, numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`numel` elements, flat."""

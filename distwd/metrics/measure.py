@@ -1,27 +1,43 @@
-"""Measure: local moments of what is asked for, one reduction for all of it, and the formulas that finish the numbers."""
+"""Measure: sums over local elements, one reduction over all ranks for everything that is asked, and the formulas.
+
+    sources → local statistics by slot, float64 → one packed vector, one all-reduce → metric(statistics, num elements)
+
+A slot is a place in a vector of numbers: one for all parameters (scope "all"), one per param group, or one per
+parameter.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.sums import combine, identity, local_statistics, statistics_of_each
+from ..kernels.sums import combine, identity, local_statistics, statistics_of_each, wide_dtype
 from ..kernels.workspace import Workspace
-from ..sharding.reduce import Partial, reduce_partials
+from ..sharding.collectives import max_over_ranks, sum_over_ranks
 from ..sharding.world import World
 from .metric import COUNT, SUM, Metric, Statistic
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+# Gradients that come and go make ever new combinations of parameters; a cache of them must not grow without end.
+_MAX_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Some of the tensors that a metric is taken of, local and of one device: scale · (tensor − minus).
+    """Some of the tensors that a metric is taken of:  scale · (tensor − minus).
 
-    positions: of their parameters. minus: subtracted a block at a time; empty: nothing.
+    positions: of their parameters in the plan.
+    tensors: local tensors of the parameters' local shapes, all on one device.
+    minus: as many again, subtracted a block at a time so that no difference lies in memory; () for none.
+    scale: one factor for all, a number or a 0-d tensor.
     """
 
     positions: Sequence[int]
@@ -31,102 +47,224 @@ class Source:
 
 
 def sources_of(tensors: Sequence[Tensor | None]) -> list[Source]:
-    """Local tensors, by parameter (None: there is none), as shares."""
+    """Local tensors in the order of the plan's parameters, as one source per device; None where there is no tensor."""
     found: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
     for position, tensor in enumerate(tensors):
         if tensor is not None:
-            device = tensor.device
-            if (lists := found.get(device)) is None:
-                lists = found[device] = ([], [])
+            # Not setdefault, which would make two lists for each parameter in every step.
+            if (lists := found.get(tensor.device)) is None:
+                lists = found[tensor.device] = ([], [])
             lists[0].append(position)
             lists[1].append(tensor)
     return [Source(*lists) for lists in found.values()]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Tensors of one device that count towards one cell: scale · (tensor − minus).
-
-    zeros: elements beside them count as zero (parameters without a gradient).
-    """
-
-    cell: int
-    tensors: list[Tensor]
-    minus: list[Tensor]
-    scale: float | Tensor = 1.0
-    zeros: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
-    """One metric, for one or several cells (all parameters; each param group; each parameter).
+    """One metric, in one or several slots.
 
-    parts: this rank's own elements. numel: [cells] float64, elements in each cell over all ranks.
+    metric: what to measure.
+    sources: local tensors; parameters that are in none of them count as zeros.
+    scope: "all", "group" or "tensor".
     """
 
     metric: Metric
-    parts: Sequence[Part]
-    numel: Tensor
+    sources: Sequence[Source]
+    scope: str = "all"
 
 
-def measure(requests: Sequence[Request], world: World, workspace: Workspace) -> list[Tensor]:
-    """The requested numbers, [cells] float64 each, with the same bits on every rank. One reduction, however much is asked."""
+class Slots:
+    """In which slot each parameter of a plan counts, and which of them this rank has to count.
+
+    None of it changes from step to step, so whoever measures in every step keeps this object beside the plan. A
+    step must not walk over all parameters again, nor copy anything to a device.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._by_scope: dict[str, tuple[Sequence[int], Counter[int]]] = {}
+        self._numel: dict[tuple[str, torch.device], Tensor] = {}
+        self._owned_among: dict[tuple[tuple[int, ...], str], dict[int, list[int]]] = {}
+        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._has_padding = any(piece.padding for piece in plan.pieces)
+
+    def by_scope(self, scope: str) -> tuple[Sequence[int], Counter[int]]:
+        """The slot of each parameter, and by slot how many pieces this rank owns."""
+        if scope not in self._by_scope:
+            plan = self.plan
+            slots: Sequence[int] = (0,) * len(plan.entries)
+            if scope != "all":
+                slots = [entry.group for entry in plan.entries] if scope == "group" else plan.name_ids
+            self._by_scope[scope] = slots, Counter(compress(slots, plan.owned))
+        return self._by_scope[scope]
+
+    def numel(self, scope: str, device: torch.device) -> Tensor:
+        """[slots] float64: elements over all ranks, on `device`."""
+        key = scope, device
+        if key not in self._numel:
+            dtype = wide_dtype(device)
+            if scope == "all":
+                # Filled there: a copy from the host would make the host wait, and `Plan.metric` keeps no slots.
+                self._numel[key] = torch.full((1,), self.plan.numel, dtype=dtype, device=device)
+            else:
+                by_slot = self.plan.numel_by_group if scope == "group" else self.plan.numel_by_name
+                self._numel[key] = by_slot.to(device, dtype)
+        return self._numel[key]
+
+    def owned_among(self, positions: Sequence[int], scope: str) -> dict[int, list[int]]:
+        """By slot, the places in `positions` of pieces that this rank owns."""
+        key = tuple(positions), scope
+        if key not in self._owned_among:
+            slots, _ = self.by_scope(scope)
+            found = defaultdict[int, list[int]](list)
+            for place, position in enumerate(positions):
+                # A piece that several ranks hold would count several times, so only its owner counts it.
+                if self.plan.owned[position]:
+                    found[slots[position]].append(place)
+            if len(self._owned_among) >= _MAX_KEPT:
+                self._owned_among.clear()
+            self._owned_among[key] = found
+        return self._owned_among[key]
+
+    def index(self, positions: Sequence[int], device: torch.device) -> Tensor:
+        """[positions] int64 on `device`: the slots of these parameters among numbers of scope "tensor"."""
+        key = tuple(positions), device
+        if key not in self._index:
+            if len(self._index) >= _MAX_KEPT:
+                self._index.clear()
+            self._index[key] = torch.tensor([self.plan.name_ids[position] for position in positions], device=device)
+        return self._index[key]
+
+    def counted(self, source: Source, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Some of a source's tensors, and what is subtracted from them, without elements that are only padding."""
+        both = []
+        for tensors in (source.tensors, source.minus):
+            some = [tensors[place] for place in places] if tensors else []
+            # FSDP1 fills up the last shards. What lies there is nobody's, and would often be the smallest |x|.
+            if self._has_padding and some:
+                pieces = [self.plan.pieces[source.positions[place]] for place in places]
+                some = [
+                    local.flatten()[: piece.numel] if piece.padding else local
+                    for local, piece in zip(some, pieces, strict=True)
+                ]
+            both.append(some)
+        return both[0], both[1]
+
+
+def measure(
+    plan: Plan, requests: Sequence[Request], *, slots: Slots | None = None, workspace: Workspace | None = None
+) -> list[Tensor]:
+    """Numbers about the whole model, each element counted once however it is sharded, with the same bits on every rank.
+
+    plan: who holds what; every rank of its group must call this, with the same metrics and scopes in the same order.
+    requests: what to measure of which tensors. No grad mode is set here.
+    slots: of this plan, kept from step to step; made anew if None.
+    workspace: temporaries, kept from step to step.
+    Returns [slots] float64 for each request, on the device of its first tensor.
+    Raises PlanError or CollectiveError if another rank does not take part.
+
+    One collective, however much is asked (see `num_collectives`). A piece that another rank owns too is left out here.
+    """
+    slots, workspace = slots or Slots(plan), workspace or Workspace()
+    # A rank without sources takes part all the same: which collectives are made depends on the plan alone, never on
+    # gradients.
+    numels = []
+    for request in requests:
+        device = request.sources[0].tensors[0].device if request.sources else plan.world.device
+        numels.append(slots.numel(request.scope, device))
     partials = [
-        Partial(key, statistic, values)
-        for key, request in enumerate(requests)
-        for statistic, values in _local(request, workspace).items()
+        _local_statistics(request, numel, slots, workspace) for request, numel in zip(requests, numels, strict=True)
     ]
-    totals = reduce_partials(partials, world)
-    return [
-        request.metric({statistic: totals[key, statistic] for statistic in request.metric.statistics}, request.numel)
-        for key, request in enumerate(requests)
-    ]
+    totals = reduce_statistics(partials, plan.world)
+    return [request.metric(total, numel) for request, total, numel in zip(requests, totals, numels, strict=True)]
 
 
-def _local(request: Request, workspace: Workspace) -> dict[Statistic, Tensor]:
-    """This rank's moments by cell, [cells] on the device of `request.numel`."""
-    statistics, device = request.metric.statistics, request.numel.device
-    cells: list[int] = []
-    found: dict[Statistic, list[Tensor]] = {statistic: [] for statistic in statistics}
-    for parts, values in _measured(request.parts, statistics, workspace):
-        cells += [part.cell for part in parts]
-        for statistic, value in values.items():
-            found[statistic].append(_scaled(value, statistic, parts[0].scale).to(device))
-    with_zeros = [part.cell for part in request.parts if part.zeros]
-    for statistic, values_of in found.items():
-        if with_zeros and statistic.of_zeros is not None:
-            values_of.append(request.numel.new_full((len(with_zeros),), statistic.of_zeros))
-    return {
-        statistic: _by_cell(
-            cells if statistic.of_zeros is None else cells + with_zeros, values_of, statistic, request.numel
-        )
-        for statistic, values_of in found.items()
-    }
+# --- over ranks -------------------------------------------------------------------------------------------------------
 
 
-def _measured(
-    parts: Sequence[Part], statistics: Sequence[Statistic], workspace: Workspace
-) -> Iterator[tuple[Sequence[Part], Mapping[Statistic, Tensor]]]:
-    """All parts, some at a time, with their moments, [parts] each. Parts of one tensor are measured together with others of its length."""
-    alike: dict[Any, list[Part]] = {}
-    for part in parts:
-        if len(part.tensors) != 1 or not (numel := part.tensors[0].numel()):
-            values = local_statistics(part.tensors, statistics, workspace, part.minus)
-            yield [part], {statistic: value.view(1) for statistic, value in values.items()}
+def num_collectives(statistics: Sequence[Statistic], world: World) -> int:
+    """How many all-reduces it takes to combine these: sums share one, extrema share one; none in a world of one."""
+    return 0 if world.size == 1 else len({statistic.is_sum for statistic in statistics})
+
+
+def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World) -> list[dict[Statistic, Tensor]]:
+    """Combine statistics over all ranks.
+
+    partials: for each request, [slots] float64 by statistic, of this rank's own elements; other requests may be on
+        other devices.
+    Returns the same, over all ranks, on the devices they came from.
+    """
+    if world.size == 1:
+        return list(partials)
+    totals: list[dict[Statistic, Tensor]] = [{} for _ in partials]
+    # A backend has no reduction that adds some elements of a vector and takes the maximum of others.
+    for is_sum in (True, False):
+        some = [(n, s, values) for n, by in enumerate(partials) for s, values in by.items() if s.is_sum is is_sum]
+        if not some:
             continue
-        scale = id(part.scale) if isinstance(part.scale, Tensor) else part.scale
-        kind = (part.tensors[0].device, part.tensors[0].dtype)
-        alike.setdefault((kind, numel, bool(part.minus), scale), []).append(part)
-    for some in alike.values():
-        tensors, minus = [part.tensors[0] for part in some], [one for part in some for one in part.minus]
-        yield some, statistics_of_each(tensors, minus, statistics, workspace)
+        # A minimum travels as the maximum of the negated values, so that all extrema share one collective.
+        signed = [-values if statistic.kind == "min" else values for _, statistic, values in some]
+        # Tensors may be on several devices; a collective takes one vector on one device.
+        device = world.sendable(signed[0]).device
+        packed = torch.cat([values.to(device) for values in signed])
+        reduced = sum_over_ranks(packed, world) if is_sum else max_over_ranks(packed, world)
+        for (number, statistic, values), part in zip(some, reduced.split(list(map(len, signed))), strict=True):
+            part = part.to(values.device)
+            totals[number][statistic] = -part if statistic.kind == "min" else part
+    return totals
+
+
+# --- on this rank -----------------------------------------------------------------------------------------------------
+
+
+def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: Workspace) -> dict[Statistic, Tensor]:
+    """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
+    statistics, scope = request.metric.statistics, request.scope
+    measured: list[tuple[list[int], dict[Statistic, Tensor], float | Tensor]] = []
+    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], float | Tensor]] = {}
+    missing = slots.by_scope(scope)[1].copy()
+    for source in request.sources:
+        scale = source.scale
+        # A tensor is not read to find out whether it equals another.
+        scale_key = id(scale) if isinstance(scale, Tensor) else scale
+        for slot, places in slots.owned_among(source.positions, scope).items():
+            missing[slot] -= len(places)
+            tensors, minus = slots.counted(source, places)
+            if len(tensors) == 1 and (size := tensors[0].numel()):
+                # Small tensors with a slot of their own: those of one length are measured together, as rows of a
+                # matrix. One by one, scope="tensor" would start several kernels for every bias.
+                key = (tensors[0].device, tensors[0].dtype, size, bool(minus), scale_key)
+                own_slots, own_tensors, own_minus, _ = alike.setdefault(key, ([], [], [], scale))
+                own_slots.append(slot)
+                own_tensors += tensors
+                own_minus += minus
+            else:
+                values = local_statistics(tensors, statistics, workspace, minus)
+                measured.append(([slot], {statistic: value.view(1) for statistic, value in values.items()}, scale))
+    for own_slots, own_tensors, own_minus, scale in alike.values():
+        measured.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
+
+    slots_of_values = [slot for own, _, _ in measured for slot in own]
+    # Parameters without a tensor count as zeros. To a sum of |x|^p they add nothing, but they are the smallest |x|.
+    with_zeros = [slot for slot, number in missing.items() if number]
+    totals = {}
+    for statistic in statistics:
+        found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in measured]
+        found_slots = slots_of_values
+        if with_zeros and statistic.of_zeros is not None:
+            found.append(numel.new_full((len(with_zeros),), statistic.of_zeros))
+            found_slots = slots_of_values + with_zeros
+        totals[statistic] = _by_slot(found_slots, found, statistic, numel)
+    return totals
 
 
 def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tensor:
-    """The moment of scale · x, of that of x."""
+    """The statistic of scale · x, from that of x:  Σx → s·Σx,  Σ|x|^p → |s|^p·Σ|x|^p,  max|x| → |s|·max|x|."""
+    # The usual factors: of gradients and of updates that an optimizer leaves negated.
     if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and statistic != SUM)):
         return value
     factor = scale.to(value.device, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
+    # The number of non-zeros has no factor, but at a learning rate of 0 there are none.
     if statistic == COUNT:
         return torch.where(factor == 0, 0.0, value)
     if statistic == SUM:
@@ -134,14 +272,20 @@ def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tenso
     return value * factor.abs() ** (statistic.p if statistic.kind == "power" else 1)
 
 
-def _by_cell(cells: list[int], values: list[Tensor], statistic: Statistic, numel: Tensor) -> Tensor:
-    """Values, in all one for each of `cells`, combined where several are of the same cell."""
-    if not cells:
+def _by_slot(slots: list[int], values: list[Tensor], statistic: Statistic, numel: Tensor) -> Tensor:
+    """[slots of `numel`]: values combined where several have the same slot, the identity where there is none.
+
+    slots: of all elements of `values` (vectors) in order.
+    """
+    if not slots:
         return torch.full_like(numel, statistic.identity)
     joined = torch.cat(values)
-    if cells == list(range(len(numel))):
+    # One value for each, in order: scope "all", or "tensor" where this rank owns everything.
+    if slots == list(range(len(numel))):
         return joined
-    nothing, by_cell = [identity(statistic, numel.device)], defaultdict[int, list[Tensor]](list)
-    for cell, value in zip(cells, joined.unbind(), strict=True):
-        by_cell[cell].append(value)
-    return torch.stack([combine(by_cell.get(cell, nothing), statistic) for cell in range(len(numel))])
+    # A slot may have several values: of tensors on several devices, or of several dtypes.
+    by_slot = defaultdict[int, list[Tensor]](list)
+    for slot, value in zip(slots, joined.unbind(), strict=True):
+        by_slot[slot].append(value)
+    nothing = [identity(statistic, numel.device)]
+    return torch.stack([combine(by_slot.get(slot, nothing), statistic) for slot in range(len(numel))])

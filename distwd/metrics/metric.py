@@ -1,4 +1,4 @@
-"""What a metric is made of: which local sums it needs, and the formula that finishes it."""
+"""Metrics: which sums over local elements each needs, and the formula that makes a number of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
+
+# What a metric may be taken of, and over which parameters.
+SOURCES = ("update", "grad", "params")
+SCOPES = ("all", "group", "tensor")
 
 Statistics = Mapping["Statistic", Tensor]
 
@@ -48,30 +52,33 @@ COUNT, MAX, MIN = Statistic("count"), Statistic("max"), Statistic("min")
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number about all elements x of many tensors; `finish(moments, n)` is its formula, elementwise over cells.
+    """A number about all elements x of many tensors:  M(x) = finish(statistics of x, number of elements).
 
-    degree: M(s·x) = s^degree · M(x) for s > 0.
+    name: "l2", "mad", ...; metrics of one name are equal.
+    statistics: the sums and extrema that the formula needs.
+    finish: the formula, elementwise over slots (all parameters; or each group; or each tensor).
+    degree: M(s·x) = s^degree · M(x) for s > 0. A metric of scaled gradients is unscaled by it.
     """
 
     name: str
-    statistics: tuple[Statistic, ...]
-    finish: Callable[[Statistics, Tensor], Tensor]
-    degree: int = 1
+    statistics: tuple[Statistic, ...] = field(compare=False)
+    finish: Callable[[Statistics, Tensor], Tensor] = field(compare=False)
+    degree: int = field(default=1, compare=False)
 
     def __call__(self, statistics: Statistics, n: Tensor) -> Tensor:
-        """moments: by kind, [cells]; n: elements in each cell, [cells]. Over no elements every metric is 0."""
+        """The numbers, [slots] float64; 0 over no elements.
+
+        statistics: [slots] float64 each, over all ranks. n: [slots] float64, elements in each slot over all ranks.
+        """
+        # The formulas divide by n. A 0/0 is not chosen, so it does no harm.
         return torch.where(n == 0, 0.0, self.finish(statistics, n))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Metric) and self.name == other.name
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
 
 def _variance(m: Statistics, n: Tensor) -> Tensor:
-    # (Σx² − (Σx)²/n) / (n−1) loses |mean/std|² of float64's 2^-53: fp32 stays exact up to a ratio of about 10^4.
+    # var = (Σx² − (Σx)²/n) / (n−1). The difference loses |mean/std|² of float64's 2^-53, so it keeps float32's
+    # precision up to a ratio of about 10^4. A second pass over centred values would be exact, and a second collective.
     spread = (m[SQUARE] - m[SUM] ** 2 / n).clamp(min=0.0)
+    # Of one element it is 0, as a coefficient can use it; but a NaN stays a NaN.
     return torch.where(n > 1, spread / (n - 1).clamp(min=1), 0.0 * spread)
 
 
@@ -85,13 +92,14 @@ _NAMED = {
 
 
 def parse_metric(metric: str | float) -> Metric:
-    """The Metric that a user's word or number names.
+    """The metric of a user's name or number.
+
+    metric: "mad", "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf", or a number p for the p-norm.
+    Raises ValueError for anything else.
 
     >>> from distwd.metrics.metric import parse_metric
     >>> parse_metric("l2") == parse_metric(2)
     True
-
-    Raises ValueError for anything else.
     """
     if isinstance(metric, str):
         if metric in _NAMED:
@@ -107,7 +115,7 @@ def parse_metric(metric: str | float) -> Metric:
 
 
 def _norm(p: float) -> Metric:
-    """‖x‖_p = (Σ|x|^p)^(1/p); p = 0 counts the non-zeros, ±inf is the largest and the smallest |x|."""
+    """‖x‖_p = (Σ|x|^p)^(1/p);  p = 0: number of non-zeros;  p = ±inf: the largest and the smallest |x|."""
     if p == 0:
         return Metric("l0", (COUNT,), lambda m, n: m[COUNT], degree=0)
     if math.isinf(p):
@@ -115,29 +123,23 @@ def _norm(p: float) -> Metric:
         return Metric(f"l{p:g}", (extremum,), lambda m, n: m[extremum])
     statistic = Statistic("power", p)
     name = f"l{int(p) if p.is_integer() else p!r}"
+    # sqrt is rounded correctly everywhere; a power of 1/2 need not be.
     return Metric(name, (statistic,), lambda m, n: m[statistic].sqrt() if p == 2 else m[statistic] ** (1 / p))
-
-
-SOURCES = ("update", "grad", "params")
-SCOPES = ("all", "group", "tensor")
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One metric that a rule asks for:  M(x), x all elements of `of`.
+    """A number that a rule asks for:  metric of the tensors `of`, one per `scope`.
 
-    of: "params" (the parameters before the step), "grad" (the gradients as the step began, or as a target="grad"
-        transform left them) or "update" (the update at the rule's place).
-    metric: as in `global_metric`: "mad", "rms", "l2", a number p, ...
-    scope: "all" = one number over all parameters of the optimizer, "group" = one for each param group,
-        "tensor" = one for each whole parameter. In any case it costs no more than one all-reduce.
+    of: "update", "grad" or "params", the tensors it is taken of.
+    metric: a metric's name, or a number p, see `parse_metric`.
+    scope: "all" for one number over all parameters, "group" for one per param group, "tensor" for one per parameter.
+    parsed: the metric itself. Two measures are equal if they ask for the same number, however it is written.
+    Raises ValueError for what is none of these.
 
-    Every element counts once, however the model is sharded; a missing gradient counts as zeros.
-    Raises ValueError for any value not named here.
-
-    >>> from distwd import Measure
-    >>> Measure("grad", "l2", scope="all")
-    Measure(of='grad', metric='l2', scope='all')
+    >>> from distwd.metrics.metric import Measure
+    >>> Measure("grad", 2, scope="all") == Measure("grad", "l2", scope="all")
+    True
     """
 
     of: str
@@ -148,5 +150,4 @@ class Measure:
     def __post_init__(self) -> None:
         check_choice("of", self.of, SOURCES)
         check_choice("scope", self.scope, SCOPES)
-        # "l2" and 2 name one metric, which is then measured once.
         object.__setattr__(self, "parsed", parse_metric(self.metric))

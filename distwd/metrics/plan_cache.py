@@ -63,7 +63,7 @@ class PlanCache:
         if self.plan is not None:
             # The others go on with the old plan unless they come here too: an exchange that they do not expect would
             # pair up with whatever collective they are in.
-            self.plan.meet(entries, rules)
+            self.plan.meet_to_rebuild(entries, rules)
             self.plan = None
         options = self.options
         self.plan = build_plan(
@@ -77,12 +77,12 @@ class PlanCache:
         # All ranks know of a PlanError already, and a CollectiveError comes of waiting for another rank.
         store = None if self.plan is None else self.plan.world.error_store
         if store is not None and not isinstance(error, (PlanError, CollectiveError)):
-            store.say(f"{type(error).__name__}: {error}")
+            store.publish(f"{type(error).__name__}: {error}")
             self._has_published = True
 
     def clear_published(self) -> None:
         """A step is tried again: what was published about the last one is past."""
         store = None if self.plan is None else self.plan.world.error_store
         if self._has_published and store is not None:
-            store.wipe()
+            store.clear()
         self._has_published = False

@@ -1,10 +1,10 @@
-"""Copies that are none: tensors of one name with the same bits, whose gradients tell that they are different parameters.
+"""Find tensors that look like copies and are not: same name, same bits, but different gradients.
 
-    s = Σᵢ ±gᵢ, signs by place;  Σ over holders of s  =  number of holders · s of the owner,  if all are copies
+    s = Σᵢ ±gᵢ with signs by place;   all are copies  ⟹  Σ over holders of s = (number of holders) · (s of the owner)
 
-Stages of a pipeline, or experts, that were initialised from one seed and have the same names everywhere look like copies until
-they are trained. So gradients are compared once, in a first step that builds the plan: equal up to what kernels round differently,
-or not at all.
+Pipeline stages or experts that were initialised from one seed, under the same names on every rank, look like copies
+until they are trained. So the gradients of copies are compared once, in a first step that builds the plan. They need
+not have equal bits, since kernels round differently; but different parameters have entirely different gradients.
 """
 
 from __future__ import annotations
@@ -15,67 +15,71 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import PlanError
 from ..kernels.sums import wide_dtype
-from ..sharding.collectives import gather_objects
-from ..sharding.explain import SHOWN, Clue, explain_gradients
+from ..sharding.collectives import gather_objects, sum_over_ranks
+from ..sharding.explain import SHOWN, PieceReport, explain_gradients
 from ..sharding.local import local_tensor
-from ..sharding.reduce import sum_over_ranks
 from .plan import Plan
 
-# Of different gradients s differs by about their norm, of equal ones by roundings: far below this part of it even in bf16.
+# For different gradients s differs by about their norm; for equal ones by roundings, far below this part of it even in
+# bf16.
 _TOLERANCE = 0.01
 _BLOCK = 1 << 20
 
 
 def check_gradients(plan: Plan) -> None:
-    """Raise PlanError, on every rank alike, where copies of a piece have different gradients. One all-reduce if there are copies.
+    """Raise PlanError, on every rank alike, where copies of a piece have different gradients.
 
-    A name of which some rank has no gradient, or one that is not finite, or placed otherwise than the parameter, is not judged.
+    One all-reduce if any piece has copies. A name is not judged if some rank has no gradient for it, or one that is not
+    finite, or one that is cut otherwise than the parameter.
     """
     if not plan.has_copies:
         return
-    excess, size, unknown = sum_over_ranks(_testimony(plan), plan.world)
+    excess, size, unknown = sum_over_ranks(_summary(plan), plan.world)
     wrong = ((unknown == 0) & (excess.abs() > _TOLERANCE * size)).nonzero().flatten().tolist()
     if wrong:
-        clues = [
-            Clue(cell, piece, entry.named, entry.group, _in_words(_gradient(entry.tensor, piece.numel)))
-            for cell, piece, entry in zip(plan.cells, plan.pieces, plan.entries, strict=True)
-            if cell in wrong[:SHOWN]
-        ]
-        raise PlanError(explain_gradients(wrong, gather_objects(clues, plan.world)))
+        reports = []
+        for name_id, piece, entry in zip(plan.name_ids, plan.pieces, plan.entries, strict=True):
+            if name_id in wrong[:SHOWN]:
+                grad = _gradient(entry.tensor, piece.numel)
+                note = "no gradient" if grad is None else f"gradient norm {_signed_sum_and_norm(grad)[1].item():.3g}"
+                reports.append(PieceReport(name_id, piece, entry.named, entry.group, note))
+        raise PlanError(explain_gradients(wrong, gather_objects(reports, plan.world)))
 
 
-def _testimony(plan: Plan) -> Tensor:
-    """[3, names] float64: what this rank's s exceed what its copies should have, their norms, and gradients that cannot be judged."""
-    told = torch.zeros(3, plan.num_names, dtype=torch.float64)
+def _summary(plan: Plan) -> Tensor:
+    """[3, names] float64, to be summed over ranks.
+
+    Row 0: s, minus (number of holders) · s where this rank is the owner; over all ranks 0 if all are copies.
+    Row 1: the norm of the gradient. Row 2: 1 if the gradient cannot be judged.
+    """
+    summary = torch.zeros(3, plan.num_names, dtype=torch.float64)
     copied = [index for index, holders in enumerate(plan.num_holders) if holders > 1 and plan.pieces[index].numel]
     grads = {index: _gradient(plan.entries[index].tensor, plan.pieces[index].numel) for index in copied}
-    seen = [torch.stack(_signed_sum_and_norm(grad)).cpu() for grad in grads.values() if grad is not None]
-    numbers = iter(torch.stack(seen).double().tolist() if seen else [])
+    # All numbers are computed before the first is read: each read waits for the device.
+    pairs = [torch.stack(_signed_sum_and_norm(grad)).cpu() for grad in grads.values() if grad is not None]
+    numbers = iter(torch.stack(pairs).double().tolist() if pairs else [])
     for index, grad in grads.items():
-        cell, holders = plan.cells[index], plan.num_holders[index] if plan.owned[index] else 0
+        name_id, holders = plan.name_ids[index], plan.num_holders[index] if plan.owned[index] else 0
         signed, norm = next(numbers) if grad is not None else (torch.nan, torch.nan)
         if norm - norm == 0:  # finite
-            told[:, cell] += torch.tensor([signed * (1 - holders), norm, 0.0])
+            summary[:, name_id] += torch.tensor([signed * (1 - holders), norm, 0.0])
         else:
-            told[2, cell] += 1
-    return told
+            summary[2, name_id] += 1
+    return summary
 
 
 def _gradient(param: Tensor, numel: int) -> Tensor | None:
+    """The local gradient without padding, flat; None if there is none that can be compared."""
     grad = param.grad
-    if grad is None or (
-        isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements
-    ):
+    # To redistribute it would be a collective that only some ranks start.
+    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
         return None
-    local = local_tensor(grad)
-    return local.reshape(-1)[:numel] if local.layout is torch.strided else None
-
-
-def _in_words(grad: Tensor | None) -> str:
-    return "no gradient" if grad is None else f"gradient norm {_signed_sum_and_norm(grad)[1].item():.3g}"
+    local = None if grad is None else local_tensor(grad)
+    return None if local is None or local.layout is not torch.strided else local.reshape(-1)[:numel]
 
 
 def _signed_sum_and_norm(flat: Tensor) -> list[Tensor]:
+    """Σᵢ ±gᵢ and ‖g‖, 0-d; signs by place, the same on every rank. A plain sum would not see elements change places."""
     wide = wide_dtype(flat.device)
     total = torch.zeros((), dtype=wide, device=flat.device)
     for start in range(0, flat.numel(), _BLOCK):

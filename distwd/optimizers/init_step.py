@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from ..metrics.replica_check import check_gradients
+from ..sharding.collectives import is_true_on_any_rank
 from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
-from ..sharding.reduce import any_rank
 from ..step.runner import StepRunner
 from .state import NO_PARAMS_KEY, mark_initialized
 
@@ -49,7 +49,7 @@ class FirstStep:
             return flag  # the ranks have nothing to do with one another
         world = self._runner.plan.world
         if world.error_store is None:
-            return bool(any_rank(torch.tensor(flag), world))
+            return is_true_on_any_rank(flag, world)
         answer = world.error_store.is_true_on_any(flag, self._num_asked)
         self._num_asked += 1  # not before: who tries a failed step again asks the same question again
         return answer

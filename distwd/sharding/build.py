@@ -1,4 +1,7 @@
-"""Building a plan: describe, exchange, resolve, and raise together."""
+"""Building a plan: describe what is here, exchange it, find the owners, and raise together if anything is wrong.
+
+Two all-gathers of integers. A third exchange, of text, is made only to explain an error.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,64 @@ from torch import Tensor
 
 from ..errors import PlanError
 from .collectives import gather_objects, gather_rows
-from .error_store import ErrorStore
-from .explain import SHOWN, Clue, explain
-from .layout import Layout, find_mark
+from .explain import SHOWN, PieceReport, explain
+from .layout import Layout, Mark, find_mark
 from .local import local_tensor
-from .manifest import CHECKSUM, NUM_COLUMNS, checksums_of, offsets_of, rows_of, stable_hash
-from .ownership import Ownership, resolve
+from .ownership import CHECKSUM, NUM_COLUMNS, OwnerTable, checksums_of, offsets_of, resolve, rows_of, stable_hash
 from .params import NamedParam
 from .pieces import Meshes, Piece, describe
-from .world import World
+from .world import ErrorStore, World
 
-# The first row of every rank is about the rank itself: does it object, which rules, are its tensors named, how many
-# groups it has, its other arguments, which patterns of its layout have matched (bits), and a number for the plan.
+# The first row of every rank is about the rank itself: whether it objects, a hash of its rules, whether its tensors are
+# named, how many groups it has, a hash of its other arguments, which patterns of its layout have matched (bits), a
+# number for the plan.
 _OBJECTS, _RULES, _NAMED, _GROUPS, _ARGUMENTS, _MATCHED, _NUMBER = range(NUM_COLUMNS)
-_MAX_PATTERNS = 62  # as bits of one number
-_NARROW = 1 << _MAX_PATTERNS  # the bit beside them: some tensors here are not float64
+# Patterns are bits of one int64, whose sign bit and the bit below it are not theirs.
+_MAX_PATTERNS = 62
+_NARROW = 1 << _MAX_PATTERNS  # some tensors here are not float64
+# Values of _NAMED. A rank without parameters is of neither kind, and fits to both.
 _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
 
+@dataclass(frozen=True, slots=True)
+class BuildArgs:
+    """How a plan is asked for.
+
+    world: the ranks that hold the model.
+    layout: the marks of plain tensors, see layout.py.
+    check_replicas: whether to compare the bits of copies.
+    rules: what will be measured, as text; must be the same on every rank.
+    offsets: whether to find where counted pieces begin in their wholes.
+    """
+
+    world: World
+    layout: Layout
+    check_replicas: bool = True
+    rules: str = ""
+    offsets: bool = False
+
+    @property
+    def arguments(self) -> str:
+        """What must be the same on every rank besides the rules, as text."""
+        return f"check_replicas={self.check_replicas}, a layout of {len(self.layout)} patterns"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Built:
-    """What `build` found: this rank's pieces, which it owns, the cell of each, how many ranks hold each, where counted ones begin;
-    over all ranks, whether there are copies, sizes, and whether everything is float64; and a board for these ranks."""
+class Ownership:
+    """What `build` finds. First by parameter of this rank, then over all ranks, where every rank has the same.
+
+    pieces: what this rank holds of each parameter.
+    owned: whether this rank owns the piece.
+    name_ids: the place of each name among all names.
+    num_holders: how many ranks hold each piece.
+    offsets: elements of the whole before each counted piece; () if that was not asked for.
+    has_copies: whether any piece is held by several ranks.
+    num_groups: the largest number of param groups of any rank.
+    numel: [names] int64, elements of each whole tensor.
+    group_numel: [param groups] int64, elements of each group.
+    is_wide: whether every tensor is float64.
+    error_store: where these ranks publish errors.
+    """
 
     pieces: tuple[Piece, ...]
     owned: tuple[bool, ...]
@@ -47,83 +86,90 @@ class Built:
     error_store: ErrorStore | None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How a plan is asked for: the ranks, the marks of plain tensors, whether to compare bits, the rules it is for, and
-    whether the places of counted pieces are wanted."""
+def build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
+    """Find out, together with the other ranks, who owns what.
 
-    world: World
-    layout: Layout
-    check_replicas: bool = True
-    rules: str = ""
-    offsets: bool = False
-
-    @property
-    def arguments(self) -> str:
-        """What must be the same on every rank besides the rules."""
-        return f"check_replicas={self.check_replicas}, a layout of {len(self.layout)} patterns"
-
-
-def build(entries: Sequence[NamedParam], call: Call) -> Built:
-    """Describe this rank's entries, exchange with the world, find owners; PlanError on every rank if anything is wrong."""
-    told = _tell(entries, call)
-    gathered = gather_rows(told.rows, call.world)
+    entries: the parameters of this rank.
+    Raises PlanError on every rank alike, and with the same text, if anything is wrong on any of them.
+    """
+    local = _report(entries, args)
+    gathered = gather_rows(local.rows, args.world)
     headers = torch.stack([part[0] for part in gathered])
-    _agree_on_the_call(headers, told.objection, call)
+    _check_headers(headers, local.objection, args)
+    # A pipeline stage may have fewer groups than another. Per-group numbers are vectors over the longest list.
     num_groups = int(headers[:, _GROUPS].max())
-    found = resolve([part[1:] for part in gathered], call.world.rank, num_groups)
-    _agree_on_the_pieces(found, entries, told, call.world)
-    owned, name_ids = tuple(found.owned.tolist()), tuple(found.name_ids.tolist())
-    offsets = offsets_of(told.pieces, [part[1:] for part in gathered]) if call.offsets else ()
-    # Not by this rank's own tensors: a metric has the same bits on a rank that holds others, or none.
-    is_wide = len(found.names) > 0 and not any(mask & _NARROW for mask in headers[:, _MATCHED].tolist())
-    # A number that no other plan has, the same on every rank: the first one's.
-    error_store = ErrorStore.of(call.world.group, int(headers[0, _NUMBER]))
-    return Built(
-        told.pieces,
-        owned,
-        name_ids,
-        tuple(found.holders.tolist()),
-        offsets,
-        found.has_copies,
-        num_groups,
-        found.numel,
-        found.group_numel,
-        is_wide,
-        error_store,
+    rows = [part[1:] for part in gathered]
+    found = resolve(rows, args.world.rank, num_groups)
+    _check_pieces(found, entries, local, args.world)
+    return Ownership(
+        pieces=local.pieces,
+        owned=tuple(found.owned.tolist()),
+        name_ids=tuple(found.name_ids.tolist()),
+        num_holders=tuple(found.holders.tolist()),
+        offsets=offsets_of(local.pieces, rows) if args.offsets else (),
+        has_copies=found.has_copies,
+        num_groups=num_groups,
+        numel=found.numel,
+        group_numel=found.group_numel,
+        # By the dtypes of all ranks: a metric must have the same bits on a rank that holds other tensors, or none.
+        is_wide=len(found.names) > 0 and not any(mask & _NARROW for mask in headers[:, _MATCHED].tolist()),
+        # Every rank drew a random number; the first rank's is the plan's, so no two plans share keys of the store.
+        error_store=ErrorStore.of(args.world.group, int(headers[0, _NUMBER])),
     )
 
 
+# --- what this rank sends ---------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """What this rank has to say: its pieces, or why it cannot take part, and both as rows."""
+class LocalReport:
+    """What this rank sends to the others.
+
+    pieces: of its parameters; incomplete if it objects.
+    objection: why it cannot take part; None if it can.
+    rows: [1 + pieces, 7] int64: a row about the rank itself, then its pieces.
+    """
 
     pieces: tuple[Piece, ...]
     objection: str | None
     rows: Tensor
 
 
-def _tell(entries: Sequence[NamedParam], call: Call) -> _Told:
+def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
+    named = _EMPTY
+    if entries:
+        named = _ALL_NAMED if all(entry.named for entry in entries) else _UNNAMED
     matched: set[int] = set()
+    # What is sent if this rank objects: no rows, so that the exchange goes its usual way.
     pieces: tuple[Piece, ...] = ()
     objection, rows = None, torch.zeros(0, NUM_COLUMNS, dtype=torch.int64)
-    # Not raised here: a rank that raises alone strands the others.
+    # An error is sent, not raised: a rank that raises alone leaves the others waiting in the exchange. ValueErrors come
+    # from our checks, RuntimeErrors from torch, of tensors whose bits cannot be read.
     try:
-        pieces = tuple(_describe_all(entries, call.layout, matched))
-        checksums = _checksums(entries, call)
-        rows = rows_of(pieces, [entry.group for entry in entries], checksums, _named(entries) != _UNNAMED)
+        pieces = tuple(_describe_all(entries, args.layout, matched))
+        checksums = [0] * len(entries)
+        # With one process there are no copies to compare.
+        if args.world.size > 1 and args.check_replicas:
+            checksums = checksums_of([local_tensor(entry.tensor) for entry in entries])
+        rows = rows_of(pieces, [entry.group for entry in entries], checksums, named != _UNNAMED)
     except (ValueError, RuntimeError) as error:
         objection = str(error)
-    num_groups = 1 + max((entry.group for entry in entries), default=0)
-    mask = sum(1 << number for number in matched)
-    mask |= _NARROW if any(piece.dtype != torch.float64 for piece in pieces) else 0
-    number, arguments = uuid.uuid4().int >> 65, stable_hash(call.arguments)
-    header = [objection is not None, stable_hash(call.rules), _named(entries), num_groups, arguments, mask, number]
-    return _Told(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))
+    header = [0] * NUM_COLUMNS
+    header[_OBJECTS] = int(objection is not None)
+    header[_RULES] = stable_hash(args.rules)
+    header[_NAMED] = named
+    header[_GROUPS] = 1 + max((entry.group for entry in entries), default=0)
+    header[_ARGUMENTS] = stable_hash(args.arguments)
+    header[_MATCHED] = sum(1 << number for number in matched)
+    if any(piece.dtype != torch.float64 for piece in pieces):
+        header[_MATCHED] |= _NARROW
+    # 63 bits, so a positive int64. Not from torch's generator: building a plan must not change what a user draws next.
+    header[_NUMBER] = uuid.uuid4().int >> 65
+    return LocalReport(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))
 
 
 def _describe_all(entries: Sequence[NamedParam], layout: Layout, matched: set[int]) -> Iterator[Piece]:
-    """The pieces in order; notes which patterns of the layout have matched."""
+    """The pieces in order. Adds to `matched` the numbers of the layout's patterns that match something."""
     if len(layout) > _MAX_PATTERNS:
         raise ValueError(
             f"layout has {len(layout)} patterns; at most {_MAX_PATTERNS}: join some by a wildcard or a predicate"
@@ -131,45 +177,45 @@ def _describe_all(entries: Sequence[NamedParam], layout: Layout, matched: set[in
     seen: dict[object, str] = {}
     meshes: Meshes = {}
     for entry in entries:
+        # Tied parameters, listed under both names, would be decayed twice and count twice in every metric.
         for key in (entry.name, id(entry.tensor)):
             if key in seen:
                 what = "is listed twice" if seen[key] == entry.name else f"is the same tensor as {seen[key]} (tied)"
                 raise ValueError(f"{entry.name} {what}; pass every parameter once, as model.named_parameters() does")
             seen[key] = entry.name
-        found = find_mark(entry.name, entry.tensor, layout)
-        matched.update(() if found is None else (found[0],))
-        yield describe(entry.name, entry.tensor, None if found is None else found[1], meshes)
+        mark: Mark | None = None
+        if (found := find_mark(entry.name, entry.tensor, layout)) is not None:
+            number, mark = found
+            matched.add(number)
+        yield describe(entry.name, entry.tensor, mark, meshes)
 
 
-def _named(entries: Sequence[NamedParam]) -> int:
-    if not entries:
-        return _EMPTY
-    return _ALL_NAMED if all(entry.named for entry in entries) else _UNNAMED
+# --- what all ranks decide alike --------------------------------------------------------------------------------------
 
 
-def _checksums(entries: Sequence[NamedParam], call: Call) -> list[int]:
-    # With one process there are no copies to compare.
-    if call.world.size == 1 or not call.check_replicas:
-        return [0] * len(entries)
-    return checksums_of([local_tensor(entry.tensor) for entry in entries])
+def _check_headers(headers: Tensor, objection: str | None, args: BuildArgs) -> None:
+    """Raise PlanError on every rank if any objects, or if they were called differently.
 
-
-def _agree_on_the_call(headers: Tensor, objection: str | None, call: Call) -> None:
-    """Raise on every rank if any objects, or if they were called differently; all decide by the same headers."""
+    headers: [ranks, 7] int64, the same on every rank, so all take the same branch and the exchange of texts in it is
+        safe.
+    """
+    # Objections first: a rank that could not describe its tensors differs from the others in everything that follows.
     if headers[:, _OBJECTS].any():
-        raise PlanError(_on_ranks(gather_objects(objection, call.world), call.world))
+        raise PlanError(_by_rank(gather_objects(objection, args.world), args.world))
+    # Ranks with other rules would start other collectives in a step.
     if len(headers[:, _RULES].unique()) > 1:
-        texts = gather_objects(call.rules, call.world)
-        raise PlanError("the ranks do not have the same rules: " + _on_ranks(texts, call.world))
-    kinds = headers[headers[:, _NAMED] != _EMPTY, _NAMED].unique()
-    if len(kinds) > 1:
+        texts = gather_objects(args.rules, args.world)
+        raise PlanError("the ranks do not have the same rules: " + _by_rank(texts, args.world))
+    # Names cannot be matched with positions.
+    if len(headers[headers[:, _NAMED] != _EMPTY, _NAMED].unique()) > 1:
         raise PlanError("some ranks gave names and others did not; pass model.named_parameters() on every rank")
     if len(headers[:, _ARGUMENTS].unique()) > 1:
-        texts = gather_objects(call.arguments, call.world)
-        raise PlanError("the ranks do not have the same arguments: " + _on_ranks(texts, call.world))
-    matched = headers[:, _MATCHED].tolist()
+        texts = gather_objects(args.arguments, args.world)
+        raise PlanError("the ranks do not have the same arguments: " + _by_rank(texts, args.world))
+    # A pattern may well match nothing on this rank: of another pipeline stage. On no rank at all it is a typing error.
+    masks = headers[:, _MATCHED].tolist()
     idle = [
-        repr(pattern) for number, pattern in enumerate(call.layout) if not any(mask >> number & 1 for mask in matched)
+        repr(pattern) for number, pattern in enumerate(args.layout) if not any(mask >> number & 1 for mask in masks)
     ]
     if idle:
         raise PlanError(
@@ -177,7 +223,8 @@ def _agree_on_the_call(headers: Tensor, objection: str | None, call: Call) -> No
         )
 
 
-def _on_ranks(texts: Sequence[str | None], world: World) -> str:
+def _by_rank(texts: Sequence[str | None], world: World) -> str:
+    """`rank 0, 2: this; rank 1: that`, ranks with the same text together, those without any left out."""
     if world.size == 1:
         return str(texts[0])
     by_text: dict[str, list[int]] = {}
@@ -187,15 +234,17 @@ def _on_ranks(texts: Sequence[str | None], world: World) -> str:
     return "; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items())
 
 
-def _agree_on_the_pieces(found: Ownership, entries: Sequence[NamedParam], told: _Told, world: World) -> None:
-    """Raise on every rank, with everyone's account of the names in question."""
+def _check_pieces(found: OwnerTable, entries: Sequence[NamedParam], local: LocalReport, world: World) -> None:
+    """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of those names."""
+    # The table is the same on every rank, so all return here, or all take part in the exchange below.
     if not (found.mismatched or found.uncovered or found.drifted):
         return
     wrong = {name_id for names in (found.mismatched, found.uncovered, found.drifted) for name_id in names[:SHOWN]}
-    bits = [checksum % (1 << 64) for checksum in told.rows[1:, CHECKSUM].tolist()]
-    clues = [
-        Clue(name_id, piece, entry.named, entry.group, f"bits {checksum:016x}")
-        for name_id, piece, entry, checksum in zip(found.name_ids.tolist(), told.pieces, entries, bits, strict=True)
+    # As unsigned, which people compare more easily.
+    bits = [checksum % (1 << 64) for checksum in local.rows[1:, CHECKSUM].tolist()]
+    reports = [
+        PieceReport(name_id, piece, entry.named, entry.group, f"bits {checksum:016x}")
+        for name_id, piece, entry, checksum in zip(found.name_ids.tolist(), local.pieces, entries, bits, strict=True)
         if name_id in wrong
     ]
-    raise PlanError(explain(found, gather_objects(clues, world)))
+    raise PlanError(explain(found, gather_objects(reports, world)))

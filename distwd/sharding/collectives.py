@@ -1,4 +1,8 @@
-"""The plan's door to the network: descriptions of pieces go out once, when a plan is built."""
+"""The one door to the network: every collective that distwd starts is started here.
+
+One more is started by torch: `local_like` in local.py redistributes a gradient that is cut otherwise than its
+parameter.
+"""
 
 from __future__ import annotations
 
@@ -10,45 +14,108 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import CollectiveError, PlanError
 from .world import World
+
+# --- in a step --------------------------------------------------------------------------------------------------------
+
+
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Σ over ranks of `values`, the same bits on every rank. One all-reduce; none in a world of one.
+
+    values: [n], any dtype and device. Its memory may be used for the result.
+    Returns [n] on the device of `values`.
+    Raises PlanError or CollectiveError if another rank does not take part.
+    """
+    return _all_reduce(values, dist.ReduceOp.SUM, world)
+
+
+def max_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Maximum over ranks of `values`, the same bits on every rank; NaN where any rank has a NaN. One all-reduce.
+
+    values: [n], a float dtype, any device.
+    Returns [n] on the device of `values`.
+    Raises PlanError or CollectiveError if another rank does not take part.
+    """
+    if world.size == 1:
+        return values
+    # Backends do not agree on the maximum of a number and a NaN, so NaNs travel as a second vector of flags.
+    numbers = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    both = torch.cat([numbers, values.isnan().to(values.dtype)])
+    reduced, is_nan = _all_reduce(both, dist.ReduceOp.MAX, world).chunk(2)
+    return torch.where(is_nan > 0, torch.nan, reduced)
+
+
+def is_true_on_any_rank(flag: bool, world: World) -> bool:
+    """Whether `flag` is true on any rank. One all-reduce, and the result is read: not for every step."""
+    return bool(_all_reduce(torch.tensor([flag], dtype=torch.int32), dist.ReduceOp.MAX, world)[0] > 0)
+
+
+def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, world: World) -> Tensor:
+    if world.size == 1:
+        return values
+    # NCCL alone cannot send what CPU offload keeps in host memory.
+    sent = world.sendable(values)
+    with _errors_explained(world, in_step=True):
+        dist.all_reduce(sent, op=op, group=world.group)
+    return sent.to(values.device)
+
+
+# --- while a plan is built --------------------------------------------------------------------------------------------
 
 
 def gather_rows(rows: Tensor, world: World) -> list[Tensor]:
-    """Every rank's int64 matrix of rows [its number of rows, columns], by rank: two all-gathers."""
+    """The integers of every rank. Two all-gathers: how many rows each rank has, then the rows.
+
+    rows: [number of rows of this rank, columns] int64 on the CPU; columns the same on every rank.
+    Returns one such matrix for each rank, in order of rank.
+    Raises PlanError if another rank does not take part.
+    """
     if world.size == 1:
         return [rows]
+    # Stages of a pipeline hold different numbers of parameters.
     counts = torch.cat(_gather(torch.tensor([rows.shape[0]]), world)).tolist()
+    # An all-gather takes equal shapes only: gloo has no other.
     padded = rows.new_zeros(max(counts), rows.shape[1])
     padded[: rows.shape[0]] = rows
     return [part[:count].cpu() for part, count in zip(_gather(padded, world), counts, strict=True)]
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """Every rank's (small, picklable) value, by rank; for what is said once, before training: explanations, patterns that matched."""
+    """One small picklable value from every rank, in order of rank. Not for every step: for texts of an error, say."""
     if world.size == 1:
         return [value]
+    # Pickled by torch, through a tensor on the group's device.
     values: list[Any] = [None] * world.size
-    with _together(world):
+    with _errors_explained(world, in_step=False):
         dist.all_gather_object(values, value, group=world.group)
     return values
 
 
 def _gather(tensor: Tensor, world: World) -> list[Tensor]:
-    tensor = world.sendable(tensor)
-    parts = [torch.empty_like(tensor) for _ in range(world.size)]
-    with _together(world):
-        dist.all_gather(parts, tensor, group=world.group)
+    sent = world.sendable(tensor)
+    parts = [torch.empty_like(sent) for _ in range(world.size)]
+    with _errors_explained(world, in_step=False):
+        dist.all_gather(parts, sent, group=world.group)
     return parts
 
 
 @contextmanager
-def _together(world: World) -> Iterator[None]:
+def _errors_explained(world: World, in_step: bool) -> Iterator[None]:
+    """Turn a backend's error into one that says what to do: another rank died, raised, or does something else."""
     try:
         yield
     except RuntimeError as error:
-        raise PlanError(
-            f"rank {world.rank} of {world.size} has come to build a plan, and another rank of the group has not. "
-            "Every rank needs the same rules (one with absolute decay only never builds a plan) and the same group=, and "
-            "must ask for the plan when the others do; or a rank has died."
+        # While a plan is built no rank can have published anything: its store comes with the plan.
+        if not in_step:
+            raise PlanError(
+                f"rank {world.rank} of {world.size} has come to build a plan, and another rank of the group has not. "
+                "Every rank needs the same rules (one with absolute decay only never builds a plan) and the same group=, and "
+                "must ask for the plan when the others do; or a rank has died."
+            ) from error
+        # A rank that raised has published why. A rank that was killed could not.
+        if reasons := world.published_errors():
+            raise PlanError(reasons) from error
+        raise CollectiveError(
+            f"rank {world.rank}: another rank has died, or has not taken the step that this one takes: {error}"
         ) from error

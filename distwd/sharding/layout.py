@@ -1,8 +1,8 @@
-"""layout=: who holds what, for tensors whose ownership no DTensor tells."""
+"""The argument `layout=`: who holds what, for plain tensors, which do not tell it themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch import flat_param_of, original_params
 from .world import check_group
 
 Pattern = str | Callable[[str, Tensor], bool]
@@ -20,8 +21,10 @@ Pattern = str | Callable[[str, Tensor], bool]
 class Replicated:
     """A mark for `layout=`: every rank of `group` holds the tensor whole.
 
-    Says in words what is assumed of plain tensors anyway; the copies' bits are compared all the same.
-    group: a process group that this rank belongs to, None for all ranks. Source: torch's `Replicate` placement.
+    Plain tensors without a mark are taken for this anyway. The bits of the copies are compared in both cases.
+
+    group: a process group that this rank belongs to; None for all ranks.
+    Source: torch's `Replicate` placement.
 
     >>> from distwd import Replicated
     >>> Replicated().group is None
@@ -33,11 +36,13 @@ class Replicated:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """A mark for `layout=`: this rank's tensor is the piece numbered by its rank in `group`, of one whole cut over `group`.
+    """A mark for `layout=`: one whole is cut over `group`, and each rank holds the piece of its own number.
 
-    Pieces may be of any lengths, 0 too. Another group that holds the same name holds copies. On a DTensor it adds a cut that the
-    DTensor does not tell, as of experts whose expert-parallel axis is not in their mesh.
-    group: a process group that this rank belongs to, None for all ranks. Source: torch's `Shard` placement.
+    Pieces may have any lengths, 0 too. Another group that holds the same name holds copies. On a DTensor it adds a cut
+    that is not in its placements, as of experts whose expert-parallel axis is not in their mesh.
+
+    group: a process group that this rank belongs to; None for all ranks.
+    Source: torch's `Shard` placement.
 
     >>> from distwd import Sharded
     >>> Sharded().group is None
@@ -48,69 +53,75 @@ class Sharded:
 
     @staticmethod
     def from_fsdp1(model: torch.nn.Module) -> Layout:
-        """The layout of a model wrapped with FSDP1 (torch.distributed.fsdp.FullyShardedDataParallel), for any sharding strategy.
+        """The layout of a model that is wrapped with FSDP1 (torch.distributed.fsdp.FullyShardedDataParallel).
 
-        With use_orig_params=True every parameter is a piece, perhaps an empty one; with False every FlatParameter is,
-        and its padding counts for nothing.
+        With use_orig_params=True every parameter is a piece, perhaps an empty one. With False every FlatParameter is;
+        its padding counts for nothing.
+
+        model: wrapped with any sharding strategy, the whole or in parts.
+        Returns a layout for `Chain`, `attach`, `Plan.build` or `global_metric`.
         Raises ValueError if nothing in `model` is wrapped with FSDP1.
         """
-        return dict(_fsdp1_marks(model))
+        from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-
-Mark = Sharded | Replicated
-Layout = Mapping[Pattern, Mark]
+        # Nested modules may be wrapped with different groups and strategies (HYBRID_SHARD beside NO_SHARD), so one mark
+        # for each.
+        by_group: dict[Any, list[Tensor]] = {}
+        for module in FullyShardedDataParallel.fsdp_modules(model):
+            flat = flat_param_of(module)
+            if flat is not None:
+                is_whole = module.sharding_strategy is ShardingStrategy.NO_SHARD
+                # The optimizer holds the original parameters if there are such, else the flat one.
+                tensors = [param for param, _ in original_params(flat)] or [flat]
+                by_group.setdefault((module.process_group, is_whole), []).extend(tensors)
+        if not by_group:
+            raise ValueError(
+                "from_fsdp1: nothing in the model is wrapped with FullyShardedDataParallel; DTensors need no layout"
+            )
+        return {
+            _IsOneOf(tuple(tensors)): Replicated(group) if is_whole else Sharded(group)
+            for (group, is_whole), tensors in by_group.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _IsOneOf:
-    """A predicate: is the tensor one of these very objects?"""
+    """A predicate: whether a tensor is one of these very objects, whatever wrappers do to its name."""
 
     tensors: tuple[Tensor, ...]
 
     def __call__(self, name: str, tensor: Tensor) -> bool:
+        # By identity: `==` of tensors compares their elements.
         return any(tensor is one for one in self.tensors)
 
     def __repr__(self) -> str:
         return f"the {len(self.tensors)} parameters of one FSDP1 process group"
 
 
-def _fsdp1_marks(model: torch.nn.Module) -> Iterator[tuple[Pattern, Mark]]:
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-
-    by_group: dict[Any, list[Tensor]] = {}
-    for module in FullyShardedDataParallel.fsdp_modules(model):
-        handle = module._handle
-        if handle is not None:
-            whole = module.sharding_strategy is ShardingStrategy.NO_SHARD
-            tensors = getattr(handle.flat_param, "_params", None) or [handle.flat_param]
-            by_group.setdefault((module.process_group, whole), []).extend(tensors)
-    if not by_group:
-        raise ValueError(
-            "from_fsdp1: nothing in the model is wrapped with FullyShardedDataParallel; DTensors need no layout"
-        )
-    for (group, whole), tensors in by_group.items():
-        yield _IsOneOf(tuple(tensors)), Replicated(group) if whole else Sharded(group)
-
-
-def padding_of(tensor: Tensor) -> int:
-    """Elements at the end of a local tensor that belong to nobody: an FSDP1 FlatParameter's last shards are filled up."""
-    padding: int = getattr(tensor, "_shard_numel_padded", 0)
-    return padding
+Mark = Sharded | Replicated
+Layout = Mapping[Pattern, Mark]
 
 
 def find_mark(name: str, tensor: Tensor, layout: Layout) -> tuple[int, Mark] | None:
-    """The first pattern that matches, by its number, and its mark. Raises ValueError where a predicate raises anything."""
+    """The first pattern that matches a parameter.
+
+    Returns the number of the pattern in the layout, and its mark; None if none matches.
+    Raises ValueError where a predicate raises anything.
+    """
     for number, (pattern, mark) in enumerate(layout.items()):
-        if fnmatchcase(name, pattern) if isinstance(pattern, str) else _asked(pattern, name, tensor):
+        # The first match counts, as in a list of exceptions that ends with "*".
+        if isinstance(pattern, str):
+            matches = fnmatchcase(name, pattern)
+        else:
+            # The predicate is the user's and may raise anything, on one rank alone. As a ValueError it is sent to the
+            # others when a plan is built, and raised there too.
+            try:
+                matches = bool(pattern(name, tensor))
+            except Exception as error:
+                raise ValueError(f"layout: {pattern!r} raised {type(error).__name__} for {name}: {error}") from error
+        if matches:
             return number, mark
     return None
-
-
-def _asked(predicate: Callable[[str, Tensor], bool], name: str, tensor: Tensor) -> bool:
-    try:
-        return bool(predicate(name, tensor))
-    except Exception as error:  # it is the user's: anything may come out of it, on one rank alone
-        raise ValueError(f"layout: {predicate!r} raised {type(error).__name__} for {name}: {error}") from error
 
 
 def check_layout(layout: Layout) -> None:
@@ -124,5 +135,6 @@ def check_layout(layout: Layout) -> None:
             raise ValueError(f"layout: {pattern!r} is neither a glob of names nor a predicate(name, tensor)")
         if not isinstance(mark, (Sharded, Replicated)):
             raise ValueError(f"layout[{pattern!r}] must be Sharded(group) or Replicated(group), not {mark!r}")
+        # None means all ranks, and is looked up when it is needed: the layout may be written before init_process_group.
         if mark.group is not None:
             check_group(mark.group)

@@ -1,17 +1,30 @@
-"""What a user may pass as `params`, read into one flat list."""
+"""The parameters that a user passes, and that optimizers have now, as one flat list with names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .world import World
+
+Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedParam:
-    """One parameter: its name ("param 3" if it has none), the tensor, the index of its param group, and its decay in words."""
+    """One parameter of an optimizer.
+
+    name: its name, or "param 3" (its position) if it has none.
+    tensor: the parameter itself, a DTensor or a plain tensor.
+    group: the index of its param group.
+    named: whether the user has given the name.
+    decay: the weight decays of its group as text, for the plan's table.
+    """
 
     name: str
     tensor: Tensor
@@ -21,51 +34,156 @@ class NamedParam:
 
 
 def entries_of(params: Iterable[Any]) -> tuple[NamedParam, ...]:
-    """Tensors, (name, tensor) pairs or group dicts, in order. Raises ValueError for a lone tensor, TypeError for anything else."""
+    """What torch.optim takes as `params`, as a flat list in the same order.
+
+    params: tensors, (name, tensor) pairs, or group dicts of them.
+    Raises ValueError for a lone tensor, TypeError for members that are neither tensors nor pairs.
+    """
     if isinstance(params, Tensor):
         raise ValueError("params must be an iterable of tensors, not one tensor; pass [tensor]")
-    items = list(params)
+    items = list(params)  # a generator, such as model.parameters(), can be read once only
     if any(isinstance(item, Mapping) for item in items):
         return entries_of_groups(items)
     return entries_of_groups([{"params": items}])
 
 
 def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, ...]:
-    """The same from param groups, as they are given to torch.optim or as it keeps them (`param_names` beside `params`)."""
+    """The parameters of param groups, as a user writes them or torch.optim keeps them (`param_names` beside `params`)."""
     entries: list[NamedParam] = []
     for index, group in enumerate(groups):
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        decay = _decay(group)
+        decays = [value for key, value in group.items() if key.startswith(("weight_decay", "distwd_weight_decay"))]
+        # A decay that is a tensor is not read: that would wait for the device.
+        decay = " ".join(f"{d:g}" if isinstance(d, (int, float)) else type(d).__name__.lower() for d in decays)
         names = group.get("param_names") or []
-        if len(names) != len(members):  # DeepSpeed puts one flat tensor in their place and leaves the names
+        # DeepSpeed puts one flat tensor in the place of many and leaves their names.
+        if len(names) != len(members):
             names = [None] * len(members)
         for name, member in zip(names, members, strict=True):
             if isinstance(member, tuple):
                 name, member = member
             if not isinstance(member, Tensor):
                 raise TypeError(f"params must hold tensors or (name, tensor) pairs, not {type(member).__name__}")
+            # Without a name the position among all parameters stands for it: ranks match by that.
             entries.append(NamedParam(name or f"param {len(entries)}", member, index, name is not None, decay))
     return tuple(entries)
 
 
-def _decay(group: Mapping[str, Any]) -> str:
-    values = [value for key, value in group.items() if key.startswith(("weight_decay", "distwd_weight_decay"))]
-    return " ".join(
-        f"{value:g}" if isinstance(value, (int, float)) else type(value).__name__.lower() for value in values
-    )
+def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """`params` in a form that torch.optim.Optimizer accepts, also where a rank or a param group holds nothing.
+
+    params: what a user passes to an optimizer; group dicts are copied.
+    group: the ranks that hold the model.
+    Returns [one empty group] for a rank of several that has no parameters (a pipeline stage, say), else the same
+    members.
+    Raises ValueError for no parameters in a world of one, TypeError for a lone tensor or a set, as torch does.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "params must be an iterable of tensors, (name, tensor) pairs or group dicts, not one tensor; pass [tensor]"
+        )
+    items = list(params)
+    # torch refuses an empty list. One process without parameters is a mistake; one rank of several may be a stage
+    # without any.
+    if not items:
+        if World.of(group).size == 1:
+            raise ValueError("optimizer got an empty parameter list; pass model.named_parameters()")
+        return [{"params": []}]
+    if not isinstance(items[0], dict):
+        return items
+    groups = []
+    for item in items:
+        members = item["params"]
+        # torch refuses sets too, but would not see one that has been copied into a list.
+        if isinstance(members, set):
+            raise TypeError(
+                "params of a group must be an ordered collection, not a set: ranks would disagree on the order; pass a list"
+            )
+        groups.append({**item, "params": [members] if isinstance(members, Tensor) else list(members)})
+    # torch refuses a group without names beside groups with names, and an empty group has none to look at.
+    if any("param_names" in item or any(isinstance(member, tuple) for member in item["params"]) for item in groups):
+        for item in groups:
+            if not item["params"]:
+                item["param_names"] = []
+    return groups
 
 
-class Roster:
-    """The entries of param groups, read anew only when the groups hold other tensors: others may replace them between steps."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Params:
+    """The parameters of one or several optimizers at one moment.
 
-    def __init__(self) -> None:
-        self._seen: tuple[list[int], list[int]] = [], []
+    groups: all param groups, also those that are hidden now; an index means the same group in every step.
+    entries: all parameters, in the order of the groups. The same tuple as long as the groups hold the same tensors.
+    active: the indices of the groups that the optimizers show now: all of them, but for DeepSpeed's.
+    """
+
+    groups: Groups
+    entries: tuple[NamedParam, ...]
+    active: frozenset[int]
+
+
+class ParamList:
+    """The parameters of one or several optimizers, followed from step to step.
+
+    Other libraries change what an optimizer holds between steps, and during one. DeepSpeed's ZeRO-1 and 2 step one
+    group at a time and hide the others meanwhile. accelerate's `prepare` puts other tensors into the places of the old
+    ones.
+
+    shown: returns the param groups that the optimizers have now.
+    named_parameters: (name, tensor) pairs, for optimizers that were made without names. No tensor is kept alive by
+        them.
+    """
+
+    def __init__(self, shown: Callable[[], Groups], named_parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
+        self._shown = shown
+        self._all: Groups = ()
+        self._ids: tuple[list[int], list[int]] = [], []
         self._entries: tuple[NamedParam, ...] = ()
+        # Weak, since an old tensor may be gigabytes; and keys by identity, since `==` of tensors compares elements.
+        self._names = WeakTensorKeyDictionary({tensor: name for name, tensor in named_parameters})
+        # The names by place, for tensors that take the place of known ones later.
+        self._names_by_place: list[list[str | None]] = []
+        if self._names:
+            self._names_by_place = [[self._names.get(param) for param in group["params"]] for group in shown()]
 
-    def read(self, groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, ...]:
-        """The entries of `groups` as they are now."""
-        # The entries keep their tensors alive, so an id cannot come to mean another one.
-        seen = [len(group["params"]) for group in groups], [id(param) for group in groups for param in group["params"]]
-        if seen != self._seen:
-            self._seen, self._entries = seen, entries_of_groups(groups)
-        return self._entries
+    @property
+    def groups(self) -> Groups:
+        """All param groups, as in `read`, without a look at the parameters."""
+        shown = self._shown()
+        known = set(map(id, self._all))
+        # Fewer groups than before, all of them known, are a part of the whole. Anything else is a new whole.
+        if not shown or len(shown) >= len(self._all) or any(id(group) not in known for group in shown):
+            self._all = list(shown)
+        return self._all
+
+    def read(self) -> Params:
+        """The parameters as they are now. Reads no values and copies nothing."""
+        groups = self.groups
+        shown = set(map(id, self._shown()))
+        active = frozenset(index for index, group in enumerate(groups) if id(group) in shown)
+        # The entries keep their tensors alive, so the id of one cannot come to mean another.
+        ids = [len(group["params"]) for group in groups], [id(param) for group in groups for param in group["params"]]
+        if ids != self._ids:
+            self._ids, self._entries = ids, entries_of_groups(self._with_names(groups))
+        return Params(groups, self._entries, active)
+
+    def forget(self) -> None:
+        """Take the groups that are shown next for all there are. After a change was refused, the user may undo it."""
+        self._all = ()
+
+    def _with_names(self, groups: Groups) -> Groups:
+        """The groups, with `param_names` where they have none of their own and the names of all members are known."""
+        # The usual case, without a look at the parameters.
+        if not self._names and not self._names_by_place:
+            return groups
+        named = []
+        for index, group in enumerate(groups):
+            names = [self._names.get(param) for param in group["params"]]
+            # A group that was added later has no places yet. One that has lost or gained a member has no known order.
+            places = self._names_by_place[index] if index < len(self._names_by_place) else []
+            if len(places) == len(names):
+                names = [name or place for name, place in zip(names, places, strict=True)]
+            # torch's own names come from the user too. A group that is named in part would mix names and positions.
+            is_known = "param_names" not in group and None not in names
+            named.append({**group, "param_names": names} if is_known else group)
+        return named

@@ -1,7 +1,14 @@
-"""Which piece of a whole tensor does this rank hold? Pure arithmetic on shapes; no communication."""
+"""Which piece of a whole tensor does this rank hold? Pure arithmetic on shapes; no communication.
+
+    whole [7, 2], FSDP2 on 3 ranks:  rank 0 has rows 0:3, rank 1 has 3:6, rank 2 has 6:7  (as torch.chunk cuts)
+
+A piece is a box: for each dimension of the whole, the intervals of indices that are here. Usually that is one interval.
+FSDP2 over TP can leave several, since each cuts what the other has left.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,24 +17,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
-from .layout import Mark, Sharded, padding_of
+from .._torch import StridedShard, padding_of_shard
+from .layout import Mark, Sharded
 from .local import local_tensor
 from .world import World
 
-Intervals = tuple[tuple[int, int], ...]
-Meshes = dict[DeviceMesh, tuple[int, ...]]
-Axis = tuple[Placement, int, int]  # what it does to the tensor, its ranks, which of them is here
+Intervals = tuple[tuple[int, int], ...]  # ascending [start, stop) intervals of indices
+Meshes = dict[DeviceMesh, tuple[int, ...]]  # the ranks of each mesh, flat
+Axis = tuple[Placement, int, int]  # of a mesh: what it does to the tensor, its number of ranks, which of them this is
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """This rank's part of one whole tensor.
 
-    cuts: for every dimension of the whole, the intervals [start, stop) of indices held here.
-    mesh: the ranks of the DTensor's mesh, () for a plain tensor. padding: elements at the end that are nobody's.
-    is_counted: the whole is known as a number of pieces only, which `shape` and `cuts` then count.
+    name: of the parameter.
+    shape: of the whole.
+    dtype: of both.
+    cuts: for each dimension of the whole, the intervals of indices that are here.
+    local_shape: of the tensor in memory.
+    placements: how the whole is cut, as text: "S(0), R".
+    mesh: the ranks of the DTensor's mesh; () for a plain tensor.
+    padding: elements at the end of the local tensor that belong to nobody.
+    is_counted: whether the whole is known as a number of pieces only. Then `shape` is (number of pieces,) and `cuts`
+        says which.
     """
 
     name: str
@@ -43,58 +58,69 @@ class Piece:
     @property
     def numel(self) -> int:
         """Elements of the whole that are here."""
-        return _product(self.local_shape) - self.padding
+        return math.prod(self.local_shape) - self.padding
 
 
 def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes | None = None) -> Piece:
-    """The piece of `name` that this rank holds in `tensor`; plain tensors are whole unless `mark` says otherwise.
+    """The piece of a parameter that this rank holds.
 
-    meshes: the ranks of those met before, which many pieces then share.
-    Raises ValueError for what no rule can work on: sparse, complex, integer, meta, or `Partial` tensors.
+    name, tensor: of the parameter. A plain tensor is whole, unless its mark says otherwise.
+    mark: what `layout=` says of it.
+    meshes: the ranks of meshes that were met before; is added to. Thousands of parameters share one mesh.
+    Raises ValueError for what no rule can work on (see `check_tensor`), and for a local tensor of a shape that its
+    placements do not give.
     """
     check_tensor(name, tensor)
-    piece = _told_by_tensor(name, tensor, {} if meshes is None else meshes)
-    return _cut_by(mark, piece, tensor) if isinstance(mark, Sharded) else piece
-
-
-def _cut_by(mark: Sharded, piece: Piece, tensor: Tensor) -> Piece:
-    """The piece with the cut of `mark`: of a plain tensor the only one, of a DTensor one more than it tells."""
+    shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
+    whole = tuple(((0, size),) for size in shape)
+    piece = Piece(name, shape, tensor.dtype, whole, local, "plain", ())
+    if isinstance(tensor, DTensor):
+        meshes = {} if meshes is None else meshes
+        mesh = tensor.device_mesh
+        cuts = _cuts(tensor, local)
+        # Of an empty tensor nothing is measured or decayed; frameworks give it any shape.
+        if math.prod(local) and not _fits(cuts, local):
+            raise ValueError(
+                f"{name}: the local tensor has shape {local}, but {tensor.placements} on a mesh of shape "
+                f"{tuple(mesh.shape)} gives {tuple(_length(cut) for cut in cuts)}; "
+                "distribute it with torch's own functions (distribute_tensor, fully_shard), or pass its true shape to DTensor.from_local"
+            )
+        # `mesh.mesh` is a tensor, and reading it for every parameter takes longer than all else here.
+        if mesh not in meshes:
+            meshes[mesh] = tuple(mesh.mesh.flatten().tolist())
+        # As torch abbreviates them: S(0), R, SS(0,2).
+        placements = [
+            f"SS({p.dim},{p.split_factor})"
+            if isinstance(p, StridedShard)
+            else f"S({p.dim})"
+            if isinstance(p, Shard)
+            else "R"
+            for p in tensor.placements
+        ]
+        piece = replace(piece, cuts=cuts, placements=", ".join(placements), mesh=meshes[mesh])
+    if not isinstance(mark, Sharded):
+        return piece
+    # The mark adds a cut, by the number of the piece. For a plain tensor it is the only one. A DTensor of experts keeps
+    # its own cuts: their expert-parallel axis is not in its mesh. The pieces' lengths are known to their ranks alone,
+    # so the whole is described as a row of numbered pieces.
     world = World.of(mark.group)
     ranks = tuple(dist.get_process_group_ranks(world.group)) if world.group is not None else ()
-    placements = f"piece {world.rank} of {world.size}" + (f", {piece.placements}" if piece.mesh else "")
-    inner = (piece.shape, piece.cuts) if piece.mesh else ((), ())
+    own_shape, own_cuts = (piece.shape, piece.cuts) if piece.mesh else ((), ())
     return replace(
         piece,
-        shape=(world.size, *inner[0]),
-        cuts=(((world.rank, world.rank + 1),), *inner[1]),
-        placements=placements,
+        shape=(world.size, *own_shape),
+        cuts=(((world.rank, world.rank + 1),), *own_cuts),
+        placements=f"piece {world.rank} of {world.size}" + (f", {piece.placements}" if piece.mesh else ""),
         mesh=(*ranks, *piece.mesh),
-        padding=padding_of(tensor),
+        padding=padding_of_shard(tensor),
         is_counted=not piece.mesh,
     )
 
 
-def _told_by_tensor(name: str, tensor: Tensor, meshes: Meshes) -> Piece:
-    shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
-    if not isinstance(tensor, DTensor):
-        return Piece(name, shape, tensor.dtype, _whole(shape), local, "plain", ())
-    cuts = _cuts(tensor, local)
-    if _product(local) and not _fits(cuts, local):
-        raise ValueError(
-            f"{name}: the local tensor has shape {local}, but {tensor.placements} on a mesh of shape "
-            f"{tuple(tensor.device_mesh.shape)} gives {tuple(_length(cut) for cut in cuts)}; "
-            "distribute it with torch's own functions (distribute_tensor, fully_shard), or pass its true shape to DTensor.from_local"
-        )
-    placements = ", ".join(map(short_placement, tensor.placements))
-    mesh = tensor.device_mesh
-    if mesh not in meshes:
-        meshes[mesh] = tuple(mesh.mesh.flatten().tolist())
-    return Piece(name, shape, tensor.dtype, cuts, local, placements, meshes[mesh])
-
-
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise ValueError, naming the tensor and the way out, if decay or metrics cannot be computed on it."""
+    """Raise ValueError, with the name and the way out, for meta, sparse, complex, integer and `Partial` tensors."""
     local = local_tensor(tensor)
+    # During deferred initialisation either of the two may still be a meta tensor.
     if tensor.is_meta or local.is_meta:
         raise ValueError(f"{name} is a meta tensor, without numbers; call model.to_empty(...) and initialise it first")
     if local.layout is not torch.strided:
@@ -112,35 +138,34 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def short_placement(placement: Placement) -> str:
-    """`S(0)`, `R` or `SS(0,2)`, as torch abbreviates placements."""
-    if isinstance(placement, _StridedShard):
-        return f"SS({placement.dim},{placement.split_factor})"
-    return f"S({placement.dim})" if isinstance(placement, Shard) else "R"
+# --- how a mesh cuts --------------------------------------------------------------------------------------------------
 
 
 def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # this rank is not in the mesh and holds nothing; a scalar needs a dimension to say so
+    # A rank outside of the mesh holds nothing. A scalar gets a dimension of no indices to say so.
+    if coordinate is None:
         return tuple(() for _ in tensor.shape) or ((),)
-    # torch cuts from the first mesh dimension to the last, each cutting what the one before left.
+    # torch cuts from the first mesh axis to the last, each cutting what the one before has left.
     axes = list(zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True))
-    written = _cut_along(axes, tuple(tensor.shape))
-    if not any(isinstance(placement, _StridedShard) for placement in tensor.placements):
-        return written
-    # FSDP2 over TP cuts last along its first axis, and writes that as a _StridedShard. Where TP's pieces are uneven, the two
-    # are not the same; then the local tensor tells which it is, and that the whole is covered is checked later.
+    as_written = _cut_along(axes, tuple(tensor.shape))
+    if not any(isinstance(placement, StridedShard) for placement in tensor.placements):
+        return as_written
+    # FSDP2 over TP cuts last along its first axis, and writes that as a _StridedShard. Where TP's pieces are uneven,
+    # the two are not the same; then the local tensor's shape decides which it is. That the whole is covered is checked
+    # later.
     nested = _cut_along(_as_fsdp_cuts(axes), tuple(tensor.shape))
-    return nested if _fits(nested, local) or not _fits(written, local) else written
+    return nested if _fits(nested, local) or not _fits(as_written, local) else as_written
 
 
 def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals, ...]:
-    cuts = list(_whole(shape))
+    """Cut a whole along each mesh axis in turn, in the order given."""
+    cuts: list[Intervals] = [((0, size),) for size in shape]
     for placement, num_chunks, index in axes:
-        if isinstance(placement, _StridedShard):
-            parts = (
-                _chunk(cuts[placement.dim], int(placement.split_factor), k) for k in range(int(placement.split_factor))
-            )
+        if isinstance(placement, StridedShard):
+            # Cuts each of `split_factor` parts by itself, and takes the same chunk of all.
+            num_parts = int(placement.split_factor)
+            parts = (_chunk(cuts[placement.dim], num_parts, number) for number in range(num_parts))
             cuts[placement.dim] = _join(_chunk(part, num_chunks, index) for part in parts)
         elif isinstance(placement, Shard):
             cuts[placement.dim] = _chunk(cuts[placement.dim], num_chunks, index)
@@ -148,49 +173,61 @@ def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals,
 
 
 def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
-    """The axes in the order in which they cut: a _StridedShard(dim, k) after those that make k pieces of `dim`, if there are such."""
+    """The axes in the order in which FSDP2 over TP cuts.
+
+    A _StridedShard(dim, k) comes after the axes that cut `dim` into k pieces; there it is an ordinary Shard. A
+    _StridedShard for which no such axes are found keeps its place.
+    """
     order: list[Axis] = []
+    # From the last axis, which for FSDP2 over TP is TP and cuts first.
     for axis in reversed(axes):
-        place = _place_after(axis[0], order)
-        order.insert(place or 0, axis if place is None else (Shard(axis[0].dim), *axis[1:]))  # type: ignore[attr-defined]
+        placement, num_chunks, index = axis
+        place, cut = 0, axis
+        if isinstance(placement, StridedShard):
+            num_pieces = 1
+            for after, (other, chunks, _) in enumerate(order, start=1):
+                if isinstance(other, Shard) and other.dim == placement.dim:
+                    num_pieces *= chunks
+                    if num_pieces == placement.split_factor:
+                        place, cut = after, (Shard(placement.dim), num_chunks, index)
+                        break
+        order.insert(place, cut)
     return order
 
 
-def _place_after(placement: Placement, order: Sequence[Axis]) -> int | None:
-    pieces = 1
-    for place, (other, num_chunks, _) in enumerate(order, start=1):
-        if isinstance(placement, _StridedShard) and isinstance(other, Shard) and other.dim == placement.dim:
-            pieces *= num_chunks
-            if pieces == placement.split_factor:
-                return place
-    return None
+# --- intervals --------------------------------------------------------------------------------------------------------
 
 
 def _fits(cuts: Sequence[Intervals], local: tuple[int, ...]) -> bool:
+    """Whether a local tensor of this shape can hold the piece. Empty ones are alike: torch writes some as (0,)."""
     lengths = tuple(map(_length, cuts))
-    return lengths == local or _product(lengths) == _product(local) == 0
+    return lengths == local or math.prod(lengths) == math.prod(local) == 0
 
 
-def _whole(shape: tuple[int, ...]) -> tuple[Intervals, ...]:
-    return tuple(((0, size),) for size in shape)
+def _length(intervals: Intervals) -> int:
+    return sum(high - low for low, high in intervals)
 
 
 def _chunk(intervals: Intervals, num_chunks: int, index: int) -> Intervals:
     """The `index`-th of `num_chunks` parts, with the sizes of `torch.chunk`; the last ones may be empty."""
+    # torch.chunk rounds the size up, so the last parts come out short or empty (numpy would make the first ones
+    # longer).
     size = -(-_length(intervals) // num_chunks)
     return tuple(_take(intervals, size * index, size * (index + 1)))
 
 
 def _take(intervals: Intervals, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The indices that are numbers `start` to `stop` of those in the intervals, as intervals."""
     for low, high in intervals:
         first, last = max(low, low + start), min(high, low + stop)
         if first < last:
             yield first, last
+        # From here on counted from the end of this interval.
         start, stop = start - (high - low), stop - (high - low)
 
 
 def _join(parts: Iterable[Intervals]) -> Intervals:
-    """Concatenate, merging neighbours, so that the same piece is always written the same way."""
+    """Concatenate, with neighbours merged: equal pieces must be written in the same way to be found equal."""
     joined: list[tuple[int, int]] = []
     for low, high in (interval for part in parts for interval in part):
         if joined and joined[-1][1] == low:
@@ -198,14 +235,3 @@ def _join(parts: Iterable[Intervals]) -> Intervals:
         else:
             joined.append((low, high))
     return tuple(joined)
-
-
-def _length(intervals: Intervals) -> int:
-    return sum(high - low for low, high in intervals)
-
-
-def _product(shape: Iterable[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -1,36 +1,120 @@
-"""A plan as a table for people."""
+"""Text tables for people: the plan, and the audit of what decays by how much."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .params import NamedParam
 from .pieces import Piece
 from .world import World
 
-_HEAD = ("name", "whole", "local", "placements", "owned", "group", "decay")
+_PLAN_HEAD = ("name", "whole", "local", "placements", "owned", "group", "decay")
+_AUDIT_HEAD = ("group", "weight_decay", "parameters", "whole", "tensors", "elements", "also", "rule")
+# A part of a dotted name that is a number: of a layer, or of an expert.
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def format_plan(
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text with aligned columns, two spaces apart; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def plan_table(
     world: World, entries: Sequence[NamedParam], pieces: Sequence[Piece], owned: Sequence[bool], numel: int
 ) -> str:
-    """A row for each parameter that this rank holds, and a line that sums up."""
-    rows = [_HEAD] + [_row(*columns) for columns in zip(entries, pieces, owned, strict=True)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    mine = sum(piece.numel for piece, own in zip(pieces, owned, strict=True) if own)
-    lines.append(f"rank {world.rank} of {world.size} speaks for {mine:,} of {numel:,} elements")
-    return "\n".join(lines)
+    """A row for each parameter that this rank holds, and a line that sums up.
+
+    pieces, owned: of each parameter, the piece that is here and whether this rank owns it.
+    numel: elements of the whole model.
+    """
+    rows: list[Sequence[str]] = [_PLAN_HEAD]
+    for entry, piece, own in zip(entries, pieces, owned, strict=True):
+        # The true shape of a whole that is known as a number of pieces is known to nobody.
+        whole = f"{piece.shape[0]} pieces" if piece.is_counted else _shape(piece.shape)
+        own_word = "yes" if own else "no"
+        rows.append(
+            (
+                entry.name,
+                whole,
+                _shape(piece.local_shape),
+                piece.placements,
+                own_word,
+                str(entry.group),
+                entry.decay or "-",
+            )
+        )
+    # The sum over all ranks of this number is the last number: what a user can check.
+    num_owned = sum(piece.numel for piece, own in zip(pieces, owned, strict=True) if own)
+    last = f"rank {world.rank} of {world.size} speaks for {num_owned:,} of {numel:,} elements"
+    return "\n".join([*text_table(rows), last])
 
 
-def _row(entry: NamedParam, piece: Piece, owned: bool) -> tuple[str, ...]:
-    whole, local = ("×".join(map(str, shape)) or "scalar" for shape in (piece.shape, piece.local_shape))
-    return (
-        entry.name,
-        f"{piece.shape[0]} pieces" if piece.is_counted else whole,
-        local,
-        piece.placements,
-        "yes" if owned else "no",
-        str(entry.group),
-        entry.decay or "-",
-    )
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """How one parameter decays.
+
+    name: of the parameter.
+    shape: of its whole tensor.
+    group: the index of its param group.
+    decays: λ of each rule.
+    also: other hyperparameters as text.
+    rule: what put it into its group, or what decays it, as text.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    decays: tuple[float, ...]
+    also: str
+    rule: str
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def audit_table(rows: Sequence[AuditRow]) -> str:
+    """A line for each kind of parameter, and one that sums up.
+
+    rows: one for each parameter. Those of equal layers are put together as `layers.*.norm.weight`: of a large model
+        nobody would read them all.
+    """
+    # Sorted by group; within a group the order of the model is kept, for sorting is stable.
+    kinds: dict[tuple[object, ...], list[AuditRow]] = {}
+    for row in sorted(rows, key=lambda row: row.group):
+        kinds.setdefault((row.group, row.rule, _NUMBER.sub("*", row.name), row.shape), []).append(row)
+    lines: list[Sequence[str]] = [_AUDIT_HEAD]
+    for alike in kinds.values():
+        first = alike[0]
+        # A lone `layers.7.weight` is not a pattern: the other layers are in another group, or of another shape.
+        name = first.name if len(alike) == 1 else _NUMBER.sub("*", first.name)
+        decays = "; ".join(f"{decay:g}" for decay in first.decays) or "-"
+        elements = f"{sum(row.numel for row in alike):,}"
+        lines.append(
+            (
+                str(first.group),
+                decays,
+                name,
+                _shape(first.shape),
+                str(len(alike)),
+                elements,
+                first.also or "-",
+                first.rule,
+            )
+        )
+    sums = []
+    for wanted in (True, False):
+        some = [row for row in rows if any(row.decays) is wanted]
+        sums.append(f"{len(some)} tensors, {sum(row.numel for row in some):,} elements")
+    return "\n".join([*text_table(lines), f"decayed: {sums[0]}; not decayed: {sums[1]}"])
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"

@@ -1,24 +1,32 @@
-"""The ranks that together hold the model."""
+"""The ranks that together hold the model, and the key-value store where they publish why a step failed."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from .error_store import ErrorStore
+from .._torch import device_types, first_backend, timeout_of
+from ..errors import PlanError
 
 
 @dataclass(frozen=True, slots=True)
 class World:
     """The ranks that together hold the model.
 
-    group: their process group, None for this process alone. rank, size: of this process within it.
-    serves: device types that the group's backends can send from; device: where to put a tensor of another type first.
-    board: where ranks that have a plan together leave word for one another.
+    group: their process group; None for this process alone.
+    rank: the rank of this process in the group.
+    size: number of ranks in the group.
+    serves: device types that the group's backends can send from ("cpu", "cuda", ...).
+    device: where a tensor of any other device type is copied before it is sent.
+    error_store: where these ranks publish why they cannot continue; None without a plan, on one rank, and where the
+        backend has no timeout.
     """
 
     group: dist.ProcessGroup | None
@@ -30,26 +38,31 @@ class World:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> World:
-        """The world of `group`; for None all ranks if torch.distributed is initialised, else this process."""
+        """The world of a process group.
+
+        group: None for all ranks if torch.distributed is initialised, else for this process alone.
+        Raises ValueError for what is not a group of this process, see `check_group`.
+        """
         if group is None:
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if group is None:
             return cls(None, 0, 1, (), torch.device("cpu"))
         check_group(group)
-        serves = tuple(device.type for device in group._device_types)
+        serves = device_types(group)
         return cls(group, dist.get_rank(group), dist.get_world_size(group), serves, _device(serves))
 
     def sendable(self, tensor: Tensor) -> Tensor:
-        """`tensor` on a device that the group serves: where it is, if possible."""
+        """`tensor` on a device that the group can send from: where it is, if possible."""
         return tensor if tensor.device.type in self.serves else tensor.to(self.device)
 
-    def words(self) -> str:
-        """Why other ranks cannot go on, where they have left word: to ask when a collective has failed."""
+    def published_errors(self) -> str:
+        """`rank 1: reason; rank 2: reason`, or "" if no rank has published one. For when a collective has failed."""
         return "" if self.error_store is None else self.error_store.read()
 
 
 def check_group(group: Any) -> None:
     """Raise ValueError for what is not a process group that this process belongs to."""
+    # What `new_group` returns on ranks that it leaves out.
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             "group: this process is not a member of it; build the optimizer only on the ranks of the group"
@@ -61,6 +74,123 @@ def check_group(group: Any) -> None:
 
 
 def _device(serves: tuple[str, ...]) -> torch.device:
+    """Where to send from: the CPU if the group serves it, else this process's current card."""
+    # Only what is on a device of another type is copied, and every device can copy to the CPU.
     if "cpu" in serves:
         return torch.device("cpu")
+    # The current card, not card 0: NCCL refuses two ranks on one card.
     return torch.device(serves[0], getattr(torch, serves[0]).current_device())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ErrorStore:
+    """Keys of the ranks of one plan in the key-value store of their process group.
+
+    A rank that raises in a step leaves the others waiting in a collective. It publishes its reason here, and the others
+    read it when the backend has given up. The store is host memory behind a socket, so it works while collectives do
+    not.
+    A step that goes well touches it once: the first step asks whether it is a real one.
+
+    store: the group's store, with a prefix of this plan.
+    rank: of this process in the group.
+    size: number of ranks in the group.
+    backend: of the group's first device, for its timeout, which a user may change later.
+    """
+
+    store: Store
+    rank: int
+    size: int
+    backend: Any
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, number: int) -> ErrorStore | None:
+        """The store of the plan called `number`; None for one rank, and for a backend without timeout.
+
+        number: the same on every rank, and another for every plan.
+        """
+        if group is None or group.size() == 1:
+            return None
+        backend = first_backend(group)
+        # torch's fake backend, used to simulate a cluster in one process. Its other ranks do not exist and answer
+        # nothing.
+        if timeout_of(backend) is None:
+            return None
+        store = PrefixStore(f"distwd/{number}", group.get_group_store())
+        return cls(store, group.rank(), group.size(), backend)
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long to wait for other ranks here: half of the group's timeout, as it is now.
+
+        A rank that waits in a collective for this one then still waits when this one has given up, and gets its reason.
+        """
+        timeout = timeout_of(self.backend)
+        assert timeout is not None  # or `of` would have made no store
+        return timeout / 2
+
+    def publish(self, reason: str) -> None:
+        """Leave the reason why this rank does not continue; replaces its last one."""
+        # The store dies with the rank that serves it. Then nobody is left to read.
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"error of rank {self.rank}", reason)
+
+    def clear(self) -> None:
+        """Delete what this rank has published."""
+        with contextlib.suppress(RuntimeError):
+            self.store.delete_key(f"error of rank {self.rank}")
+
+    def read(self) -> str:
+        """`rank 1: reason; rank 2: reason`, or "" if no rank has published one."""
+        reasons: list[str] = []
+        with contextlib.suppress(RuntimeError):
+            # Asked first, since `get` would wait for a key that is missing.
+            keys = {rank: key for rank in range(self.size) if self.store.check([key := f"error of rank {rank}"])}
+            reasons = [f"rank {rank}: {self.store.get(key).decode()}" for rank, key in keys.items()]
+        return "; ".join(reasons)
+
+    def is_true_on_any(self, flag: bool, number: int) -> bool:
+        """Whether `flag` is true on any rank. No collective.
+
+        flag: of this rank. A rank with True returns at once; the others wait until one has True, or all have False.
+        number: of the question, the same on every rank.
+        Raises PlanError if neither is known within the timeout.
+        """
+        answer = f"answer {number}"
+        # One True decides, so this rank need not wait. Ranks that train then meet in the collective that follows.
+        if flag:
+            self.store.set(answer, "yes")
+            return True
+        self.store.set(f"no {number} of rank {self.rank}", "")
+        # Whoever comes last sees all the others' keys, whatever the order of arrival.
+        if self.store.check([f"no {number} of rank {rank}" for rank in range(self.size)]):
+            self.store.set(answer, "no")
+        try:
+            self.store.wait([answer], self.timeout)
+        except RuntimeError as error:
+            raise PlanError(
+                f"rank {self.rank} of {self.size} has come to a step, and another rank of the group has not ({error}); step the "
+                "optimizer on every rank, or find the rank that died"
+            ) from error
+        return self.store.get(answer) == b"yes"
+
+    def rendezvous(self, reason: str) -> None:
+        """Wait until every rank has called this.
+
+        An exchange that the other ranks do not expect would be paired with whatever collective they are in, and corrupt
+        it. So before a plan is rebuilt the ranks meet here first.
+
+        reason: why this rank is here, for those that are not.
+        Raises PlanError with the reasons of the ranks that came, if some did not come within the timeout.
+        """
+        self.publish(reason)
+        # `add` is atomic: exactly one rank is the last.
+        if self.store.add("met", 1) == self.size:
+            self.store.set("go", "")
+        try:
+            self.store.wait(["go"], self.timeout)
+        except RuntimeError as error:
+            # Take this rank off the count, so that a rank which comes too late cannot complete it. If the count was
+            # complete meanwhile, the others have left already, and this rank follows.
+            if self.store.add("met", -1) + 1 < self.size:
+                raise PlanError(self.read()) from error
+        self.clear()

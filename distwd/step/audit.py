@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..groups.model_params import AuditRow, audit_table
 from ..sharding.layout import Layout, Sharded, find_mark
 from ..sharding.params import NamedParam
+from ..sharding.tables import AuditRow, audit_table
 from ..sharding.world import World
 from .transform import BoundTransform
 

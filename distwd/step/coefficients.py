@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
-from ..metrics.measure import measure
-from ..metrics.metric import SCOPES, Measure
+from ..metrics.measure import Request, Slots, Source, measure
+from ..metrics.metric import SCOPES, Measure, parse_metric
 from ..metrics.plan import Plan
 from ..sharding.local import local_tensor
 from .phases import Phase
@@ -54,20 +54,40 @@ class Coefficients:
         self._plan, self._kept = plan, kept
         self._measured: dict[tuple[int, Measure], Tensor] = {}
         self._last: dict[str, dict[int, Coefficient]] = {}
+        self._has_gradient: Tensor | None = None  # [parameters of the model] bool, where a rule keeps numbers of them
+        self._slots_of_plan: Slots | None = None
+
+    def _slots(self) -> Slots:
+        """In which slot each parameter counts; kept as long as the plan is the same."""
+        plan = self._plan()
+        if self._slots_of_plan is None or self._slots_of_plan.plan is not plan:
+            self._slots_of_plan = Slots(plan)
+        return self._slots_of_plan
 
     # --- in a step -------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Forget what was measured in the last step."""
         self._measured.clear()
+        self._has_gradient = None
 
     def measure(self, phase: Phase, step: Step) -> None:
         """Take all metrics of a phase, with one reduction."""
-        plan = self._plan()
+        slots = self._slots()
         asks = list(dict.fromkeys(ask for _, ask in phase.asks))
         sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks)}
-        requests = [plan.request(ask.parsed, sources[ask.of], ask.scope) for ask in asks]
-        numbers = dict(zip(asks, measure(requests, plan.world, step.workspace), strict=True))
+        requests = [Request(ask.parsed, sources[ask.of], ask.scope) for ask in asks]
+        counts_gradients = any(ask.scope == "tensor" and self._kept.is_kept_by(index) for index, ask in phase.asks)
+        if counts_gradients:
+            # A kept number of one parameter moves if the parameter has a gradient anywhere. Ranks whose shard is empty
+            # may have none (FSDP1), so that is counted in the same reduction: a 1 for each gradient of an owner.
+            ones = [(batch, torch.ones(1, device=batch.params[0].device)) for batch in step.batches]
+            found = [Source(batch.index, [one] * len(batch.index)) for batch, one in ones]
+            requests.append(Request(parse_metric("l0"), found, "tensor"))
+        numbers_of = measure(slots.plan, requests, slots=slots, workspace=step.workspace)
+        if counts_gradients:
+            self._has_gradient = numbers_of.pop() > 0
+        numbers = dict(zip(asks, numbers_of, strict=True))
         if step.grad_scale is not None:
             # Gradients that a GradScaler has multiplied: M(s·x) = s^degree · M(x).
             for ask in asks:
@@ -129,7 +149,7 @@ class Coefficients:
         for name, values in self._kept.read(bound, settings, entries, like.device, is_shared).items():
             if scope == "tensor":
                 # Slots of parameters that other ranks hold stay NaN: nobody here asks for them.
-                slots = self._plan().cells_of(positions, like.device)
+                slots = self._slots().index(positions, like.device)
                 kept[name] = torch.full_like(like, torch.nan).index_copy(0, slots, values)
             else:
                 # A rank that holds nothing of the group has nowhere to keep its numbers.
@@ -173,7 +193,7 @@ class Coefficients:
             return decay
         value = known.value.to(wide_dtype(known.value.device))
         if known.scope == "tensor":
-            return value[self._plan().cells_of(batch.index, value.device)]
+            return value[self._slots().index(batch.index, value.device)]
         return value[batch.group_index if known.scope == "group" else 0]
 
     def keep(self, bound: BoundTransform, step: Step, groups: frozenset[int]) -> None:
@@ -182,12 +202,14 @@ class Coefficients:
             if index not in groups or not known.kept:
                 continue
             settings = bound.settings(step.groups[index])
-            # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
-            positions = step.moving(index) if known.scope == "tensor" else step.trainable(index)
-            is_shared = known.scope != "tensor"
+            positions = step.trainable(index)
+            device, is_shared = known.value.device, known.scope != "tensor"
+            rests: Tensor | None = None
             if not is_shared:
-                slots = self._plan().cells_of(positions, known.value.device)
+                slots = self._slots().index(positions, device)
                 values = {name: value[slots] for name, value in known.kept.items()}
+                # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
+                rests = None if self._has_gradient is None else ~self._has_gradient[slots]
             else:
                 slot = index if known.scope == "group" else 0
                 values = {name: value[slot].reshape(1) for name, value in known.kept.items()}
@@ -196,10 +218,11 @@ class Coefficients:
                 continue
             found_inf = step.found_inf.get(index)
             if found_inf is not None:
-                device = known.value.device
+                is_skipped = found_inf.to(device, non_blocking=True) != 0
+                rests = is_skipped if rests is None else rests | is_skipped
+            if rests is not None:
                 old = self._kept.read(bound, settings, entries, device, is_shared)
-                skipped = found_inf.to(device, non_blocking=True) != 0
-                values = {name: torch.where(skipped, old[name], value) for name, value in values.items()}
+                values = {name: torch.where(rests, old[name], value) for name, value in values.items()}
             self._kept.write(bound, values, entries, is_shared)
 
     @contextmanager
@@ -232,7 +255,7 @@ class Coefficients:
             if known.scope == "tensor":
                 plan = self._plan()
                 values = original if name is None else original.to(known.dtype)
-                slots = zip(plan.entries, plan.cells, strict=True)
+                slots = zip(plan.entries, plan.name_ids, strict=True)
                 shown.update({entry.name: values[slot] for entry, slot in slots if entry.group == index})
             else:
                 value = original[index if known.scope == "group" else 0]

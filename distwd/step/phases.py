@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..metrics.measure import num_collectives
 from ..metrics.metric import Measure
-from ..sharding.reduce import num_collectives
 from ..sharding.world import World
 from .transform import BoundTransform
 

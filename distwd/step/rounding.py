@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .._torch import calling_frame, layout_spec
 from ..checks import check_choice
 from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW, GlobalIndices, Ramp, RandomBits, RandomStream
 from ..metrics.plan import Plan
 from ..sharding.layout import Layout, find_mark
-from ..sharding.manifest import stable_hash
+from ..sharding.ownership import stable_hash
 from ..sharding.params import NamedParam
 from ..sharding.pieces import Piece, describe
 from .step import Batch
@@ -111,7 +111,7 @@ class Rounding:
     def _extent(self, position: int, entry: NamedParam, plan: Callable[[], Plan] | None) -> GlobalIndices:
         """Kept for as long as the parameter is cut the same way."""
         tensor = entry.tensor
-        cut = tensor._spec if isinstance(tensor, DTensor) else tensor.shape
+        cut = layout_spec(tensor) if isinstance(tensor, DTensor) else tensor.shape
         kept = self._extents.get(position)
         if kept is None or kept[0] is not entry or (kept[1] is not cut and kept[1] != cut):
             found = find_mark(entry.name, tensor, self._layout)
@@ -160,7 +160,7 @@ def warn_if_lost(what: str, terms: Sequence[DecayTerm], dtype: torch.dtype) -> b
 
 def _level_of_the_user() -> int:
     """The `stacklevel` with which our caller warns at the first line outside of distwd and torch."""
-    frame, level = sys._getframe(1), 1
+    frame, level = calling_frame(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("distwd.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level

@@ -17,10 +17,10 @@ from ..kernels.workspace import Workspace
 from ..metrics.metric import Measure
 from ..metrics.plan import Plan
 from ..metrics.plan_cache import PlanCache, PlanOptions
+from ..sharding.params import ParamList, Params
 from ..sharding.pieces import check_tensor
 from .audit import audit
 from .coefficients import Coefficients
-from .param_list import ParamList, Params
 from .phases import Schedule
 from .rounding import Rounding
 from .state import KeptNumbers

@@ -49,6 +49,10 @@ class KeptNumbers:
         self._state_of, self._may_keep = state_of, may_keep
         self._has_warned = False
 
+    def is_kept_by(self, index: int) -> bool:
+        """Whether the transform with this index may keep numbers."""
+        return any(bound.index == index for bound in self._transforms)
+
     def names(self, bound: BoundTransform, settings: Mapping[str, Any]) -> dict[str, float]:
         """What a rule keeps under these settings, with the number that each begins with (of a metric: 0 until then)."""
         keeps = bound.transform.keeps(settings)

@@ -265,10 +265,6 @@ class Step:
                     self._trainable.setdefault(entry.group, []).append(position)
         return self._trainable.get(group, [])
 
-    def moving(self, group: int) -> list[int]:
-        """The positions of a group's parameters that have a gradient in this step."""
-        return sorted(position for batch in self.batches if batch.group_index == group for position in batch.index)
-
     # --- what transforms ask ---------------------------------------------------------------------
 
     def rate(self, bound: Any, batch: Batch, settings: Mapping[str, Any], on_gradients: bool) -> Rate:

@@ -1,0 +1,64 @@
+"""What rules ask for (`Measure`), and `measure`: many numbers in one call, with and without what is kept from step to step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import distwd
+from distwd.metrics.measure import Request, Slots, Source, measure, sources_of
+from distwd.metrics.metric import Measure, parse_metric
+from tests.layouts import whole_model
+from tests.oracle import metric_of
+
+
+def test_measures_are_equal_if_they_ask_for_the_same_number():
+    assert Measure("grad", "l2", "all") == Measure("grad", 2, "all") == Measure("grad", 2.0, scope="all")
+    assert len({Measure("grad", "l2"), Measure("grad", 2), Measure("grad", "rms"), Measure("params", 2)}) == 3
+    assert Measure("grad", "l2", "all") != Measure("grad", "l2", "group")
+    assert Measure("update", "linf").parsed == parse_metric(float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("gradient", "l2"), "of='gradient' is not known; use one of 'update', 'grad', 'params'"),
+        (("grad", "l5"), "metric='l5' is not known"),
+        (("grad", float("nan")), "metric=nan is not known"),
+        (("grad", "l2", "model"), "scope='model' is not known; use one of 'all', 'group', 'tensor'"),
+    ],
+)
+def test_a_measure_of_something_else_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        Measure(*words)
+
+
+def asked(kept: bool) -> list[list[float]]:
+    """Several numbers of several tensors, three times."""
+    tensors = list(whole_model(0).values())
+    groups = [{"params": tensors[:3]}, {"params": tensors[3:]}]
+    plan = distwd.Plan.build(groups)
+    slots = Slots(plan) if kept else None
+    halves = [Source([1, 4], [tensors[1], tensors[4]], scale=-0.5), Source([2], [tensors[2]], [tensors[2] / 2])]
+    requests = [
+        Request(parse_metric("mad"), sources_of(tensors)),
+        Request(parse_metric("l2"), sources_of(tensors), "group"),
+        Request(parse_metric("linf"), halves, "tensor"),
+        Request(parse_metric(float("-inf")), halves, "all"),
+    ]
+    found = [[n.tolist() for n in measure(plan, requests, slots=slots)] for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+    mad, by_group, largest, smallest = found[0]
+    assert mad == [pytest.approx(metric_of(tensors, "mad"))]
+    assert by_group == pytest.approx([metric_of(tensors[:3], "l2"), metric_of(tensors[3:], "l2")])
+    expected = {1: tensors[1] / 2, 2: tensors[2] / 2, 4: tensors[4] / 2}
+    by_tensor = [largest[place] for place in plan.name_ids]
+    for position in range(len(tensors)):
+        tensor = expected.get(position, torch.zeros(1))
+        assert by_tensor[position] == pytest.approx(metric_of([tensor], "linf"))
+    assert smallest == [0]  # parameters without a tensor count as zeros
+    return found[0]
+
+
+def test_what_is_kept_changes_nothing():
+    assert asked(kept=True) == asked(kept=False)
