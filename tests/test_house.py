@@ -102,7 +102,7 @@ def collectives_called(path: Path) -> set[str]:
     return called
 
 
-def test_only_the_doors_talk_to_other_ranks():
+def test_only_the_doors_call_collectives():
     assert {place_of(path) for path in FILES if collectives_called(path)} == DOORS
 
 
@@ -242,7 +242,7 @@ def test_the_top_level_is_short():
 
 
 @pytest.mark.parametrize("path", FILES, ids=place_of)
-def test_a_file_says_what_it_is(path):
+def test_a_file_has_a_docstring(path):
     assert place_of(path) == "_version.py" or ast.get_docstring(tree_of(path)), f"{place_of(path)} needs a docstring"
 
 
