@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .._torch import WRAPPED_CHILD_NAMES, flat_param_of, is_flat_param, original_params
+
 _HEAD = ("group", "weight_decay", "parameters", "whole", "tensors", "elements", "also", "rule")
-_WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -69,11 +70,16 @@ def params_of(model: nn.Module | Sequence[nn.Module]) -> list[ModelParam]:
             # By id: tied parameters come under several names, and tensors compare by elements.
             params[id(param)] = param
             aliases.setdefault(id(param), []).append(alias)
-    flattened = _shapes_before_fsdp1(parts)
+    # FSDP1 (use_orig_params=True) leaves flat pieces in the model, and the whole shapes in the FlatParameter.
+    flattened: dict[int, tuple[int, ...]] = {}
+    for module in (module for part in parts for module in part.modules()):
+        flat = flat_param_of(module)
+        if flat is not None:
+            flattened.update((id(param), shape) for param, shape in original_params(flat))
     found = []
     for key, param in params.items():
         name = aliases[key][0].name
-        if getattr(param, "_is_flat_param", False):
+        if is_flat_param(param):
             raise ValueError(
                 f"{name} is many parameters that FSDP1 has flattened into one; wrap with use_orig_params=True, so that "
                 "matrices and vectors can be told apart"
@@ -97,22 +103,12 @@ def _named_params(root: nn.Module) -> Iterator[tuple[ParamName, Tensor]]:
             prefix, outer = around[parent]
             # DDP and DataParallel call what they wrap "module". Other models may use this name for a real part.
             is_parallel = child == "module" and isinstance(outer[-1], (DistributedDataParallel, DataParallel))
-            if child not in _WRAPPED and not is_parallel:
+            if child not in WRAPPED_CHILD_NAMES and not is_parallel:
                 prefix = f"{prefix}{child}."
             within = (*outer, module)
         around[path] = prefix, within
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             yield ParamName(prefix + name, within), param
-
-
-def _shapes_before_fsdp1(parts: Sequence[nn.Module]) -> dict[int, tuple[int, ...]]:
-    """The whole shapes of parameters that FSDP1 keeps as flat pieces (use_orig_params=True), by id of the parameter."""
-    shapes: dict[int, tuple[int, ...]] = {}
-    for module in (module for part in parts for module in part.modules()):
-        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
-        if flat is not None and getattr(flat, "_params", None) is not None:
-            shapes.update((id(p), tuple(shape)) for p, shape in zip(flat._params, flat._shapes, strict=True))
-    return shapes
 
 
 # --- how it decays ------------------------------------------------------------------------------------------------------
