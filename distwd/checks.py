@@ -1,4 +1,4 @@
-"""Refusals: each names the thing, the reason and the next move."""
+"""Checks of arguments. Each message names the argument, the reason and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def check_nonnegative(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a finite number ≥ 0 or a tensor with one such element (not meta)."""
+    """Raise ValueError unless `value` is a finite number ≥ 0, or a tensor with one such element.
+
+    name: the argument, for the message.
+    value: what the user gave. The value of a meta tensor is not checked: it has none. Any other tensor is read, so this is
+        for constructors, not for steps.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
@@ -17,15 +22,17 @@ def check_nonnegative(name: str, value: Any) -> None:
             )
         if value.is_meta:
             return
-        value = value.item()  # at construction only; never in a step
+        value = value.item()
+    # bool is an int to Python; weight_decay=True is a mistake.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number or a 0-d tensor, not {value!r}")
+    # Not `value < 0`: NaN shall be refused too.
     if not value >= 0 or math.isinf(value):
         raise ValueError(f"{name}={value!r} is not usable: it must be finite and not negative; pass {name} >= 0")
 
 
 def check_number(name: str, value: Any) -> None:
-    """`check_nonnegative`, but for the values of tensors: fit for every step, since nothing is read."""
+    """As `check_nonnegative`, but tensors are not checked. Nothing is read, so it may run in every step."""
     if not isinstance(value, Tensor):
         check_nonnegative(name, value)
 
@@ -39,6 +46,6 @@ def check_ord(ord: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of the words."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, choices))}")

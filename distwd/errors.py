@@ -1,10 +1,10 @@
-"""The one error of the plan, and that of a rank which waited in vain."""
+"""The two errors of distwd's own: ranks that do not agree about the model, and a collective that failed."""
 
 from __future__ import annotations
 
 
 class PlanError(ValueError):
-    """The ranks do not agree on who holds what; raised on every rank alike.
+    """The ranks do not agree on who holds what. It is raised on every rank.
 
     The message names the parameters, the ranks and what to change. Nothing has been modified when it is raised.
 
@@ -15,4 +15,4 @@ class PlanError(ValueError):
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed, since another rank died, raised, or did not take part; the backend's own error is its cause."""
+    """A collective failed because another rank died, raised, or did not take part. Its cause is the backend's own error."""

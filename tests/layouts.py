@@ -1,4 +1,4 @@
-"""One small model in every layout of the field: how whole tensors come to lie on ranks.
+"""One small model in every layout of the field: how whole tensors are placed on ranks.
 
 `place` wraps a model whose parameters have the given whole values; gradients are placed the same way
 (a second model made of the gradients), so nothing here needs a forward pass or a layout's own arithmetic.
@@ -26,7 +26,7 @@ from tests.model import whole_model as whole_model
 
 
 class Held(dict[str, nn.Parameter]):
-    """The parameters that a rank holds, by name, and the `layout=` that says what they do not tell."""
+    """The parameters that a rank holds, by name, and the `layout=` for those that do not show how they are sharded."""
 
     def __init__(self, params: Mapping[str, nn.Parameter], marks: Mapping[Any, Any]):
         super().__init__(params)
@@ -56,7 +56,7 @@ def _bare(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
-# What tells everything by itself: names and DTensors.
+# Layouts that need no `layout=`: named DTensors.
 LAYOUTS: dict[str, Layout] = {
     "single": Layout(0, wraps.alone),
     "fsdp1rank": Layout(1, wraps.fsdp),
@@ -124,7 +124,7 @@ def gather(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @functools.cache
 def _element_numbers(layout: str, dtype: torch.dtype) -> list[Tensor]:
-    """For every rank the numbers, in the whole model, of the elements it holds: the layout itself says, by placing them.
+    """For every rank the numbers, in the whole model, of the elements it holds: found by placing a tensor of element numbers.
 
     Counted from 1: what FSDP1 fills its last pieces up with is 0, and nobody's.
     """
@@ -148,7 +148,7 @@ def view(layout: str, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As `gather`, in one exchange and without DTensor's help; where this rank holds an element, its own copy counts."""
     # A rank that holds nothing has no dtype of its own; float64 carries the bits of all.
     dtype = next((tensor.dtype for tensor in held.values()), torch.float64)
-    # FSDP1 aligns by bytes, so there it is the dtype that says where a parameter is cut.
+    # FSDP1 aligns by bytes, so there the dtype decides where a parameter is cut.
     numbers = _element_numbers(layout, dtype if layout.startswith("fsdp1_") else torch.float64)
     parts = [_flat(held).double()]
     if dist.is_initialized():

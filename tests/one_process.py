@@ -88,13 +88,13 @@ def relative(how: str, params, layout: dict | None = None) -> tuple:
         chain = distwd.Chain(params, distwd.Adam(foreach=True), *rules, distwd.LR(0.01), layout=layout)
         return chain, chain
     # torch's own foreach step refuses a list of DTensors and plain tensors.
-    host = torch.optim.AdamW(params, lr=0.01, weight_decay=0.0, foreach=False)
-    return host, distwd.attach(host, *rules, layout=layout)
+    optimizer = torch.optim.AdamW(params, lr=0.01, weight_decay=0.0, foreach=False)
+    return optimizer, distwd.attach(optimizer, *rules, layout=layout)
 
 
 def seen_of(rule) -> dict:
     """What was measured in the last step, as numbers."""
-    return {name: (told["metric"].item(), told["coefficient"].item()) for name, told in rule.stats().items()}
+    return {name: (numbers["metric"].item(), numbers["coefficient"].item()) for name, numbers in rule.stats().items()}
 
 
 def replay(whole: dict, grads: list[dict], how: str) -> tuple[dict, list[dict]]:

@@ -1,6 +1,6 @@
 """What should come out: every rule as a slow loop in float64 over whole tensors, in one process.
 
-Nothing here knows of distwd, of ranks or of speed. A step is told as a sentence of parts
+Nothing here knows of distwd, of ranks or of speed. A step is described as a chain of parts
 (`Decay`, `AdamPart`, `SgdPart`, `LrPart`), each with the settings of every parameter spelled out by name.
 """
 
@@ -51,7 +51,7 @@ def direction(x: Tensor, ord: float) -> Tensor:
     return x.sign() * x.abs() ** (ord - 1)
 
 
-# --- the parts of a sentence --------------------------------------------------------------------------------------
+# --- the parts of a chain ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ Part = Decay | LrPart | AdamPart | SgdPart
 
 
 class Oracle:
-    """Trains whole float64 parameters by a sentence of parts; remembers metrics and coefficients of the last step.
+    """Trains whole float64 parameters by a chain of parts; keeps metrics and coefficients of the last step.
 
     groups: the names of each param group, for `scope="group"`; all in one group by default.
     """
@@ -158,16 +158,16 @@ class Oracle:
 
     def _add(self, part: Decay, onto: Values) -> None:
         """onto += coefficient · mask · d(p), all seen as they are at this place."""
-        pulls = {}
+        terms = {}
         coefficients = {name: self._coefficient(part, name) for name in self.params}
         self.coefficients.append(coefficients)
         for name in self.live:
-            pulls[name] = coefficients[name] * direction(self.params[name], part.setting("ord", name))
+            terms[name] = coefficients[name] * direction(self.params[name], part.setting("ord", name))
             if part.setting("cautious", name):
                 seen = self.update.get(name, self.grads[name]) if part.target != "closure" else self.grads[name]
-                pulls[name] = torch.where(seen * self.params[name] > 0, pulls[name], 0.0)
+                terms[name] = torch.where(seen * self.params[name] > 0, terms[name], 0.0)
         for name in self.live:
-            onto[name] = onto[name] + pulls[name]
+            onto[name] = onto[name] + terms[name]
 
     def _coefficient(self, part: Decay, name: str) -> float:
         weight_decay = part.setting("weight_decay", name)

@@ -1,4 +1,4 @@
-"""Training runs of a sentence over a layout, as the ranks do them."""
+"""Trains a chain on a layout, as each rank does it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests import layouts
+from tests.chains import CHAINS, numbers_of, transforms_of
 from tests.layouts import EVERY, LARGE, whole_model
 from tests.oracle import Oracle
-from tests.sentences import SENTENCES, numbers_of, transforms_of
 from tests.wire import Wire
 from tests.world import Worlds
 
@@ -46,12 +46,12 @@ def feed(layout: str, held: Mapping[str, nn.Parameter], step: int, without: Sequ
         param.grad = None if name in without else grad
 
 
-def train(layout: str, sentence: str, num_steps: int = 3, dtype: torch.dtype = torch.float32, **adam) -> Run:
-    """Runs on a rank: `num_steps` of the sentence from the seeded model, with the seeded gradients."""
+def train(layout: str, chain_name: str, num_steps: int = 3, dtype: torch.dtype = torch.float32, **adam) -> Run:
+    """Runs on a rank: `num_steps` of the chain from the seeded model, with the seeded gradients."""
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED, dtype))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES[sentence].parts, **adam), layout=held.marks)
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS[chain_name].parts, **adam), layout=held.marks)
     return train_chain(chain, layout, held, num_steps)
 
 
@@ -73,23 +73,23 @@ def train_chain(chain, layout: str, held: Mapping[str, nn.Parameter], num_steps:
 _known: dict[tuple, list[Run]] = {}
 
 
-def alone(worlds: Worlds, sentence: str, num_steps: int = 3, dtype: torch.dtype = torch.float32, **adam) -> Run:
+def alone(worlds: Worlds, chain_name: str, num_steps: int = 3, dtype: torch.dtype = torch.float32, **adam) -> Run:
     """The same run in one process without a process group."""
-    return spread(worlds, "single", sentence, num_steps, dtype, **adam)[0]
+    return spread(worlds, "single", chain_name, num_steps, dtype, **adam)[0]
 
 
-def spread(worlds: Worlds, layout: str, sentence: str, num_steps: int = 3, dtype=torch.float32, **adam) -> list[Run]:
+def spread(worlds: Worlds, layout: str, chain_name: str, num_steps: int = 3, dtype=torch.float32, **adam) -> list[Run]:
     """The run on every rank of the layout."""
-    key = (layout, sentence, num_steps, dtype, *sorted(adam.items()))
+    key = (layout, chain_name, num_steps, dtype, *sorted(adam.items()))
     if key not in _known:
         fn = functools.partial(train, **adam)
-        _known[key] = worlds.run((EVERY | LARGE)[layout].ranks, fn, layout, sentence, num_steps, dtype)
+        _known[key] = worlds.run((EVERY | LARGE)[layout].ranks, fn, layout, chain_name, num_steps, dtype)
     return _known[key]
 
 
-def told(sentence: str, num_steps: int = 3, dtype: torch.dtype = torch.float32) -> Oracle:
+def oracle_after(chain_name: str, num_steps: int = 3, dtype: torch.dtype = torch.float32) -> Oracle:
     """The oracle after the same steps."""
-    oracle = Oracle(whole_model(PARAMS_SEED, dtype), SENTENCES[sentence].parts)
+    oracle = Oracle(whole_model(PARAMS_SEED, dtype), CHAINS[chain_name].parts)
     for step in range(num_steps):
         oracle.step(grads_of(step, dtype))
     return oracle

@@ -1,4 +1,4 @@
-"""What stands around a step in real training, in one process: scalers, clipping, modes, compilers, tensors as settings."""
+"""What surrounds a step in real training, in one process: scalers, clipping, modes, compilers, tensors as settings."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_unscaled_and_clipped_before_the_step_is_clipped_without_a_scaler(name, 
             scaler.update()
         ends.append(values(params))
     for key in ends[0]:
-        # The flag that a fused host gets makes a tensor of λ: its product is rounded before it is added.
+        # With the flag of a fused optimizer λ becomes a tensor: its product is rounded before it is added.
         close = {"rtol": 1e-6, "atol": 1e-7} if fused else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(ends[0][key], ends[1][key], **close)
     assert differing(ends[0], plain(way, RULES[name], fused=fused)) != []
@@ -109,18 +109,18 @@ def test_unscaled_and_clipped_before_the_step_is_clipped_without_a_scaler(name, 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_metric_of_gradients_is_of_the_clipped_ones(way):
     params = fp32_parameters()
-    told = optimizer = optimizer_of(way, params, RULES["of gradients"])
+    with_stats = optimizer = optimizer_of(way, params, RULES["of gradients"])
     if way != "chain":
-        (told,) = attachments_on(optimizer)
+        (with_stats,) = attachments_on(optimizer)
     feed(params, 0)
     norm = torch.nn.utils.clip_grad_norm_(params.values(), 0.5)
     assert norm > 1
     optimizer.step()
-    (numbers,) = told.stats().values()
+    (numbers,) = with_stats.stats().values()
     torch.testing.assert_close(numbers["metric"], torch.tensor(0.5), rtol=1e-5, atol=0)
 
 
-HOSTS = {
+OPTIMIZERS = {
     "Adam": (torch.optim.Adam, {}),
     "SGD": (torch.optim.SGD, {"momentum": 0.9}),
     "RMSprop": (torch.optim.RMSprop, {}),
@@ -128,10 +128,10 @@ HOSTS = {
 }
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", RULES)
-def test_a_chain_around_any_host_skips_what_the_scaler_skips(name, host):
-    cls, kwargs = HOSTS[host]
+def test_a_chain_around_any_optimizer_skips_what_the_scaler_skips(name, optimizer):
+    cls, kwargs = OPTIMIZERS[optimizer]
     ends = []
     for scale in (1.0, 2.0**10):
         params = fp32_parameters()
@@ -203,7 +203,7 @@ COMPILED += [("chain", "of updates", "aot_eager"), ("lr", "of updates", "aot_eag
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's, as it traces its own optimizer
 @pytest.mark.parametrize(("way", "name", "backend"), COMPILED)
 def test_a_compiled_function_that_steps_takes_the_same_steps_and_is_compiled_once(way, name, backend):
-    """A chain's have the same bits. A host's are torch's own, whose arithmetic differs by an ulp or two when it is compiled."""
+    """A chain keeps its bits. An optimizer with a rule attached does not: torch's own arithmetic differs by an ulp or two when compiled."""
     compiled, frames = scheduled(way, RULES[name], backend)
     assert frames[0] > 0
     assert frames[-1] == frames[1], f"compiled anew: {frames}"
@@ -219,7 +219,7 @@ def test_a_compiled_function_that_steps_takes_the_same_steps_and_is_compiled_onc
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", RULES)
-def test_tensors_that_change_in_place_are_followed_and_never_read(name, way):
+def test_tensors_that_change_in_place_take_effect_and_are_never_read(name, way):
     """What a CUDA graph needs: nothing of lr or λ becomes a Python number. As numbers in float64, to the rounding of fp32."""
     rule, lrs, decays = RULES[name], (0.01, 0.03, 0.002), (0.1, 0.0, 0.3)
     ends = []

@@ -1,4 +1,4 @@
-"""What stands around a step in real training, on two real ranks, with a model's own backward pass."""
+"""What surrounds a step in real training, on two real ranks, with a model's own backward pass."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_accumulated_gradients_without_sync_decay_once(worlds, way, kind):
 
 
 @torch.no_grad()
-def follow(average: torch.nn.Module, model: torch.nn.Module) -> None:
+def update_average(average: torch.nn.Module, model: torch.nn.Module) -> None:
     """torch's moving average. FSDP2 refuses the deep copy that `AveragedModel` makes, so the average is a second sharded model."""
     get_ema_multi_avg_fn(0.5)(list(average.parameters()), list(model.parameters()), None)
 
@@ -105,7 +105,7 @@ def trained(way: str, around: str = "") -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         if average is not None:
-            follow(average, model)
+            update_average(average, model)
     return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in recipes.whole(model).items()}
 
 
@@ -126,7 +126,7 @@ def averaged(way: str) -> float:
         model(step).backward()
         optimizer.step()
         optimizer.zero_grad()
-        follow(average, model)
+        update_average(average, model)
         expected = {name: (expected[name] + value) / 2 for name, value in recipes.whole(model).items()}
     return recipes.apart(recipes.whole(average), expected)
 
@@ -191,13 +191,13 @@ def clipped(way: str) -> tuple[float, float]:
     model = shard(recipes.small().ByteModel())
     rule = RelativeWeightDecay(0.1, norm_input="grad", metric="l2")
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.01, weight_decay=0)
-    told = optimizer = Chain(model.named_parameters(), Adam(), rule, LR(0.01)) if way == "chain" else optimizer
+    with_stats = optimizer = Chain(model.named_parameters(), Adam(), rule, LR(0.01)) if way == "chain" else optimizer
     if way != "chain":
-        told = attach(optimizer, rule, coupling="gradient" if way == "gradient" else "lr")
+        with_stats = attach(optimizer, rule, coupling="gradient" if way == "gradient" else "lr")
     model(batches()[0, dist.get_rank(), 0]).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25).full_tensor()
     optimizer.step()
-    return norm.item(), told.stats()["RelativeWeightDecay"]["metric"].item()
+    return norm.item(), with_stats.stats()["RelativeWeightDecay"]["metric"].item()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,4 +1,4 @@
-"""attach, in one process: every coupling is the chain with the rules at that place, and it comes off again without a trace."""
+"""attach, in one process: every coupling is the chain with the rules at that place, and `remove` leaves no trace."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.runs import differing, grads_of
 COUPLINGS = ("gradient", "lr", "none")
 METRICS = ("mad", "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf", 2.5, math.inf, -math.inf)
 OTHERS = [metric for metric in METRICS if metric not in ("mad", "l2", "rms", "linf")]
-HOSTS = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adam": (torch.optim.Adam, {})}
+OPTIMIZERS = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adam": (torch.optim.Adam, {})}
 
 
 def small(metric: object) -> float:
@@ -35,7 +35,7 @@ def small(metric: object) -> float:
     return {"sum": 1e-4, "l0": 1e-4, "l1": 1e-4, "var": 1.0, -math.inf: 1e3}.get(metric, 1e-2)
 
 
-# name: (rules, whether they see the update when they stand behind the host)
+# name: (rules, whether they use the update when they stand behind the optimizer)
 RULES = {
     **{f"ord {ord}": ([WeightDecay(0.05, ord)], False) for ord in (1, 1.5, 2, 3)},
     **{f"cautious ord {ord}": ([CautiousWeightDecay(0.05, ord)], True) for ord in (1, 2, 2.5)},
@@ -65,15 +65,17 @@ def settings(key: str) -> list[dict]:
     return [{"lr": 0.05}, {key: 0.02}, {"lr": 0.002, key: 0.0}]
 
 
-def chain_of(params: dict, coupling: str, rules: list, host: str):
-    cls, kwargs = HOSTS[host]
-    words = {"gradient": [*rules, "host", "lr"], "lr": ["host", *rules, "lr"], "none": ["host", "lr", *rules]}[coupling]
-    made = [Wrap(cls, **kwargs) if word == "host" else LR(0.01) if word == "lr" else word for word in words]
+def chain_of(params: dict, coupling: str, rules: list, inner: str):
+    cls, kwargs = OPTIMIZERS[inner]
+    parts = {"gradient": [*rules, "inner", "lr"], "lr": ["inner", *rules, "lr"], "none": ["inner", "lr", *rules]}[
+        coupling
+    ]
+    made = [Wrap(cls, **kwargs) if part == "inner" else LR(0.01) if part == "lr" else part for part in parts]
     return Chain(grouped(params, settings("weight_decay")), *made)
 
 
-def host_of(params: dict, name: str, key: str = "distwd_weight_decay") -> torch.optim.Optimizer:
-    cls, kwargs = HOSTS[name]
+def optimizer_of(params: dict, name: str, key: str = "distwd_weight_decay") -> torch.optim.Optimizer:
+    cls, kwargs = OPTIMIZERS[name]
     return cls(grouped(params, settings(key)), lr=0.01, **kwargs)
 
 
@@ -91,26 +93,28 @@ ADAM_TOO = ("ord 1.5", "cautious ord 2", "mad of update", "rms of grad", "update
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize(("host", "rule"), [*(("sgd", rule) for rule in RULES), *(("adam", rule) for rule in ADAM_TOO)])
-def test_a_coupling_is_the_chain_with_the_rule_at_that_place(host, rule, coupling):
+@pytest.mark.parametrize(
+    ("inner", "rule"), [*(("sgd", rule) for rule in RULES), *(("adam", rule) for rule in ADAM_TOO)]
+)
+def test_a_coupling_is_the_chain_with_the_rule_at_that_place(inner, rule, coupling):
     rules, sees_update = RULES[rule]
-    # Where the update must be had from what the host did, p − p_old has torch's own rounding: float64, and a bound of the
+    # Where the update is computed from what the optimizer did, p − p_old has torch's own rounding: float64, and a bound of the
     # coefficient's, which is rounded to fp32. Everywhere else the bits agree.
     exact = coupling == "gradient" or not sees_update
     dtype = torch.float32 if exact else torch.float64
     ours = parameters(dtype)
-    optimizer = host_of(ours, host)
+    optimizer = optimizer_of(ours, inner)
     attach(optimizer, *rules, coupling=coupling)
     theirs, bare = parameters(dtype), parameters(dtype)
     values, grads = train(optimizer, ours, dtype)
-    expected, expected_grads = train(chain_of(theirs, coupling, rules, host), theirs, dtype)
+    expected, expected_grads = train(chain_of(theirs, coupling, rules, inner), theirs, dtype)
     if exact:
         assert differing(values, expected) == []
     for name, value in values.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=lambda text: f"{name}: {text}")
         torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-6, atol=1e-7)
     if rule != "into the gradient" or coupling == "gradient":
-        without, _ = train(host_of(bare, host), bare, dtype)
+        without, _ = train(optimizer_of(bare, inner), bare, dtype)
         assert max((values[n] - without[n]).abs().max() for n in values) > 1e-4
 
 
@@ -133,9 +137,9 @@ def test_attached_decay_is_adamw_bit_for_bit(variant, mode, dtype):
 
     def run(attached: bool) -> dict:
         params = parameters(dtype)
-        host = copy.deepcopy({"lr": 0.01} | MODES[mode] | VARIANTS[variant])
-        lrs = [{"lr": host["lr"] * 3}, {}, {}]
-        optimizer = torch.optim.AdamW(grouped(params, lrs), weight_decay=0 if attached else 0.1, **host)
+        settings = copy.deepcopy({"lr": 0.01} | MODES[mode] | VARIANTS[variant])
+        lrs = [{"lr": settings["lr"] * 3}, {}, {}]
+        optimizer = torch.optim.AdamW(grouped(params, lrs), weight_decay=0 if attached else 0.1, **settings)
         if attached:
             attach(optimizer, WeightDecay(0.1))
         scheduler = CosineAnnealingLR(optimizer, 7)
@@ -155,7 +159,7 @@ def test_attached_decay_is_adamw_bit_for_bit(variant, mode, dtype):
 def test_gradients_are_afterwards_what_they_were(rules, coupling):
     """The same objects with the same numbers, whether one attachment or two."""
     params = parameters()
-    optimizer = host_of(params, "adam")
+    optimizer = optimizer_of(params, "adam")
     for _ in range(2):
         attach(optimizer, *rules, coupling=coupling)
         for name, grad in grads_of(0, torch.float64).items():
@@ -210,8 +214,8 @@ def test_removing_leaves_no_trace(rules, fused, coupling):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64, torch.bfloat16)], ids=len)
-def test_two_attachments_on_one_host_add_up_and_come_off_one_by_one(fused, dtypes):
-    """Absolute decays of 0.1 and 0.2, which to first order are one of 0.3; and the host's own weight_decay stays 0."""
+def test_two_attachments_on_one_optimizer_add_up_and_come_off_one_by_one(fused, dtypes):
+    """Absolute decays of 0.1 and 0.2, which to first order are one of 0.3; and the optimizer's own weight_decay stays 0."""
     params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
     optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0, fused=fused)
     first, second = attach(optimizer, WeightDecay(1.0)), attach(optimizer, WeightDecay(2.0))
@@ -228,9 +232,9 @@ def test_two_attachments_on_one_host_add_up_and_come_off_one_by_one(fused, dtype
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
-def test_a_host_is_copied_without_its_attachment_which_can_be_put_on_again(copied):
+def test_an_optimizer_is_copied_without_its_attachment_which_can_be_put_on_again(copied):
     params = parameters(torch.float32)
-    optimizer = host_of(params, "adam")
+    optimizer = optimizer_of(params, "adam")
     attach(optimizer, RelativeWeightDecay(0.1))
     train(optimizer, params, torch.float32)
     pair = copied({"params": params, "optimizer": optimizer})
@@ -240,12 +244,12 @@ def test_a_host_is_copied_without_its_attachment_which_can_be_put_on_again(copie
     assert differing(straight, again) == []
 
 
-# --- a host that is itself a chain --------------------------------------------------------------------------------------
+# --- an optimizer that is itself a chain ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("rule", ["ord 2", "cautious ord 2", "mad of update", "rms of grad"])
-def test_a_chain_can_be_a_host(rule, coupling):
+def test_decay_can_be_attached_to_a_chain(rule, coupling):
     """A chain's own state exists from construction, and nothing of it is in the way."""
     rules, _ = RULES[rule]
     ours, theirs = parameters(), parameters()
@@ -275,6 +279,6 @@ def test_at_lr_zero_parameters_stay_and_numbers_are_finite(rule, lr):
     still = [name for names in GROUPS[:2] for name in names]
     assert not set(differing(after, {n: p.detach() for n, p in before.items()})) & set(still)
     assert all(value.isfinite().all() for value in after.values())
-    for told in attachment.stats().values():
-        assert told["metric"].isfinite()
+    for numbers in attachment.stats().values():
+        assert numbers["metric"].isfinite()
     assert differing(after, whole_model(7, scale=0.3)) == GROUPS[2]

@@ -1,4 +1,4 @@
-"""What changes while decay is attached, between steps: lr and λ become tensors and back, groups come, and all of it comes off again."""
+"""What changes while decay is attached, between steps: lr and λ become tensors and back, groups are added, and all is removed again."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ RULES = {
     "of the update": RelativeWeightDecay(0.5, norm_input="update"),
     "at once": DirectWeightDecay(0.5),
 }
-HOSTS = {
+OPTIMIZERS = {
     "single": (torch.optim.AdamW, {"weight_decay": 0, "foreach": False}),
     "fused": (torch.optim.AdamW, {"weight_decay": 0, "fused": True}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("inner", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["absolute", "of params"])
-def test_numbers_and_tensors_take_turns_and_groups_come(name, host):
+def test_numbers_and_tensors_take_turns_and_groups_come(name, inner):
     """With gradients of 0:  p ← p·(1 − lr·λ·M), with lr and λ of the group as they are at the step, M over all there is."""
-    cls, kwargs = HOSTS[host]
+    cls, kwargs = OPTIMIZERS[inner]
     params = [torch.nn.Parameter(torch.tensor([1.0, -3.0])), torch.nn.Parameter(torch.tensor([2.0]))]
     optimizer = cls([{"params": params[:1], "lr": torch.tensor(0.25)}, {"params": params[1:]}], lr=0.5, **kwargs)
     attach(optimizer, RULES[name])
@@ -77,9 +77,9 @@ def everything(optimizer: torch.optim.Optimizer) -> dict:
 
 @pytest.mark.parametrize("coupling", ["gradient", "lr", "none"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("host", HOSTS)
-def test_what_comes_off_leaves_everything_as_if_it_had_never_been_on(host, rule, coupling):
-    cls, kwargs = HOSTS[host]
+@pytest.mark.parametrize("inner", OPTIMIZERS)
+def test_removing_leaves_everything_as_if_never_attached(inner, rule, coupling):
+    cls, kwargs = OPTIMIZERS[inner]
     seen = []
     for stepped_with in (False, True):
         params = fp32_parameters()
@@ -92,9 +92,9 @@ def test_what_comes_off_leaves_everything_as_if_it_had_never_been_on(host, rule,
         if attachment is not None:
             attachment.remove()
         assert all(param.grad is grad for param, grad in zip(params.values(), grads, strict=True))
-        told = everything(optimizer)
-        told["params"] = [told_of[2:] for told_of in told["params"]]
-        seen.append(told)
+        state = everything(optimizer)
+        state["params"] = [of_param[2:] for of_param in state["params"]]
+        seen.append(state)
     assert seen[0] == seen[1]
     params = fp32_parameters()
     optimizer = cls(list(params.values()), lr=0.1, **kwargs)

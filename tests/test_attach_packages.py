@@ -1,4 +1,4 @@
-"""Hosts of other packages, for real: what their optimizers do alone, and the decay beside it; wrappers are refused by name."""
+"""Optimizers of other packages, for real: what they do alone, and the decay beside it; wrappers are refused by name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Named(type):
         return name
 
 
-class StandIn(types.ModuleType):
+class FakeModule(types.ModuleType):
     __path__: list[str] = []  # noqa: RUF012 (a package)
 
     def __getattr__(self, name: str) -> type:
@@ -64,7 +64,7 @@ class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def create_module(self, spec):
-        return StandIn(spec.name)
+        return FakeModule(spec.name)
 
     def exec_module(self, module):
         pass
@@ -80,8 +80,8 @@ def package(name: str) -> types.ModuleType:
         return importlib.import_module(name)
     finally:
         sys.meta_path.remove(finder)
-        for stand_in in [key for key in sys.modules if key.split(".")[0] == "torchvision"]:
-            del sys.modules[stand_in]
+        for name in [key for key in sys.modules if key.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
 
 
 # --- optimizers -----------------------------------------------------------------------------------------------------------
@@ -94,26 +94,26 @@ def moved(module: str, cls: str, edit: Callable = lambda param: 0.0, **attached)
     """
     params = fp32_parameters()
     torch.manual_seed(0)
-    host = getattr(package(module), cls)(list(params.values()), lr=LR, weight_decay=0, **ARGUMENTS.get(cls, {}))
-    if hasattr(host, "train"):
-        host.train()
+    optimizer = getattr(package(module), cls)(list(params.values()), lr=LR, weight_decay=0, **ARGUMENTS.get(cls, {}))
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     ends = []
     for step in range(NUM_STEPS):
         last = step == NUM_STEPS - 1
         for name, param in params.items():
             param.grad = grads_of(step)[name] + (edit(param.detach()) if last else 0.0)
         if last and attached:
-            attach(host, attached["rule"], coupling=attached["coupling"])
+            attach(optimizer, attached["rule"], coupling=attached["coupling"])
         with torch.compiler.set_stance("force_eager"):  # torchao compiles its steps
-            host.step()
+            optimizer.step()
         ends.append({name: param.detach().clone() for name, param in params.items()})
     return ends[-2], ends[-1]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("module", "cls"), [(module, cls) for module in PACKAGES for cls in PACKAGES[module]])
-def test_the_couplings_mean_what_they_say_around_any_host(module, cls):
-    """ "lr" and "none": what the host does alone, and λ·M·d(p_old) less; "gradient": the host alone, with λ·M·d(p) in its gradients."""
+def test_every_coupling_is_its_formula_with_any_optimizer(module, cls):
+    """ "lr" and "none": the optimizer alone, and λ·M·d(p_old) less; "gradient": the optimizer alone, with λ·M·d(p) in its gradients."""
     old, alone = moved(module, cls)
     measured = DECAY * metric_of(list(old.values()), "mad")
     for rule, rate in ((WeightDecay(DECAY), DECAY), (RelativeWeightDecay(DECAY, norm_input="params"), measured)):
@@ -151,8 +151,8 @@ WRAPPERS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapper_is_refused_by_name_with_what_to_attach_to(name):
-    make, words = WRAPPERS[name]
-    with pytest.raises(ValueError, match=words):
+    make, message = WRAPPERS[name]
+    with pytest.raises(ValueError, match=message):
         attach(make(package(name.split(",")[0])), WeightDecay(0.1))
 
 
@@ -176,12 +176,12 @@ class ByParameter:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda: Container([adamw(), adamw()]), "Container.*all 2 optimizers in its `.optimizers` together"),
         (ByParameter, "ByParameter.*all 11 optimizers in its `.optim_dict` together"),
     ],
 )
-def test_a_container_is_refused_with_all_that_it_holds(make, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_container_is_refused_with_all_that_it_holds(make, message):
+    with pytest.raises(ValueError, match=message):
         attach(make(), WeightDecay(0.1))

@@ -101,16 +101,22 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_refuses_by_name_and_changes_nothing(name):
-    make, rules, coupling, words = REFUSED[name]
+    make, rules, coupling, message = REFUSED[name]
     made = make()
-    hosts = [host for host in (made if isinstance(made, list) else [made]) if isinstance(host, torch.optim.Optimizer)]
-    before = [[dict(group) for group in host.param_groups] for host in hosts]
-    with pytest.raises(ValueError, match=words):
+    optimizers = [
+        optimizer
+        for optimizer in (made if isinstance(made, list) else [made])
+        if isinstance(optimizer, torch.optim.Optimizer)
+    ]
+    before = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    with pytest.raises(ValueError, match=message):
         attach(made, *rules, coupling=coupling)
-    assert [[group.keys() for group in host.param_groups] for host in hosts] == [
+    assert [[group.keys() for group in optimizer.param_groups] for optimizer in optimizers] == [
         [group.keys() for group in groups] for groups in before
     ]
-    assert not any(value for host in hosts for key, value in vars(host).items() if key.endswith("_hooks"))
+    assert not any(
+        value for optimizer in optimizers for key, value in vars(optimizer).items() if key.endswith("_hooks")
+    )
 
 
 def test_without_lr_the_other_couplings_work():
@@ -163,7 +169,7 @@ def test_every_group_has_its_own_decay_read_at_every_step():
     assert decayed(optimizer) == [0.8, 0.75, 0.9]
 
 
-def test_an_old_checkpoint_loads_and_each_groups_own_decay_goes_on():
+def test_an_old_checkpoint_loads_and_each_groups_own_decay_stays():
     old = torch.optim.SGD([{"params": some()}, {"params": some()}], lr=1.0).state_dict()
     optimizer = torch.optim.SGD([{"params": some()}, {"params": some(), "distwd_weight_decay": 0.0}], lr=1.0)
     attach(optimizer, WeightDecay(0.1))
@@ -171,7 +177,7 @@ def test_an_old_checkpoint_loads_and_each_groups_own_decay_goes_on():
     assert decayed(optimizer) == [0.9, 1.0]
 
 
-def test_a_checkpoint_that_brings_the_hosts_own_decay_back_is_refused():
+def test_a_checkpoint_that_brings_the_optimizers_own_decay_back_is_refused():
     """Else the run that had AdamW(weight_decay=0.1) would go on with twice the decay."""
     old = torch.optim.AdamW(some(), weight_decay=0.1).state_dict()
     params = some()
@@ -198,7 +204,7 @@ def test_a_bad_number_in_a_group_is_refused_before_anything_changes(bad):
 
 
 class Fragile(torch.optim.AdamW):
-    """Raises once, when told to."""
+    """Raises once, when `fails` is set."""
 
     fails = False
 
@@ -213,32 +219,32 @@ class Fragile(torch.optim.AdamW):
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("num_hosts", [1, 2])
-def test_a_step_that_raises_leaves_the_next_one_right(rule, coupling, fused, set_to_none, num_hosts):
+@pytest.mark.parametrize("num_optimizers", [1, 2])
+def test_a_step_that_raises_leaves_the_next_one_right(rule, coupling, fused, set_to_none, num_optimizers):
     params = parameters()
     names = list(params)
-    parts = [names] if num_hosts == 1 else [names[:5], names[5:]]
-    hosts = [Fragile([params[n] for n in part], lr=0.01, weight_decay=0, fused=fused) for part in parts]
-    attach(hosts, *RULES[rule](), coupling=coupling)
+    parts = [names] if num_optimizers == 1 else [names[:5], names[5:]]
+    optimizers = [Fragile([params[n] for n in part], lr=0.01, weight_decay=0, fused=fused) for part in parts]
+    attach(optimizers, *RULES[rule](), coupling=coupling)
     for name, param in params.items():
         param.grad = grads_of(0)[name]
-    hosts[0].fails = True
+    optimizers[0].fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        hosts[0].step()
-    twins = copy.deepcopy({"params": params, "hosts": hosts})
+        optimizers[0].step()
+    twins = copy.deepcopy({"params": params, "optimizers": optimizers})
     for param in twins["params"].values():
         param.grad = None
-    for host in twins["hosts"]:
-        for group in host.param_groups:
+    for optimizer in twins["optimizers"]:
+        for group in optimizer.param_groups:
             group.update(weight_decay=0)
-    attach(twins["hosts"], *RULES[rule](), coupling=coupling)
-    for each in ({"params": params, "hosts": hosts}, twins):
-        for host in each["hosts"]:
-            host.zero_grad(set_to_none=set_to_none)
+    attach(twins["optimizers"], *RULES[rule](), coupling=coupling)
+    for each in ({"params": params, "optimizers": optimizers}, twins):
+        for optimizer in each["optimizers"]:
+            optimizer.zero_grad(set_to_none=set_to_none)
         for n, param in each["params"].items():
             param.grad = grads_of(1)[n] if param.grad is None else param.grad.add_(grads_of(1)[n])
-        for host in each["hosts"]:
-            host.step()
+        for optimizer in each["optimizers"]:
+            optimizer.step()
     assert (
         differing({n: p.detach() for n, p in params.items()}, {n: p.detach() for n, p in twins["params"].items()}) == []
     )
@@ -258,8 +264,8 @@ def test_a_subclass_that_calls_its_base_decays_once(coupling, target, with_closu
     ends = []
     for cls in (torch.optim.SGD, Twice):
         parts = [some(), some()]
-        hosts = [cls(part, lr=0.1, momentum=0.9) for part in parts]
-        attach(hosts, RelativeWeightDecay(0.5, 2, "params", "mad", target), coupling=coupling)
+        optimizers = [cls(part, lr=0.1, momentum=0.9) for part in parts]
+        attach(optimizers, RelativeWeightDecay(0.5, 2, "params", "mad", target), coupling=coupling)
 
         def closure(parts=parts):
             for part in parts:
@@ -268,7 +274,7 @@ def test_a_subclass_that_calls_its_base_decays_once(coupling, target, with_closu
 
         for _ in range(2):
             closure()
-            for host in hosts:
-                host.step(closure if with_closure or target == "closure" else None)
+            for optimizer in optimizers:
+                optimizer.step(closure if with_closure or target == "closure" else None)
         ends.append(torch.stack([param.detach() for part in parts for param in part]))
     torch.testing.assert_close(*ends)

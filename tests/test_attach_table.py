@@ -1,4 +1,4 @@
-"""The table of hosts in docs/pages/attach.md says what was seen: where an attached optimizer works is where it works alone."""
+"""The table of optimizers in docs/pages/attach.md is what was seen: an optimizer with a rule attached works where it works alone."""
 
 from __future__ import annotations
 
@@ -65,20 +65,20 @@ def test_an_attached_optimizer_works_where_it_works_alone(worlds, layout):
 def test_where_a_rule_looks_at_the_update_it_works_there_too(worlds, layout):
     alone, attached = seen(worlds, layout, None), seen(worlds, layout, "update")
     assert {key for key in alone if alone[key] == "works"} <= {key for key in attached if attached[key] == "works"}
-    # Zeros in the stead of DTensors are local, so that kernels which DTensor does not know run all the same.
+    # Zeros in place of DTensors are local, so that kernels which DTensor does not know run all the same.
     assert attached["SGD", "fused"] == attached["Adagrad", "fused"] == "works"
 
 
-def told(worlds, name: str, layout: str) -> str:
+def verdict(worlds, name: str, layout: str) -> str:
     failing = [mode for mode in modes_of(name) if seen(worlds, layout, "params")[name, mode] == "raises"]
     return "yes" if not failing else "no" if len(failing) == len(modes_of(name)) else f"not {', '.join(failing)}"
 
 
-def test_the_table_says_so(worlds):
+def test_the_table_is_what_was_seen(worlds):
     section = PAGE.read_text(encoding="utf-8").split("## Which optimizers\n")[1].split("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)
     ]
     assert rows[0] == ["torch.optim", *COLUMNS]
-    said = {name: cells for names, *cells in rows[2:] for name in re.findall(r"\w+", names)}
-    assert said == {name: [told(worlds, name, layout) for layout in COLUMNS.values()] for name in NAMES}
+    stated = {name: cells for names, *cells in rows[2:] for name in re.findall(r"\w+", names)}
+    assert stated == {name: [verdict(worlds, name, layout) for layout in COLUMNS.values()] for name in NAMES}

@@ -21,7 +21,7 @@ def model() -> Net:
     return Net(whole_model(7))
 
 
-def test_a_chain_tells_every_rule_at_its_place():
+def test_a_chain_prints_every_rule_at_its_place():
     groups = distwd.param_groups(model(), 0.1, [("norm.*", {"weight_decay": 0.5, "lr": 0.25})])
     rules = [
         distwd.WeightDecay(1e-3, 3),
@@ -33,38 +33,38 @@ def test_a_chain_tells_every_rule_at_its_place():
         distwd.WeightDecay(3e-5, target="grad"),
     ]
     printed = str(distwd.Chain(groups, *rules))
-    told = row(printed, "embed.weight")
-    assert "0.1; 0.2; 1e-05; 2e-05; 3e-05" in told
-    assert "11×6" in told
-    assert "lr=0.001" in told
-    for words in (
+    shown = row(printed, "embed.weight")
+    assert "0.1; 0.2; 1e-05; 2e-05; 3e-05" in shown
+    assert "11×6" in shown
+    assert "lr=0.001" in shown
+    for text in (
         "WeightDecay (ord 3, before Adam)",
         "RelativeWeightDecay (× mad of update by group, cautious, × lr)",
         "CautiousWeightDecay (cautious, not × lr)",
         "DirectWeightDecay (at once, not × lr)",
         "WeightDecay_1 (in the gradient)",
     ):
-        assert words in told
+        assert text in shown
     assert "0.5; 0.2" in row(printed, "norm.bias")
     assert "lr=0.25" in row(printed, "norm.bias")
     assert printed.startswith("Chain(\n  WeightDecay: WeightDecay(weight_decay=0.001, ord=3)")
 
 
 @pytest.mark.parametrize(
-    ("coupling", "words"), [("lr", "(× lr)"), ("none", "(not × lr)"), ("gradient", "(before the optimizer)")]
+    ("coupling", "text"), [("lr", "(× lr)"), ("none", "(not × lr)"), ("gradient", "(before the optimizer)")]
 )
-def test_an_attachment_tells_its_coupling(coupling, words):
+def test_an_attachment_prints_its_coupling(coupling, text):
     groups = distwd.param_groups(model(), 0.1, attached=True)
     adamw = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0)
     attachment = distwd.attach(adamw, distwd.WeightDecay(0.7), coupling=coupling)
     printed = str(attachment)
     assert repr(attachment) == f"Attachment(AdamW, WeightDecay(weight_decay=0.7, ord=2), coupling={coupling!r})"
     assert printed.startswith(repr(attachment))
-    assert f"WeightDecay {words}" in row(printed, "up.weight")
+    assert f"WeightDecay {text}" in row(printed, "up.weight")
     assert f"decayed: 5 tensors, {NUM_ELEMENTS - VECTORS:,} elements; not decayed: 6 tensors, {VECTORS:,}" in printed
 
 
-def test_it_tells_what_is_so_now():
+def test_it_prints_the_settings_of_now():
     decay = torch.tensor(0.1)
     chain = distwd.Chain(model().named_parameters(), distwd.WeightDecay(decay), distwd.LR(torch.tensor(0.5)))
     assert " 0.1 " in row(str(chain), "up.weight")
@@ -86,7 +86,7 @@ def test_what_is_never_stepped_is_not_called_decayed():
 
 
 def printed_on(layout: str) -> tuple[str, str, list[str]]:
-    """A chain and an attachment, and what was said to other ranks by printing them; only rank 0 prints the second time."""
+    """A chain and an attachment, printed, and the collectives that printing them made."""
     held = layouts.place(layout, whole_model(7))
     chain = distwd.Chain(held.items(), distwd.Adam(), distwd.RelativeWeightDecay(0.1), distwd.LR(0.01))
     sgd = torch.optim.SGD(held.values(), lr=0.1)
@@ -96,7 +96,7 @@ def printed_on(layout: str) -> tuple[str, str, list[str]]:
 
 
 @pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp", "mixed"])
-def test_every_rank_tells_of_wholes_and_asks_nobody(worlds, layout):
+def test_every_rank_prints_whole_shapes_without_a_collective(worlds, layout):
     ranks = worlds.run(LAYOUTS[layout].ranks, printed_on, layout)
     for number, (chain, attachment, calls) in enumerate(ranks):
         assert calls == []

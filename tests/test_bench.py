@@ -1,4 +1,4 @@
-"""The benchmark runs, counts what it says it counts, and its ways compute what they are named for. No time is asserted."""
+"""The benchmark runs, counts what it claims to count, and its variants compute what they are named for. No time is asserted."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_extra_memory_is_seen_where_there_is_some(bench):
 
 
 def test_the_ways_to_be_compared_take_the_same_step(cases):
-    """Otherwise their times would say nothing."""
+    """Otherwise their times would mean nothing."""
 
     def after_a_step(case: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def test_the_first_model_is_the_one_that_is_described(cases):
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """launch/bench.py, and a Bench for two threads in an environment that says nothing of threads."""
+    """launch/bench.py, and a Bench for two threads in an environment without a setting of threads."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
@@ -159,7 +159,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("lost", [0.0, 0.05, 0.7])
-def test_threads_sleep_where_much_time_is_lost_in_waiting_and_the_report_says_so(started, lost, monkeypatch):
+def test_threads_sleep_where_much_time_is_lost_in_waiting_and_the_report_shows_it(started, lost, monkeypatch):
     module, bench = started
     monkeypatch.setattr(module, "lost_in_waiting", lambda threads: lost if threads == 2 else None)
     bench.let_threads_sleep()
@@ -168,7 +168,7 @@ def test_threads_sleep_where_much_time_is_lost_in_waiting_and_the_report_says_so
 
 
 @pytest.mark.parametrize("key", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_what_the_user_has_said_of_waiting_is_not_touched(started, key, monkeypatch):
+def test_the_users_own_setting_of_waiting_is_not_touched(started, key, monkeypatch):
     module, bench = started
     monkeypatch.setenv(key, "1000")
     monkeypatch.setattr(module, "lost_in_waiting", lambda threads: 1.0)

@@ -95,9 +95,9 @@ def test_a_step_without_a_closure_returns_none():
 
 
 SCHEDULES = {
-    "lambda": lambda host: LambdaLR(host, lambda step: 1 / (step + 1)),
-    "cosine": lambda host: CosineAnnealingLR(host, 5),
-    "onecycle": lambda host: OneCycleLR(host, 0.1, 10),
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (step + 1)),
+    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, 5),
+    "onecycle": lambda optimizer: OneCycleLR(optimizer, 0.1, 10),
 }
 
 
@@ -105,14 +105,14 @@ SCHEDULES = {
 def test_learning_rate_schedules_of_torch_drive_it(schedule):
     ours, theirs = parameters(), parameters()
     chain = distwd.Chain(ours.items(), distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(0.01))
-    host = torch.optim.AdamW(theirs.values(), 0.01, weight_decay=0.1)
-    drivers = [SCHEDULES[schedule](chain), SCHEDULES[schedule](host)]
+    optimizer = torch.optim.AdamW(theirs.values(), 0.01, weight_decay=0.1)
+    drivers = [SCHEDULES[schedule](chain), SCHEDULES[schedule](optimizer)]
     for index in range(4):
         step(chain, ours, index)
-        step(host, theirs, index)
+        step(optimizer, theirs, index)
         for driver in drivers:
             driver.step()
-    assert chain.param_groups[0]["lr"] == host.param_groups[0]["lr"] != 0.01
+    assert chain.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 0.01
     assert equal(ours, theirs)
 
 
@@ -134,18 +134,18 @@ def test_zero_grad(to_none):
         assert param.grad is None if to_none else not param.grad.any()
 
 
-def test_a_repr_reads_as_the_sentence():
-    told = repr(make(parameters().items()))
-    places = [told.index(word) for word in ("Adam", "RelativeWeightDecay", "LR", "WeightDecay(")]
-    assert told.count("WeightDecay") >= 2
+def test_a_repr_reads_as_the_chain():
+    text = repr(make(parameters().items()))
+    places = [text.index(part) for part in ("Adam", "RelativeWeightDecay", "LR", "WeightDecay(")]
+    assert text.count("WeightDecay") >= 2
     assert places[:3] == sorted(places[:3])
 
 
 def test_step_hooks_of_torch_are_called():
     params, seen = parameters(), []
     chain = make(params.items())
-    first = chain.register_step_pre_hook(lambda host, args, kwargs: seen.append(("pre", host is chain)))
-    last = chain.register_step_post_hook(lambda host, args, kwargs: seen.append(("post", host is chain)))
+    first = chain.register_step_pre_hook(lambda *args: seen.append(("pre", args[0] is chain)))
+    last = chain.register_step_post_hook(lambda *args: seen.append(("post", args[0] is chain)))
     step(chain, params)
     assert seen == [("pre", True), ("post", True)]
     first.remove()
@@ -156,9 +156,9 @@ def test_step_hooks_of_torch_are_called():
 
 def test_state_dict_hooks_of_torch_are_called():
     chain, seen = make(parameters().items()), []
-    chain.register_state_dict_pre_hook(lambda host: seen.append("pre"))
-    chain.register_state_dict_post_hook(lambda host, state: seen.append("post"))
-    chain.register_load_state_dict_post_hook(lambda host: seen.append("load"))
+    chain.register_state_dict_pre_hook(lambda optimizer: seen.append("pre"))
+    chain.register_state_dict_post_hook(lambda optimizer, state: seen.append("post"))
+    chain.register_load_state_dict_post_hook(lambda optimizer: seen.append("load"))
     chain.load_state_dict(chain.state_dict())
     assert seen == ["pre", "post", "load"]
 
@@ -193,14 +193,14 @@ def test_a_load_state_dict_of_the_model_with_assign_is_found_again():
     model, reference = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     values = {name: value.clone() for name, value in model.state_dict().items()}
     reference.load_state_dict(values)
-    for host in (model, reference):
-        chain = make(host.named_parameters())
+    for net in (model, reference):
+        chain = make(net.named_parameters())
         for index in range(2):
-            for param in host.parameters():
+            for param in net.parameters():
                 param.grad = torch.full_like(param, 0.1 + index)
             chain.step()
-            if host is model and index == 0:
-                for param in host.parameters():
+            if net is model and index == 0:
+                for param in net.parameters():
                     param.data = param.data.clone()
     assert equal(dict(model.named_parameters()), dict(reference.named_parameters()))
 

@@ -1,4 +1,4 @@
-"""A Chain saved, loaded, copied or pickled goes on bit for bit as the one it came from."""
+"""A Chain that is saved and loaded, copied or pickled steps bit for bit as the original."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def pickled(thing):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("num_steps", [0, 2])
-def test_a_clone_goes_on_as_the_original_and_apart_from_it(clone, num_steps):
+def test_a_clone_steps_as_the_original_and_apart_from_it(clone, num_steps):
     params = parameters()
     chain = make(params.items())
     for index in range(num_steps):

@@ -1,4 +1,4 @@
-"""Saved on four ranks and loaded on others, a run goes on bit for bit as the uninterrupted one: every optimizer, every way."""
+"""A run that is saved on four ranks and loaded on others has the bits of the uninterrupted one, for every optimizer and state dict."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def stateless_chain(net: nn.Module) -> torch.optim.Optimizer:
     return distwd.Chain(groups_of(net), rule, distwd.LR(0.01), distwd.WeightDecay(0.001))
 
 
-def attached(net: nn.Module, host: Callable[..., torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
-    optimizer = host(groups_of(net, distwd_weight_decay=0.01), lr=0.01, foreach=False, **settings)
+def attached(net: nn.Module, cls: Callable[..., torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
+    optimizer = cls(groups_of(net, distwd_weight_decay=0.01), lr=0.01, foreach=False, **settings)
     distwd.attach(optimizer, distwd.RelativeWeightDecay(0.1))
     return optimizer
 
@@ -55,9 +55,9 @@ def attached(net: nn.Module, host: Callable[..., torch.optim.Optimizer], **setti
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "chain": chain,
     "stateless chain": stateless_chain,
-    "attached to AdamW": functools.partial(attached, host=torch.optim.AdamW, weight_decay=0.0),
-    "attached to SGD": functools.partial(attached, host=torch.optim.SGD),
-    "attached to momentum": functools.partial(attached, host=torch.optim.SGD, momentum=0.9),
+    "attached to AdamW": functools.partial(attached, cls=torch.optim.AdamW, weight_decay=0.0),
+    "attached to SGD": functools.partial(attached, cls=torch.optim.SGD),
+    "attached to momentum": functools.partial(attached, cls=torch.optim.SGD, momentum=0.9),
 }
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -169,7 +169,7 @@ def resumed(layout: str, optimizer: str, way: str, folder: str, again: str) -> d
 
 
 @pytest.mark.parametrize(("optimizer", "way"), MATRIX)
-def test_saved_at_four_ranks_it_goes_on_at_two_at_one_and_over_tp_bit_for_bit(worlds, optimizer, way):
+def test_saved_at_four_ranks_it_resumes_at_two_at_one_and_over_tp_bit_for_bit(worlds, optimizer, way):
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as again:
         straight = worlds.run(4, uninterrupted, "fsdp4", optimizer, way, folder)[0]
         assert differing(straight, whole_model(PARAMS_SEED)) != []
@@ -181,20 +181,20 @@ def test_saved_at_four_ranks_it_goes_on_at_two_at_one_and_over_tp_bit_for_bit(wo
 
 def keys_at_birth_and_later(optimizer: str) -> list[tuple]:
     job = Job("fsdp3", optimizer)
-    told = []
+    found = []
     for steps in (range(0), range(2)):
         job.train(steps)
         state = job.optimizer.state_dict()
-        told.append((
+        found.append((
             {index: sorted(entry) for index, entry in state["state"].items()},
             [sorted(group) for group in state["param_groups"]],
         ))  # fmt: skip
-    return told
+    return found
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_rank_has_every_key_from_the_start(worlds, optimizer):
-    """Over three ranks some shards are empty. A host's own state begins at its first step; its groups have their keys."""
+    """Over three ranks some shards are empty. An optimizer's own state begins at its first step; its groups have their keys."""
     ranks = worlds.run(3, keys_at_birth_and_later, optimizer)
     (state, groups), later = ranks[0]
     assert all(rank == ranks[0] for rank in ranks)

@@ -1,4 +1,4 @@
-"""Files that need a cluster, as far as they can be tried without one: SLURM with stand-ins, Kubernetes against published models."""
+"""Files that need a cluster, as far as they can be tried without one: SLURM with fake commands, Kubernetes against published models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ wait $second
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """An environment as in a batch job on two nodes, with stand-ins for SLURM's commands that write down what they are told."""
+    """An environment as in a batch job on two nodes, with fakes of SLURM's commands that write down their arguments."""
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
@@ -70,7 +70,7 @@ def submit(script: Path, cluster: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_batch_job_trains_on_its_nodes_and_goes_on_when_it_is_requeued(cluster, tmp_path):
+def test_a_batch_job_trains_on_its_nodes_and_resumes_when_it_is_requeued(cluster, tmp_path):
     """Two torchruns of one rank each, which meet; ended after two steps; then submitted again, as SLURM does after a failure."""
     script = shutil.copy(ROOT / "launch" / "slurm.sbatch", tmp_path / "copy")  # SLURM runs a copy from its spool
     assert "starting anew" in submit(script, cluster, "--stop-after", "2")
@@ -81,8 +81,8 @@ def test_a_batch_job_trains_on_its_nodes_and_goes_on_when_it_is_requeued(cluster
     assert json.loads((out / "summary.json").read_text())["last"]["step"] == 4
 
     assert (tmp_path / "scontrol").read_text() == "show hostnames node[1-2]\n" * 2
-    told = (tmp_path / "srun").read_text()
-    assert told.startswith("--ntasks-per-node=1\n--kill-on-bad-exit=1\nbash\n-c\n")
+    arguments = (tmp_path / "srun").read_text()
+    assert arguments.startswith("--ntasks-per-node=1\n--kill-on-bad-exit=1\nbash\n-c\n")
 
 
 def test_the_head_of_the_batch_script_asks_for_one_task_a_node():
@@ -135,12 +135,12 @@ def test_torchrun_and_the_program_understand_what_the_pods_run(job, monkeypatch)
     """With the variables that Kubeflow Trainer sets in each pod."""
     trainer = job["spec"]["trainer"]
     assert trainer["command"] == ["torchrun"]
-    told = {"NNODES": trainer["numNodes"], "NPROC_PER_NODE": trainer["numProcPerNode"], "NODE_RANK": 1}
-    for key, value in (told | {"MASTER_ADDR": "node-0-0", "MASTER_PORT": 29500}).items():
+    given = {"NNODES": trainer["numNodes"], "NPROC_PER_NODE": trainer["numProcPerNode"], "NODE_RANK": 1}
+    for key, value in (given | {"MASTER_ADDR": "node-0-0", "MASTER_PORT": 29500}).items():
         monkeypatch.setenv(f"PET_{key}", str(value))
     config, _, rest = config_from_args(parse_args(trainer["args"]))
     assert (config.max_nodes, config.nproc_per_node, config.rdzv_endpoint) == (2, 8, "node-0-0:29500")
-    options = load_launch("options").parse_options([word for word in rest if word.startswith("--")])
+    options = load_launch("options").parse_options([argument for argument in rest if argument.startswith("--")])
     ranks = trainer["numNodes"] * trainer["numProcPerNode"]
     assert load_launch("world").parse_mesh(options.mesh, ranks) == {"dp": 2, "fsdp": 8}
     (patch,) = job["spec"]["runtimePatches"]

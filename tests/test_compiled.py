@@ -57,28 +57,30 @@ def optimizer(way: str, rule: distwd.WeightDecay, named: list, compile: bool):
     if way == "chain":
         chain = distwd.Chain(named, distwd.Adam(), rule, distwd.LR(1e-2), compile=compile)
         return chain, chain
-    host = torch.optim.AdamW(named, lr=1e-2, weight_decay=0)
-    return host, distwd.attach(host, rule, compile=compile)
+    adamw = torch.optim.AdamW(named, lr=1e-2, weight_decay=0)
+    return adamw, distwd.attach(adamw, rule, compile=compile)
 
 
 def stepped(way: str, rule: str, dtype: torch.dtype, compile: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Parameters after some steps with a learning rate that changes, and the last coefficients."""
     named = params(dtype)
-    stepping, told = optimizer(way, RULES[rule], named, compile)
+    stepping, with_stats = optimizer(way, RULES[rule], named, compile)
     for step in range(3):
         stepping.param_groups[0]["lr"] = 1e-2 / (step + 1)
         stepping.step()
-    coefficients = [number for numbers in told.stats().values() for number in torch.utils._pytree.tree_leaves(numbers)]
+    coefficients = [
+        number for numbers in with_stats.stats().values() for number in torch.utils._pytree.tree_leaves(numbers)
+    ]
     return [param.detach() for _, param in named], coefficients
 
 
 @pytest.mark.parametrize(("way", "rule", "dtype"), CASES)
 def test_compiled_formulas_give_the_same_bits(way, rule, dtype):
-    ours, ours_told = stepped(way, rule, dtype, compile=True)
-    plain, plain_told = stepped(way, rule, dtype, compile=False)
+    ours, ours_numbers = stepped(way, rule, dtype, compile=True)
+    plain, plain_numbers = stepped(way, rule, dtype, compile=False)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     # Metrics add up in another order, in float64: what is left of that after rounding to float32 is, in practice, nothing.
-    torch.testing.assert_close(ours_told, plain_told, rtol=2**-23, atol=0)
+    torch.testing.assert_close(ours_numbers, plain_numbers, rtol=2**-23, atol=0)
 
 
 def calls_of(way: str, rule: str) -> int:
@@ -171,9 +173,9 @@ def _trained_on_ranks(compile: bool, sharded: bool = False) -> tuple[list[torch.
 @pytest.mark.parametrize(("ranks", "sharded"), [(2, True), (3, True), (2, False)], ids=["fsdp2", "empty", "copies"])
 def test_compiled_on_ranks_equals_one_process_that_does_not_compile(worlds, ranks, sharded):
     plain, coefficient = _trained_on_ranks(compile=False)
-    for params_, told in worlds.run(ranks, _trained_on_ranks, True, sharded):
+    for params_, number in worlds.run(ranks, _trained_on_ranks, True, sharded):
         assert all(torch.equal(a, b) for a, b in zip(params_, plain, strict=True))
-        assert torch.equal(told, coefficient)
+        assert torch.equal(number, coefficient)
 
 
 # --- the argument -----------------------------------------------------------------------------------------------------
@@ -201,8 +203,10 @@ for make in (
 
 def test_without_a_compiler_it_is_refused_at_once(tmp_path):
     env = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    told = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True).stdout
-    lines = told.strip().split("\n")
+    printed = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    lines = printed.strip().split("\n")
     assert len(lines) == 2
     for line in lines:
         assert line.startswith(

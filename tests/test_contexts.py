@@ -45,7 +45,7 @@ def trained(way: str, rule: str, within: Callable[[int], contextlib.AbstractCont
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_step_is_the_same_whatever_is_switched_on(context, rule, way):
-    """In one step alone: what it leaves behind must not trouble the next, outside. (A host's own state begins in its first.)"""
+    """In one step alone: what it leaves behind must not trouble the next, outside. (An optimizer's own state begins in its first.)"""
     when = 0 if way == "chain" else 1
     plain = trained(way, rule, lambda index: contextlib.nullcontext())
     inside = trained(way, rule, lambda index: CONTEXTS[context]() if index == when else contextlib.nullcontext())

@@ -174,7 +174,7 @@ def test_live_objects_stay_flat(way, rule):
 
 
 @pytest.mark.parametrize(
-    ("told", "threads", "thousands"),
+    ("capabilities", "threads", "thousands"),
     [
         ({"l2_cache_size": 2 * MIB}, 1, 128),
         ({"l2_cache_size": MIB}, 1, 256),
@@ -184,15 +184,15 @@ def test_live_objects_stay_flat(way, rule):
         ({}, 64, 2048),
     ],
 )
-def test_a_block_grows_with_the_threads_and_is_small_where_the_cache_holds_it(told, threads, thousands):
+def test_a_block_grows_with_the_threads_and_is_small_where_the_cache_holds_it(capabilities, threads, thousands):
     with (
-        mock.patch.object(torch.cpu, "get_capabilities", return_value=told, create=True),
+        mock.patch.object(torch.cpu, "get_capabilities", return_value=capabilities, create=True),
         mock.patch.object(torch, "get_num_threads", return_value=threads),
     ):
         assert block_size(torch.device("cpu")) == thousands * 1024
 
 
-def test_a_torch_that_tells_nothing_of_its_cpu_is_enough(monkeypatch):
+def test_a_torch_that_does_not_describe_its_cpu_is_enough(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert block_size(torch.device("cpu")) == 256 * 1024
@@ -229,7 +229,7 @@ def test_buffers_do_not_travel_with_a_chain():
     assert twin._runner._workspace is not chain._runner._workspace
 
 
-def test_a_stand_in_is_zero_again_after_a_step_that_failed():
+def test_a_kept_zero_tensor_is_zero_again_after_a_step_that_failed():
     """The update is what zeros become; what an interrupted step has left there must not count."""
 
     def trained(fail: bool) -> torch.Tensor:

@@ -87,7 +87,7 @@ CALLED = [getattr(distwd, name) for name in PUBLIC if name not in ("Attachment",
 
 @pytest.mark.parametrize("called", CALLED, ids=lambda called: called.__qualname__)
 def test_every_argument_is_explained(called):
-    """Each argument of what a user calls is named in its docstring, or it says whose arguments they are."""
+    """Each argument of what a user calls is named in its docstring, or it refers to the class whose arguments they are."""
     doc = called.__doc__ or ""
     if re.search(r"[Aa]rguments[^.]* as (`\w+`|torch\.optim)|[Aa]rguments as|errors as", doc):
         return
@@ -142,7 +142,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("block", [b for b in PROGRAMS if b not in ON_RANKS], ids=str)
 def test_a_program_runs_under_torchrun(block, tmp_path):
-    """As the page says it: saved under its title, on two ranks."""
+    """As the page describes it: saved under its title, on two ranks."""
     (tmp_path / block.title).write_text(block.code, encoding="utf-8")
     (tmp_path / "to_its_end.py").write_text(TO_ITS_END, encoding="utf-8")
     # --standalone: torchrun takes a port of its own. One that was free a moment ago may be taken by now.
@@ -163,7 +163,7 @@ def printed_by(code: str) -> str:
 
 
 @pytest.mark.parametrize("block", ON_RANKS, ids=str)
-def test_a_program_prints_what_its_page_says(worlds, block):
+def test_a_program_prints_what_its_page_shows(worlds, block):
     """On two ranks, or as many as it asks for."""
     asked = re.search(r"--nproc-per-node (\d)", block.code)
     printed = "".join(worlds.run(int(asked[1]) if asked else 2, printed_by, block.code))
@@ -196,7 +196,7 @@ def template_of(node: ast.expr | None) -> str:
 
 
 def messages_of(path: Path) -> set[str]:
-    """What a file raises, and what plan/explain.py says is the problem."""
+    """What a file raises, and the problems that sharding/explain.py describes."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
     found = [template_of(call.args[0]) for call in raised if call.args]
@@ -204,12 +204,12 @@ def messages_of(path: Path) -> set[str]:
         sections = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "_section"]
         found += [template_of(call.args[2]) for call in sections]
         parts = {id(part) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for part in n.values}
-        said = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant) and id(n) not in parts]
-        found += map(template_of, said)
+        texts = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant) and id(n) not in parts]
+        found += map(template_of, texts)
         found = [
             text for text in found if re.search(r"have changed|^copies of|^the pieces|^ranks mean|have no names", text)
         ]
-    return {said for said in map(problem_of, found) if " " in said.replace("…", "").strip()}
+    return {text for text in map(problem_of, found) if " " in text.replace("…", "").strip()}
 
 
 def problem_of(message: str) -> str:

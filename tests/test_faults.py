@@ -31,15 +31,15 @@ def optimizer_of(way: str, params: object, *rules: object, lr: float = 0.1, coup
     if way == "chain":
         order = {"lr": (*rules, distwd.LR(lr)), "none": (distwd.LR(lr), *rules)}[coupling]
         return distwd.Chain(params, distwd.Adam(), *order, **settings)
-    host = torch.optim.AdamW(params, lr=lr, weight_decay=0, foreach=False)
-    host.attachment = distwd.attach(host, *rules, coupling=coupling, **settings)
-    return host
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, foreach=False)
+    optimizer.attachment = distwd.attach(optimizer, *rules, coupling=coupling, **settings)
+    return optimizer
 
 
-Told = tuple[str, str, bool]
+Outcome = tuple[str, str, bool]
 
 
-def told_of(act: Callable[[], object], params: list[torch.Tensor]) -> Told:
+def outcome_of(act: Callable[[], object], params: list[torch.Tensor]) -> Outcome:
     """The error that came, and whether a parameter changed."""
     before = [layouts.local_of(param).clone() for param in params]
     kind, message = "nothing", ""
@@ -51,10 +51,10 @@ def told_of(act: Callable[[], object], params: list[torch.Tensor]) -> Told:
     return kind, message, not all(map(torch.equal, before, after))
 
 
-# --- what ranks are told differently ------------------------------------------------------------------------------------
+# --- arguments that differ between ranks ------------------------------------------------------------------------------
 
 
-def different_arguments(fault: str, way: str) -> Told:
+def different_arguments(fault: str, way: str) -> Outcome:
     params = [("w", parameter(3)), ("v", parameter(2))]
     settings: dict = {}
     if fault == "predicate":
@@ -78,7 +78,7 @@ def different_arguments(fault: str, way: str) -> Told:
     rule = distwd.RelativeWeightDecay(0.1, scope="tensor" if fault == "scope" and guilty() else "group")
     optimizer = optimizer_of(way, params, rule, **settings)
     tensors = [param for group in optimizer.param_groups for param in group["params"]]
-    return told_of(optimizer.step, tensors)
+    return outcome_of(optimizer.step, tensors)
 
 
 DIFFERENT = {
@@ -92,13 +92,13 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fault", DIFFERENT)
-def test_ranks_that_are_told_different_things_all_say_so(worlds, fault, way):
-    told = worlds.run(2, different_arguments, fault, way)
-    for kind, message, changed in told:
+def test_ranks_with_different_arguments_all_raise_the_same(worlds, fault, way):
+    outcomes = worlds.run(2, different_arguments, fault, way)
+    for kind, message, changed in outcomes:
         assert kind == "PlanError", message
         assert re.search(DIFFERENT[fault], message, re.DOTALL), message
         assert not changed
-    assert told[0][1] == told[1][1]
+    assert outcomes[0][1] == outcomes[1][1]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -118,7 +118,7 @@ def other_ord(way: str) -> list[float]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_lr_zero_on_one_rank_alone_does_not_part_the_ranks(worlds, way):
+def test_lr_zero_on_one_rank_alone_keeps_the_schedule_of_collectives(worlds, way):
     """A frozen stage. The question whether a first step is a real one is asked by all ranks, or by none."""
     moving, frozen = worlds.run(2, other_ord, way)
     # p − lr·(0.1·sum·p + 1): the sum over both stages is 12.
@@ -126,7 +126,7 @@ def test_lr_zero_on_one_rank_alone_does_not_part_the_ranks(worlds, way):
     assert frozen == [0.0] * 3
 
 
-def loaded_on_one_rank(way: str) -> Told:
+def loaded_on_one_rank(way: str) -> Outcome:
     params = [("w", parameter(3))]
     optimizer = optimizer_of(way, params, lr=0.0)
     if guilty():
@@ -134,11 +134,11 @@ def loaded_on_one_rank(way: str) -> Told:
         donor.step()
         optimizer.load_state_dict(optimizer.state_dict() if way == "chain" else donor.state_dict())
     optimizer.step()
-    return told_of(optimizer.step, [params[0][1]])
+    return outcome_of(optimizer.step, [params[0][1]])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_state_loaded_on_one_rank_alone_does_not_part_the_ranks(worlds, way):
+def test_a_state_loaded_on_one_rank_alone_keeps_the_schedule_of_collectives(worlds, way):
     """At lr 0, as a warm-up begins, where a first step could be no real one."""
     assert [kind for kind, *_ in worlds.run(2, loaded_on_one_rank, way)] == ["nothing"] * 2
 
@@ -166,8 +166,8 @@ def with_faulty_gradients(way: str, fault: str, whole: bool) -> tuple[dict, list
             elif wrong:
                 param.grad[0] = float(fault[:3])
         optimizer.step()
-        told = optimizer.stats() if way == "chain" else optimizer.attachment.stats()
-        metrics.append(told["RelativeWeightDecay"]["metric"].item())
+        stats = optimizer.stats() if way == "chain" else optimizer.attachment.stats()
+        metrics.append(stats["RelativeWeightDecay"]["metric"].item())
     return {name: param.detach() for name, param in parts.items()}, metrics
 
 
@@ -176,8 +176,8 @@ def with_faulty_gradients(way: str, fault: str, whole: bool) -> tuple[dict, list
 def test_gradients_that_are_wrong_on_one_rank_end_as_in_one_process(worlds, fault, way):
     ((whole, metrics),) = worlds.run(0, with_faulty_gradients, way, fault, True)
     assert "nan" in fault or "inf" in fault or all(param.isfinite().all() for param in whole.values())
-    for params, told in worlds.run(2, with_faulty_gradients, way, fault, False):
-        assert str(told) == str(metrics)
+    for params, numbers in worlds.run(2, with_faulty_gradients, way, fault, False):
+        assert str(numbers) == str(metrics)
         assert all(torch.equal(param.nan_to_num(7.0), whole[name].nan_to_num(7.0)) for name, param in params.items())
     assert (metrics[1] == 0) == (fault == "missing everywhere")
 
@@ -194,9 +194,9 @@ def listed_twice_here(names: list[str]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(("names", "words"), [(["w", "v"], r"\(tied\)"), (["w", "w"], "is listed twice")])
-def test_a_tensor_listed_twice_on_one_rank_is_refused_on_every_rank(worlds, names, words):
-    told = worlds.run(2, listed_twice_here, names)
-    assert told[0] == told[1]
-    assert re.search(rf"^rank \d: . {'is the same tensor as . ' if 'tied' in words else ''}{words}", told[0][0])
-    assert told[0][1] == "3"
+@pytest.mark.parametrize(("names", "message"), [(["w", "v"], r"\(tied\)"), (["w", "w"], "is listed twice")])
+def test_a_tensor_listed_twice_on_one_rank_is_refused_on_every_rank(worlds, names, message):
+    outcomes = worlds.run(2, listed_twice_here, names)
+    assert outcomes[0] == outcomes[1]
+    assert re.search(rf"^rank \d: . {'is the same tensor as . ' if 'tied' in message else ''}{message}", outcomes[0][0])
+    assert outcomes[0][1] == "3"

@@ -14,9 +14,9 @@ from distwd.metrics.measure import reduce_statistics
 from distwd.metrics.metric import parse_metric
 from distwd.sharding.world import World
 from tests import runs
+from tests.chains import CHAINS, transforms_of
 from tests.layouts import whole_model
 from tests.runs import PARAMS_SEED
-from tests.sentences import SENTENCES, transforms_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,9 +24,9 @@ pytestmark = [
 ]
 
 
-def on(device: str, sentence: str, watch: bool = False, **adam) -> dict[str, torch.Tensor]:
+def on(device: str, chain_name: str, watch: bool = False, **adam) -> dict[str, torch.Tensor]:
     params = {n: torch.nn.Parameter(v.to(device)) for n, v in whole_model(PARAMS_SEED, torch.float64).items()}
-    chain = distwd.Chain(params.items(), *transforms_of(SENTENCES[sentence].parts, **adam))
+    chain = distwd.Chain(params.items(), *transforms_of(CHAINS[chain_name].parts, **adam))
     for step in range(3):
         for name, grad in runs.grads_of(step, torch.float64).items():
             params[name].grad = grad.to(device)
@@ -40,15 +40,15 @@ def on(device: str, sentence: str, watch: bool = False, **adam) -> dict[str, tor
     return {name: param.detach().cpu() for name, param in params.items()}
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
-@pytest.mark.parametrize("host", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
-def test_a_step_never_waits_for_the_device(sentence, host):
-    on("cuda", sentence, watch=True, **host)
+@pytest.mark.parametrize("chain_name", CHAINS)
+@pytest.mark.parametrize("settings", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
+def test_a_step_never_waits_for_the_device(chain_name, settings):
+    on("cuda", chain_name, watch=True, **settings)
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_a_gpu_decays_as_a_cpu_does(sentence):
-    gpu, cpu = on("cuda", sentence), on("cpu", sentence)
+@pytest.mark.parametrize("chain_name", CHAINS)
+def test_a_gpu_decays_as_a_cpu_does(chain_name):
+    gpu, cpu = on("cuda", chain_name), on("cpu", chain_name)
     for name in cpu:
         torch.testing.assert_close(gpu[name], cpu[name], rtol=1e-6, atol=1e-8)
 
@@ -188,7 +188,7 @@ def stepped(way: str, name: str, captured: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("way", ["chain", "lr", "none", "gradient"])
 @pytest.mark.parametrize("name", RULES)
-def test_a_captured_step_follows_lr_and_weight_decay(way, name):
+def test_a_captured_step_uses_the_current_lr_and_weight_decay(way, name):
     captured, eager = stepped(way, name, True), stepped(way, name, False)
     for key in eager:
         torch.testing.assert_close(captured[key], eager[key], rtol=1e-6, atol=1e-7)

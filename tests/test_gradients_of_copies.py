@@ -1,4 +1,4 @@
-"""Tensors of one name and the same bits that are no copies: seeded alike on every rank, they are told by their first gradients."""
+"""Tensors of one name and the same bits that are no copies: seeded alike on every rank, they are recognised by their first gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from tests import layouts, runs
+from tests.chains import CHAINS, transforms_of
 from tests.layouts import submesh, whole_model
-from tests.sentences import SENTENCES, transforms_of
 from tests.wraps import mesh_without_rank0
 
 
@@ -35,8 +35,8 @@ def gradients(kind: str) -> dict[str, torch.Tensor | None]:
     }[kind]
 
 
-def told_of(kind: str, how: str = "chain", marked: str = "", **settings) -> list[str]:
-    """What this rank is told by two steps, or by a plan before them; and whether a parameter changed in spite of an error."""
+def outcome_of(kind: str, how: str = "chain", marked: str = "", **settings) -> list[str]:
+    """The outcome of two steps on this rank, or of a plan before them; and whether a parameter changed in spite of an error."""
     import distwd
 
     params = seeded_experts()
@@ -50,25 +50,25 @@ def told_of(kind: str, how: str = "chain", marked: str = "", **settings) -> list
         optimizer = plan_of = distwd.Chain(given, distwd.Adam(), rule, distwd.LR(0.1), layout=layout, **settings)
     if how == "plan first":
         assert plan_of.plan.numel == 15 + 12
-    told = []
+    outcomes = []
     for _ in range(2):
         before = [param.detach().clone() for _, param in params]
         for name, param in params:
             param.grad = gradients(kind)[name]
         try:
             optimizer.step()
-            told.append(f"{plan_of.plan.numel} elements")
+            outcomes.append(f"{plan_of.plan.numel} elements")
         except distwd.PlanError as error:
             changed = any(not torch.equal(old, param) for old, (_, param) in zip(before, params, strict=True))
-            told.append(f"{error}" + " CHANGED" * changed)
-    return told
+            outcomes.append(f"{error}" + " CHANGED" * changed)
+    return outcomes
 
 
 @pytest.mark.parametrize("how", ["chain", "attach"])
 def test_experts_that_were_seeded_alike_are_refused_on_every_rank_at_every_try(worlds, how):
-    told = worlds.run(3, told_of, "experts", how)
-    first, second = told[0]
-    assert told == [[first, second]] * 3
+    outcomes = worlds.run(3, outcome_of, "experts", how)
+    first, second = outcomes[0]
+    assert outcomes == [[first, second]] * 3
     assert first == second
     assert re.search(
         r"different gradients:\n  expert: rank 0: \[0:4, 0:3\] of \[4, 3\] \(plain\), gradient norm [\d.]+ \| rank 1: ",
@@ -81,30 +81,30 @@ def test_experts_that_were_seeded_alike_are_refused_on_every_rank_at_every_try(w
 
 def test_a_step_that_finds_its_plan_built_compares_nothing(worlds):
     """It would cost a collective and a read, which a step is not to have; the plan has compared the parameters themselves."""
-    assert worlds.run(3, told_of, "experts", "plan first") == [["27 elements"] * 2] * 3
+    assert worlds.run(3, outcome_of, "experts", "plan first") == [["27 elements"] * 2] * 3
 
 
 def test_without_names_names_are_asked_for(worlds):
-    for first, _ in worlds.run(2, told_of, "all different", "chain", "unnamed"):
+    for first, _ in worlds.run(2, outcome_of, "all different", "chain", "unnamed"):
         assert "param 0: rank 0: " in first
         assert "pass model.named_parameters()" in first
 
 
-def test_a_mark_says_what_they_are(worlds):
-    assert worlds.run(3, told_of, "experts", "chain", "layout") == [["51 elements"] * 2] * 3
+def test_a_mark_decides_what_they_are(worlds):
+    assert worlds.run(3, outcome_of, "experts", "chain", "layout") == [["51 elements"] * 2] * 3
 
 
 @pytest.mark.parametrize("kind", ["rounded differently", "one is missing", "one is not finite"])
 def test_copies_whose_gradients_cannot_be_judged_are_believed(worlds, kind):
     """Kernels that add up in another order are no reason to stop, nor is a rank without a gradient, nor NaN and infinity."""
-    assert worlds.run(3, told_of, kind) == [["27 elements"] * 2] * 3
+    assert worlds.run(3, outcome_of, kind) == [["27 elements"] * 2] * 3
 
 
 def unchecked() -> list[str]:
-    return told_of("all different", check_replicas=False)
+    return outcome_of("all different", check_replicas=False)
 
 
-def test_who_knows_better_can_turn_it_off(worlds):
+def test_the_comparison_of_gradients_can_be_turned_off(worlds):
     assert worlds.run(2, unchecked) == [["27 elements"] * 2] * 2
 
 
@@ -123,15 +123,17 @@ def one_of_many() -> str:
 
 
 def test_one_of_eight_is_enough_and_is_named(worlds):
-    (told,) = set(worlds.run(8, one_of_many))
-    assert re.search(r"w: rank 0, 1, 2, 3, 4, 5, 6: .* gradient norm ([\d.]+) \| rank 7: .* gradient norm (?!\1)", told)
+    (outcomes,) = set(worlds.run(8, one_of_many))
+    assert re.search(
+        r"w: rank 0, 1, 2, 3, 4, 5, 6: .* gradient norm ([\d.]+) \| rank 7: .* gradient norm (?!\1)", outcomes
+    )
 
 
 def first_wires(layout: str) -> list[int]:
     import distwd
 
     held = layouts.place(layout, whole_model(runs.PARAMS_SEED))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["mad_of_update"].parts), layout=held.marks)
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS["mad_of_update"].parts), layout=held.marks)
     return [len(wire) for wire in runs.train_chain(chain, layout, held, 3).wires]
 
 
@@ -158,9 +160,9 @@ def one_holds_nothing() -> str:
     return "accepted"
 
 
-def test_a_rank_that_holds_nothing_hears_of_it_too(worlds):
-    (told,) = set(worlds.run(3, one_holds_nothing))
-    assert "w: rank 0: [nothing, nothing] of [4, 3] (R), no gradient | rank 1: " in told
+def test_a_rank_that_holds_nothing_raises_too(worlds):
+    (outcomes,) = set(worlds.run(3, one_holds_nothing))
+    assert "w: rank 0: [nothing, nothing] of [4, 3] (R), no gradient | rank 1: " in outcomes
 
 
 def copies_over_pairs() -> int:

@@ -98,9 +98,9 @@ def test_torchs_own_optimizers_in_backward_are_refused_when_attached_to():
     ours, theirs = model(), model()
     _apply_optimizer_in_backward(torch.optim.AdamW, ours.parameters(), {"lr": 0.01, "weight_decay": 0})
     optimizers = _get_in_backward_optimizers(ours)
-    for hosts in (optimizers, optimizers[0]):
+    for given in (optimizers, optimizers[0]):
         with pytest.raises(ValueError, match=r"inside backward\(\).*use an absolute rule"):
-            attach(hosts, RelativeWeightDecay(0.1, scope="group"))
+            attach(given, RelativeWeightDecay(0.1, scope="group"))
     attach(optimizers, WeightDecay(0.1))
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1)
     for _ in range(2):

@@ -68,13 +68,13 @@ def test_what_lies_in_a_row_is_joined_without_a_copy(shapes):
 
 def test_not_in_a_row_are_gaps_other_orders_other_strides_and_other_dtypes():
     base = torch.arange(64.0)
-    doubles = torch.arange(8, dtype=torch.float64)
+    float64s = torch.arange(8, dtype=torch.float64)
     cases = {
         "a gap": [base[:8], base[16:24]],
         "backwards": [base[8:16], base[:8]],
         "overlapping": [base[:8], base[4:12]],
         "transposed": [base[:8].view(2, 4).t(), base[8:16].view(4, 2)],
-        "other dtypes": [doubles[:4], doubles[4:].view(torch.float32)],
+        "other dtypes": [float64s[:4], float64s[4:].view(torch.float32)],
     }
     for name, pieces in cases.items():
         flat, is_own = joined(pieces, name, Workspace(), pieces[0].dtype)
@@ -111,7 +111,7 @@ def test_fake_tensors_are_not_asked_where_they_lie(recwarn):
 
 # --- the same bits --------------------------------------------------------------------------------------------------
 
-PULLS = {
+TERMS = {
     "cautious": [DecayTerm(0.3, cautious=True)],
     "cautious, against": [DecayTerm(0.3, cautious=True, sign=-1)],
     "a number that was measured": [DecayTerm(torch.tensor(0.3), cautious=True)],
@@ -125,7 +125,7 @@ PULLS = {
 
 @pytest.mark.parametrize("row", [False, True], ids=["apart", "in a row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", PULLS)
+@pytest.mark.parametrize("name", TERMS)
 def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
     shapes = [(37, 5), (3, 5), (64, 5), (1, 5), (200, 5)]
     params, updates = made(shapes, 1, dtype), made(shapes, 2, dtype)
@@ -133,15 +133,15 @@ def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
     updates = in_a_row(updates) if row else updates
     alone, their_updates = ([one.clone() for one in some] for some in (params, updates))
     scratch = Workspace()
-    writing.apply_(params, PULLS[name], updates, -1.0, Mask(updates), workspace=scratch, clear=True)
+    writing.apply_(params, TERMS[name], updates, -1.0, Mask(updates), workspace=scratch, clear=True)
     for place, (param, update) in enumerate(zip(alone, their_updates, strict=True)):
-        pulls = [
+        terms = [
             DecayTerm(
                 p.rate[place] if isinstance(p.rate, Tensor) and p.rate.dim() else p.rate, p.ord, p.cautious, p.sign
             )
-            for p in PULLS[name]
+            for p in TERMS[name]
         ]
-        writing.apply_([param], pulls, [update], -1.0, Mask([update]), workspace=scratch, clear=True)
+        writing.apply_([param], terms, [update], -1.0, Mask([update]), workspace=scratch, clear=True)
     assert same(params, alone)
     assert not any(update.any() for update in updates)
 
@@ -161,8 +161,8 @@ def test_small_tensors_are_joined_where_there_are_many_operations(side, dtype, n
     calls = []
     monkeypatch.setattr(writing, "spread_", lambda *args: calls.append(len(args[0])) or spread_(*args))
     params, updates = (made([(side, side)] * 4, seed, dtype) for seed in range(2))
-    pulls = [*PULLS.get(name, [DecayTerm(0.1)])]
-    writing.apply_(params, pulls, updates, mask=Mask(updates), workspace=Workspace(), clear=True)
+    terms = [*TERMS.get(name, [DecayTerm(0.1)])]
+    writing.apply_(params, terms, updates, mask=Mask(updates), workspace=Workspace(), clear=True)
     assert calls == ([] if number is None else [number])
 
 
@@ -211,7 +211,7 @@ def test_autograd_learns_of_every_parameter_that_is_written():
     assert all(param._version > version for param, version in zip(params, before, strict=True))
 
 
-# --- the state of a host that steps the parameters themselves -----------------------------------------------------------
+# --- the state of an optimizer that steps the parameters themselves ---------------------------------------------------
 
 
 def test_state_that_others_have_made_a_plain_dict_is_filled_again():

@@ -28,7 +28,7 @@ def train(optimizer, layout: str, held: dict, schedule=None) -> dict:
     return layouts.view(layout, held)
 
 
-def both(layout: str, dtype: torch.dtype, host: dict, lr: object, weight_decay: object, grouped: bool, sched: bool):
+def both(layout: str, dtype: torch.dtype, settings: dict, lr: object, weight_decay: object, grouped: bool, sched: bool):
     """The parameters after training with the chain and with torch's AdamW."""
     import distwd
 
@@ -44,16 +44,16 @@ def both(layout: str, dtype: torch.dtype, host: dict, lr: object, weight_decay: 
 
     held = layouts.place(layout, whole_model(PARAMS_SEED, dtype))
     decay = distwd.WeightDecay(weight_decay)
-    chain = distwd.Chain(groups(held), distwd.Adam(**host), decay, distwd.LR(lr))
+    chain = distwd.Chain(groups(held), distwd.Adam(**settings), decay, distwd.LR(lr))
     ours = train(chain, layout, held, schedule(chain))
     held = layouts.place(layout, whole_model(PARAMS_SEED, dtype))
-    adamw = torch.optim.AdamW(groups(held), lr=lr, weight_decay=weight_decay, **host)
+    adamw = torch.optim.AdamW(groups(held), lr=lr, weight_decay=weight_decay, **settings)
     return ours, train(adamw, layout, held, schedule(adamw))
 
 
-def assert_equal(worlds, layout, host, *, dtype=torch.float32, lr=0.01, decay=0.1, grouped=False, sched=False):
+def assert_equal(worlds, layout, settings, *, dtype=torch.float32, lr=0.01, decay=0.1, grouped=False, sched=False):
     """On every rank; the decay is seen to be there."""
-    args = (layout, dtype, host, lr, decay, grouped, sched)
+    args = (layout, dtype, settings, lr, decay, grouped, sched)
     for ours, theirs in worlds.run(LAYOUTS[layout].ranks, both, *args):
         assert differing(ours, theirs) == []
         assert differing(ours, whole_model(PARAMS_SEED, dtype)) != []
@@ -71,8 +71,8 @@ def test_the_decoupled_chain_is_adamw(worlds, mode, variant, dtype):
 @pytest.mark.parametrize("layout", ["single", "fsdp2", "fsdp3", "hsdp", "fsdp_tp", "mixed"])
 def test_the_decoupled_chain_is_adamw_on_shards(worlds, layout, grouped, mode):
     # torch's own foreach and fused steps refuse DTensors of two meshes in one list; single-tensor is what it has.
-    host = {"foreach": False} if layout in ("fsdp_tp", "mixed") else MODES[mode]
-    assert_equal(worlds, layout, host, grouped=grouped, sched=True)
+    settings = {"foreach": False} if layout in ("fsdp_tp", "mixed") else MODES[mode]
+    assert_equal(worlds, layout, settings, grouped=grouped, sched=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -81,23 +81,25 @@ def test_an_awkward_product_of_rate_and_decay_rounds_as_adamw_does(worlds, mode)
         assert_equal(worlds, "single", MODES[mode], lr=lr, decay=decay)
 
 
-@pytest.mark.parametrize("host", [{"foreach": False, "capturable": False}, {"fused": True}], ids=["single", "fused"])
-def test_a_tensor_learning_rate_is_adamw_too(worlds, host):
-    assert_equal(worlds, "single", host, lr=torch.tensor(0.01))
+@pytest.mark.parametrize(
+    "settings", [{"foreach": False, "capturable": False}, {"fused": True}], ids=["single", "fused"]
+)
+def test_a_tensor_learning_rate_is_adamw_too(worlds, settings):
+    assert_equal(worlds, "single", settings, lr=torch.tensor(0.01))
 
 
 def ends(decays: list[tuple[str, float]]) -> dict:
     import distwd
 
     held = layouts.place("single", whole_model(PARAMS_SEED, torch.float64))
-    words = {"adam": lambda _: distwd.Adam(), "decay": distwd.WeightDecay, "lr": distwd.LR}
-    return train(distwd.Chain(held.items(), *(words[word](value) for word, value in decays)), "single", held)
+    makers = {"adam": lambda _: distwd.Adam(), "decay": distwd.WeightDecay, "lr": distwd.LR}
+    return train(distwd.Chain(held.items(), *(makers[kind](value) for kind, value in decays)), "single", held)
 
 
 def adam(weight_decay: float, decoupled: bool) -> dict:
     held = layouts.place("single", whole_model(PARAMS_SEED, torch.float64))
-    host = torch.optim.Adam(held.values(), 0.01, weight_decay=weight_decay, decoupled_weight_decay=decoupled)
-    return train(host, "single", held)
+    optimizer = torch.optim.Adam(held.values(), 0.01, weight_decay=weight_decay, decoupled_weight_decay=decoupled)
+    return train(optimizer, "single", held)
 
 
 def all_close(ours: dict, theirs: dict) -> bool:
@@ -124,9 +126,9 @@ def test_after_the_rate_is_not_scaled_by_it():
 def test_maximize_never_turns_decay_into_growth():
     import distwd
 
-    for host in MODES.values():
+    for settings in MODES.values():
         param = torch.nn.Parameter(torch.full((5,), 2.0))
         param.grad = torch.zeros(5)
-        chain = distwd.Chain([param], distwd.Adam(maximize=True, **host), distwd.WeightDecay(0.1), distwd.LR(0.1))
+        chain = distwd.Chain([param], distwd.Adam(maximize=True, **settings), distwd.WeightDecay(0.1), distwd.LR(0.1))
         chain.step()
         assert (param < 2).all()

@@ -47,7 +47,7 @@ def test_a_bad_target_is_refused(rule, wrong):
 
 @pytest.mark.parametrize("rule", TARGETED)
 @pytest.mark.parametrize("target", ["params_difference", "update_difference"])
-def test_targets_that_would_grow_say_so(rule, target):
+def test_targets_that_would_grow_are_refused_with_the_reason(rule, target):
     with pytest.raises(ValueError, match=f"{target}(.|\n)*grow"):
         RULES[rule](0.1, target=target)
 
@@ -180,7 +180,7 @@ def test_names_listed_twice_are_refused():
         distwd.Chain([("w", parameter()), ("w", parameter())], distwd.RelativeWeightDecay(), distwd.LR(0.1)).step()
 
 
-@pytest.mark.parametrize("wrong", ["world", 3, object()], ids=["word", "number", "object"])
+@pytest.mark.parametrize("wrong", ["world", 3, object()], ids=["text", "number", "object"])
 def test_a_group_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="group"):
         distwd.Chain([parameter()], distwd.RelativeWeightDecay(), distwd.LR(0.1), group=wrong).step()

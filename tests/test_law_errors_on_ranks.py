@@ -29,7 +29,7 @@ def step_of(params: list, **settings) -> None:
 
 
 def refusal(make: Callable[[], list], **settings) -> Refusal:
-    """What this rank was told, and whether a parameter changed all the same."""
+    """The outcome on this rank, and whether a parameter changed all the same."""
     params = make()
     before = bits_of(params)
     try:
@@ -59,7 +59,7 @@ def drifted() -> list:
 
 
 def plain_shards() -> list:
-    """Equal shapes on every rank, as FSDP1's pieces have: only the values tell."""
+    """Equal shapes on every rank, as FSDP1's pieces have: only the values differ."""
     return [("ok", parameter(4)), ("w", torch.nn.Parameter(torch.arange(3.0) + 3 * rank()))]
 
 
@@ -126,12 +126,12 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_the_same_plan_error_on_every_rank(worlds, fault):
     make, ranks = FAULTS[fault]
-    told = worlds.run(ranks, refusal, make)
-    for kind, message, changed in told:
+    outcomes = worlds.run(ranks, refusal, make)
+    for kind, message, changed in outcomes:
         assert kind == "PlanError", message
         assert re.search(r"\bw\b", message), message
         assert not changed
-    assert len({message for _, message, _ in told}) == 1
+    assert len({message for _, message, _ in outcomes}) == 1
 
 
 @pytest.mark.parametrize("fault", ["drifted", "plain shards", "drifted replicas of a shard"])
@@ -147,7 +147,7 @@ def one_of_three() -> list:
     return [("ok", parameter(4)), ("w", parameter(3, value=1.0 + 1e-6 * (rank() == 1)))]
 
 
-def test_the_copy_that_differs_is_told_from_those_that_agree(worlds):
+def test_the_copy_that_differs_is_named_apart_from_those_that_agree(worlds):
     (message,) = {message for _, message, _ in worlds.run(3, refusal, one_of_three)}
     assert re.search(r"w: rank 0, 2: \[0:3\] of \[3\] \(plain\), bits (\w+) \| rank 1: .*, bits (?!\1)\w+\n", message)
 
@@ -157,7 +157,7 @@ def unchecked(make) -> Refusal:
 
 
 @pytest.mark.parametrize("fault", ["drifted", "plain shards"])
-def test_who_knows_better_can_turn_off_the_comparison_of_bits(worlds, fault):
+def test_the_comparison_of_bits_can_be_turned_off(worlds, fault):
     make, ranks = FAULTS[fault]
     assert {kind for kind, *_ in worlds.run(ranks, unchecked, make)} == {"nothing"}
 
@@ -178,7 +178,7 @@ def without_names(layout: str) -> Refusal:
     before = {name: layouts.local_of(param).clone() for name, param in held.items()}
     runs.feed(layout, held, 0)
     try:
-        # The stage that holds nothing has an empty group: legal, and the others must hear of it.
+        # The stage that holds nothing has an empty group: legal, and the others must know of it.
         groups = [{"params": list(held.values())}]
         distwd.Chain(groups, distwd.DirectWeightDecay(0.5), distwd.RelativeWeightDecay(), distwd.LR(0.1)).step()
         kind, message = "nothing", ""
@@ -190,8 +190,8 @@ def without_names(layout: str) -> Refusal:
 
 @pytest.mark.parametrize("layout", ["stages", "stages_interleaved", "stages_fsdp", "stages_tp", "fsdp_tp", "experts"])
 def test_where_ranks_hold_other_meshes_names_are_asked_for(worlds, layout):
-    told = worlds.run(LAYOUTS[layout].ranks, without_names, layout)
-    for kind, message, changed in told:
+    outcomes = worlds.run(LAYOUTS[layout].ranks, without_names, layout)
+    for kind, message, changed in outcomes:
         assert kind == "PlanError"
         assert "name" in message
         assert not changed
@@ -270,6 +270,6 @@ def absolute_on_plain_shards() -> list[float]:
     return params[1][1].tolist()
 
 
-def test_absolute_rules_ask_nobody(worlds):
+def test_absolute_rules_make_no_collective(worlds):
     """Any plain shard decays as it is; there is nothing to check."""
     assert worlds.run(2, absolute_on_plain_shards) == [[0.0, 0.5, 1.0], [1.5, 2.0, 2.5]]

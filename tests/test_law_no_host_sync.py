@@ -1,4 +1,4 @@
-"""Law 5: after its first step distwd never asks for a number on the host, and a skipped step skips the decay."""
+"""Law 5: after its first step distwd never reads a tensor on the host, and a skipped step skips the decay."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from tests import layouts, runs, wire
+from tests.chains import ADAM, CHAINS, LR, transforms_of
 from tests.layouts import LAYOUTS, whole_model
 from tests.oracle import Decay
 from tests.runs import PARAMS_SEED
-from tests.sentences import ADAM, LR, SENTENCES, transforms_of
 
 
-def steps_without_reads(layout: str, sentence: str, **adam) -> None:
+def steps_without_reads(layout: str, chain_name: str, **adam) -> None:
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES[sentence].parts, **adam))
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS[chain_name].parts, **adam))
     runs.feed(layout, held, 0)
     chain.step()  # the plan, once
     for step in (1, 2):
@@ -25,10 +25,10 @@ def steps_without_reads(layout: str, sentence: str, **adam) -> None:
             chain.step()
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("chain_name", CHAINS)
 @pytest.mark.parametrize("layout", ["single", "fsdp3", "fsdp_tp"])
-def test_a_step_reads_nothing(worlds, layout, sentence):
-    worlds.run(LAYOUTS[layout].ranks, steps_without_reads, layout, sentence)
+def test_a_step_reads_nothing(worlds, layout, chain_name):
+    worlds.run(LAYOUTS[layout].ranks, steps_without_reads, layout, chain_name)
 
 
 def metric_without_reads() -> None:

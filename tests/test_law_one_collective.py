@@ -7,24 +7,24 @@ import torch
 import torch.distributed as dist
 
 from tests import layouts, runs
+from tests.chains import ADAM, CHAINS, LR, transforms_of
 from tests.layouts import EVERY, FLAT, LAYOUTS, SHAPES, whole_model
 from tests.oracle import Decay, Oracle
 from tests.runs import PARAMS_SEED, differing, grads_of, spread
-from tests.sentences import ADAM, LR, SENTENCES, transforms_of
 from tests.wire import Wire
 
 SPREAD = [name for name, layout in EVERY.items() if layout.ranks > 1 and name not in FLAT]
 
 
-# Every sentence on two layouts, and one of each kind on every layout.
+# Every chain on two layouts, and one of each kind on every layout.
 KINDS = ["decoupled", "cautious", "mad_of_update", "by_tensor", "params_and_grad_share", "update_twice"]
-COUNTED = [(layout, name) for layout in SPREAD for name in (SENTENCES if layout in ("fsdp3", "fsdp_tp") else KINDS)]
+COUNTED = [(layout, name) for layout in SPREAD for name in (CHAINS if layout in ("fsdp3", "fsdp_tp") else KINDS)]
 
 
-@pytest.mark.parametrize(("layout", "sentence"), COUNTED)
-def test_a_step_costs_one_collective_per_phase(worlds, layout, sentence):
-    phases = SENTENCES[sentence].phases
-    for run in spread(worlds, layout, sentence):
+@pytest.mark.parametrize(("layout", "chain_name"), COUNTED)
+def test_a_step_costs_one_collective_per_phase(worlds, layout, chain_name):
+    phases = CHAINS[chain_name].phases
+    for run in spread(worlds, layout, chain_name):
         assert run.phases == phases
         # The first step may exchange descriptions as well, if anything is to be measured.
         assert [len(calls) for calls in run.wires[1:]] == [phases] * 2
@@ -32,9 +32,9 @@ def test_a_step_costs_one_collective_per_phase(worlds, layout, sentence):
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp1rank"])
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_one_rank_talks_to_nobody(worlds, layout, sentence):
-    (run,) = spread(worlds, layout, sentence)
+@pytest.mark.parametrize("chain_name", CHAINS)
+def test_one_rank_makes_no_collective(worlds, layout, chain_name):
+    (run,) = spread(worlds, layout, chain_name)
     assert run.phases == 0
     assert run.wires == [[], [], []]
 
@@ -76,7 +76,7 @@ def elements_sent() -> list[int]:
     import distwd
 
     held = layouts.place("fsdp2", whole_model(PARAMS_SEED))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["mad_of_update"].parts))
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS["mad_of_update"].parts))
     sent = []
     for step in range(3):
         runs.feed("fsdp2", held, step)
@@ -96,7 +96,7 @@ def without_gradients(layout: str, missing: dict[int, list[str]]) -> tuple[dict,
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["params_and_grad_share"].parts), layout=held.marks)
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS["params_and_grad_share"].parts), layout=held.marks)
     counts = []
     for step in range(3):
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -121,7 +121,7 @@ SOME = ["up.weight", "norm.bias", "experts.weight", "gate.weight"]
 @pytest.mark.parametrize("layout", SPREAD)
 @pytest.mark.parametrize("names", [SOME, list(SHAPES)], ids=["some", "all"])
 def test_a_missing_gradient_is_zeros_in_metrics_and_leaves_its_parameter(worlds, layout, names):
-    oracle = Oracle(whole_model(PARAMS_SEED), SENTENCES["params_and_grad_share"].parts)
+    oracle = Oracle(whole_model(PARAMS_SEED), CHAINS["params_and_grad_share"].parts)
     for step in range(3):
         oracle.step({n: g for n, g in grads_of(step).items() if step != 1 or n not in names})
     reference = worlds.run(0, without_gradients, "single", {-1: names})[0][0]
@@ -136,7 +136,7 @@ def test_a_missing_gradient_is_zeros_in_metrics_and_leaves_its_parameter(worlds,
 @pytest.mark.parametrize("layout", SPREAD)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_gradients_missing_on_one_rank_keep_the_schedule(worlds, layout, rank):
-    """The rank says zeros for what it lacks: the others neither wait for it nor pair its numbers with other things."""
+    """The rank contributes zeros for what it lacks: the others neither wait for it nor pair its numbers with other things."""
     for _, counts, seen in worlds.run(EVERY[layout].ranks, without_gradients, layout, {rank: SOME}):
         assert counts == [1, 1]
         assert seen["finite"]
@@ -148,7 +148,7 @@ def with_an_empty_group(layout: str) -> tuple[dict, dict]:
     def run(extra: list) -> dict:
         held = layouts.place(layout, whole_model(PARAMS_SEED))
         groups = [{"params": list(held.items())}, *extra]
-        chain = distwd.Chain(groups, *transforms_of(SENTENCES["mad_of_update"].parts))
+        chain = distwd.Chain(groups, *transforms_of(CHAINS["mad_of_update"].parts))
         return runs.train_chain(chain, layout, held, 2).params
 
     return run([]), run([{"params": []}])

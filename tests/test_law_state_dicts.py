@@ -1,4 +1,4 @@
-"""Law 9: state-dict calls are inert, and a checkpoint goes on bit for bit, on other layouts too."""
+"""Law 9: state-dict calls are inert, and a checkpoint resumes bit for bit, on other layouts too."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from tests import layouts, runs
+from tests.chains import CHAINS, LR, transforms_of
 from tests.layouts import LAYOUTS, Net, whole_model
 from tests.oracle import Decay
 from tests.runs import PARAMS_SEED, differing
-from tests.sentences import LR, SENTENCES, transforms_of
 
 STATEFUL = ("decoupled", "constant", "update_twice")
-CHAINS = {
-    **{name: SENTENCES[name].parts for name in STATEFUL},
+PARTS = {
+    **{name: CHAINS[name].parts for name in STATEFUL},
     "stateless": (Decay(0.1, metric="rms", norm_input="params"), LR, Decay(0.01)),
     "only direct": (Decay(0.1, target="params_direct"),),
 }
@@ -43,17 +43,17 @@ def model_on(layout: str, seed: int = PARAMS_SEED) -> tuple[Net, dict]:
     return net, dict(net.named_parameters())
 
 
-def chain_of(net: Net, words: str):
+def chain_of(net: Net, chain_name: str):
     import distwd
 
-    return distwd.Chain(net.named_parameters(), *transforms_of(CHAINS[words]))
+    return distwd.Chain(net.named_parameters(), *transforms_of(PARTS[chain_name]))
 
 
 def snapshot(chain, held: dict) -> tuple[dict, dict]:
     """Parameters and everything of the optimizer, as plain copies."""
     locals_ = {name: layouts.local_of(param).clone() for name, param in held.items()}
     state = copy.deepcopy(chain.state_dict())
-    # torch's loader gives an empty entry to parameters that have no state; that is nobody's state either.
+    # torch's loader gives an empty entry to parameters that have no state; that is no state either.
     state["state"] = {index: entry for index, entry in state["state"].items() if entry}
     return locals_, state
 
@@ -68,9 +68,9 @@ def same(ours, theirs) -> bool:
     return ours == theirs
 
 
-def inert(layout: str, words: str, form: str, num_steps: int) -> dict[str, bool]:
+def inert(layout: str, chain_name: str, form: str, num_steps: int) -> dict[str, bool]:
     net, held = model_on(layout)
-    chain = chain_of(net, words)
+    chain = chain_of(net, chain_name)
     for step in range(num_steps):
         runs.feed(layout, held, step)
         chain.step()
@@ -84,25 +84,25 @@ def inert(layout: str, words: str, form: str, num_steps: int) -> dict[str, bool]
 
 @pytest.mark.parametrize("num_steps", [0, 2], ids=["fresh", "used"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("words", CHAINS)
-def test_state_dict_calls_change_nothing(worlds, words, form, num_steps):
-    for seen in worlds.run(2, inert, "fsdp2", words, form, num_steps):
+@pytest.mark.parametrize("chain_name", PARTS)
+def test_state_dict_calls_change_nothing(worlds, chain_name, form, num_steps):
+    for seen in worlds.run(2, inert, "fsdp2", chain_name, form, num_steps):
         assert all(seen.values()), seen
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp3", "hsdp", "fsdp_tp", "mixed"])
-@pytest.mark.parametrize("words", ["constant", "stateless"])
-def test_state_dict_calls_change_nothing_on_any_layout(worlds, words, layout):
-    for seen in worlds.run(LAYOUTS[layout].ranks, inert, layout, words, "plain", 0):
+@pytest.mark.parametrize("chain_name", ["constant", "stateless"])
+def test_state_dict_calls_change_nothing_on_any_layout(worlds, chain_name, layout):
+    for seen in worlds.run(LAYOUTS[layout].ranks, inert, layout, chain_name, "plain", 0):
         assert all(seen.values()), seen
 
 
-def hidden_step(words: str) -> bool:
+def hidden_step(chain_name: str) -> bool:
     """The look-alikes of DCP's hidden step: rates zero, gradients zero, no state yet; weight_decay is left as it is."""
     params = {name: torch.nn.Parameter(value) for name, value in whole_model(PARAMS_SEED).items()}
     import distwd
 
-    chain = distwd.Chain(params.items(), *transforms_of(CHAINS[words]))
+    chain = distwd.Chain(params.items(), *transforms_of(PARTS[chain_name]))
     if chain.state:
         return True  # nobody steps an optimizer that has its state
     for param in params.values():
@@ -113,18 +113,18 @@ def hidden_step(words: str) -> bool:
     return differing({n: p.detach() for n, p in params.items()}, whole_model(PARAMS_SEED)) == []
 
 
-@pytest.mark.parametrize("words", CHAINS)
-def test_a_hidden_step_decays_nothing(words):
-    assert hidden_step(words)
+@pytest.mark.parametrize("chain_name", PARTS)
+def test_a_hidden_step_decays_nothing(chain_name):
+    assert hidden_step(chain_name)
 
 
 # --- save and go on -----------------------------------------------------------------------------------------------------
 
 
-def straight_on(layout: str, words: str, save_to: str, form: str) -> dict:
+def straight_on(layout: str, chain_name: str, save_to: str, form: str) -> dict:
     """Two steps, save, two more; the parameters at the end."""
     net, held = model_on(layout)
-    chain = chain_of(net, words)
+    chain = chain_of(net, chain_name)
     for step in (0, 1):
         runs.feed(layout, held, step)
         chain.step()
@@ -134,10 +134,10 @@ def straight_on(layout: str, words: str, save_to: str, form: str) -> dict:
     return runs.train_chain(chain, layout, held, 2, first_step=2).params
 
 
-def resumed(layout: str, words: str, load_from: str, form: str) -> dict:
+def resumed(layout: str, chain_name: str, load_from: str, form: str) -> dict:
     """Another model with other values and another optimizer with other settings, loaded, then two steps."""
     net, held = model_on(layout, seed=PARAMS_SEED + 1)
-    chain = chain_of(net, words)
+    chain = chain_of(net, chain_name)
     chain.param_groups[0]["lr"] = 123.0
     options = FORMS[form]
     state = {"model": get_model_state_dict(net), "optim": get_optimizer_state_dict(net, chain, options=options)}
@@ -148,39 +148,39 @@ def resumed(layout: str, words: str, load_from: str, form: str) -> dict:
 
 
 @pytest.mark.parametrize("form", ["plain", "flattened"])
-@pytest.mark.parametrize("words", ["decoupled", "update_twice"])
-def test_a_checkpoint_of_four_ranks_goes_on_elsewhere_bit_for_bit(worlds, words, form):
+@pytest.mark.parametrize("chain_name", ["decoupled", "update_twice"])
+def test_a_checkpoint_of_four_ranks_resumes_elsewhere_bit_for_bit(worlds, chain_name, form):
     with tempfile.TemporaryDirectory() as folder:
-        straight = worlds.run(4, straight_on, "fsdp4", words, folder, form)[0]
+        straight = worlds.run(4, straight_on, "fsdp4", chain_name, folder, form)[0]
         for layout in ("fsdp4", "fsdp2", "fsdp1rank", "fsdp_tp", "hsdp"):
-            for params in worlds.run(LAYOUTS[layout].ranks, resumed, layout, words, folder, form):
+            for params in worlds.run(LAYOUTS[layout].ranks, resumed, layout, chain_name, folder, form):
                 assert differing(params, straight) == [], layout
 
 
-def test_a_stateless_chain_goes_on_too(worlds):
+def test_a_stateless_chain_resumes_too(worlds):
     with tempfile.TemporaryDirectory() as folder:
         straight = worlds.run(2, straight_on, "fsdp2", "stateless", folder, "plain")[0]
         for params in worlds.run(2, resumed, "fsdp2", "stateless", folder, "plain"):
             assert differing(params, straight) == []
 
 
-def goes_on_after_torch_save(layout: str, words: str) -> list[str]:
+def resumes_after_torch_save(layout: str, chain_name: str) -> list[str]:
     """Chain.state_dict itself, with DTensors in it, on the same layout."""
     net, held = model_on(layout)
-    chain = chain_of(net, words)
+    chain = chain_of(net, chain_name)
     for step in (0, 1):
         runs.feed(layout, held, step)
         chain.step()
     saved, parameters = copy.deepcopy(chain.state_dict()), copy.deepcopy(net.state_dict())
     straight = runs.train_chain(chain, layout, held, 2, first_step=2).params
     net.load_state_dict(parameters)
-    other = chain_of(net, words)
+    other = chain_of(net, chain_name)
     other.load_state_dict(saved)
     return differing(straight, runs.train_chain(other, layout, held, 2, first_step=2).params)
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp3", "fsdp_tp"])
-@pytest.mark.parametrize("words", CHAINS)
-def test_its_own_state_dict_goes_on_bit_for_bit(worlds, words, layout):
-    for different in worlds.run(LAYOUTS[layout].ranks, goes_on_after_torch_save, layout, words):
+@pytest.mark.parametrize("chain_name", PARTS)
+def test_its_own_state_dict_resumes_bit_for_bit(worlds, chain_name, layout):
+    for different in worlds.run(LAYOUTS[layout].ranks, resumes_after_torch_save, layout, chain_name):
         assert different == []

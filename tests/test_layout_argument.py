@@ -1,4 +1,4 @@
-"""`layout=`: tensors whose ownership no DTensor tells, on real ranks: FSDP1, hand-cut shards, hidden expert parallelism."""
+"""`layout=`: tensors whose sharding no DTensor shows, on real ranks: FSDP1, hand-cut shards, hidden expert parallelism."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fsdp1(strategy: str, use_orig_params: bool) -> torch.nn.Module:
 
 
 def numbers_of_fsdp1(strategy: str, use_orig_params: bool) -> tuple[list[float], int, str]:
-    """Metrics of the parameters after two steps, the number of elements, and what the plan says without a layout."""
+    """Metrics of the parameters after two steps, the number of elements, and the outcome without a layout."""
     import distwd
 
     model = fsdp1(strategy, use_orig_params)
@@ -48,16 +48,16 @@ def numbers_of_fsdp1(strategy: str, use_orig_params: bool) -> tuple[list[float],
         metrics.append(chain.stats()["RelativeWeightDecay"]["metric"].item())
     try:
         distwd.Plan.build(model.named_parameters())
-        told = "accepted"
+        outcome = "accepted"
     except distwd.PlanError as error:
-        told = str(error)
-    return metrics, chain.plan.numel, told
+        outcome = str(error)
+    return metrics, chain.plan.numel, outcome
 
 
 def numbers_alone() -> list[float]:
     """The same training by torch alone, in one process: std in float64, decay by hand."""
     model = small_model()
-    host = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     metrics = []
     for _ in range(2):
         model.zero_grad()
@@ -66,7 +66,7 @@ def numbers_alone() -> list[float]:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 - 0.01 * 0.1 * std.item())
-        host.step()
+        optimizer.step()
         metrics.append(std.item())
     return metrics
 
@@ -77,13 +77,13 @@ def numbers_alone() -> list[float]:
 def test_fsdp1_with_its_layout_equals_one_process(worlds, strategy, use_orig_params):
     ranks = worlds.run(4, numbers_of_fsdp1, strategy, use_orig_params)
     expected = numbers_alone()
-    for metrics, numel, told in ranks:
+    for metrics, numel, outcome in ranks:
         assert metrics == pytest.approx(expected, rel=1e-6)
         assert numel == 172
         if strategy == "NO_SHARD":
-            assert told == "accepted"
+            assert outcome == "accepted"
         else:  # shards in plain tensors are not taken for copies, and the way out is named
-            assert "from_fsdp1" in told
+            assert "from_fsdp1" in outcome
     assert len({tuple(metrics) for metrics, _, _ in ranks}) == 1
 
 
@@ -116,7 +116,7 @@ def test_marked_shards_count_once(worlds):
 
 def test_unmarked_shards_are_refused_alike_on_every_rank(worlds):
     ranks = worlds.run(4, counted, False)
-    assert len({told["error"] for told in ranks}) == 1
+    assert len({outcome["error"] for outcome in ranks}) == 1
     for name in ("uneven", "hidden"):
         assert name in ranks[0]["error"]
 
@@ -131,30 +131,30 @@ def without_marks(layout: str) -> str:
     return "accepted"
 
 
-SPEAKING = ("experts_named", "fsdp1_whole")  # names tell the one, and copies the other
+SPEAKING = ("experts_named", "fsdp1_whole")  # names show the one, and copies the other
 
 
 @pytest.mark.parametrize("layout", MARKED)
 def test_what_needs_a_mark_is_refused_without_it_and_the_mark_is_named(worlds, layout):
-    (told,) = set(worlds.run(MARKED[layout].ranks, without_marks, layout))
+    (outcome,) = set(worlds.run(MARKED[layout].ranks, without_marks, layout))
     if layout in SPEAKING:
-        assert told == "accepted"
+        assert outcome == "accepted"
     else:
-        assert "Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)}" in told
-        assert "experts.weight" in told or not layout.startswith("experts")
+        assert "Sharded.from_fsdp1(model) for FSDP1, {pattern: Sharded(group)}" in outcome
+        assert "experts.weight" in outcome or not layout.startswith("experts")
 
 
 def refusals() -> list[str]:
     import distwd
 
-    told = []
+    outcome = []
     for layout in ({"nothing*": distwd.Sharded()}, {"w": "sharded"}, {3: distwd.Sharded()}, ["w"]):
         try:
             distwd.Plan.build([("w", torch.ones(2))], layout=layout)
-            told.append("accepted")
+            outcome.append("accepted")
         except ValueError as error:
-            told.append(str(error))
-    return told
+            outcome.append(str(error))
+    return outcome
 
 
 def test_a_layout_that_cannot_be_meant_is_refused(worlds):

@@ -1,4 +1,4 @@
-"""The layouts are what they say: they hold the whole model, and meet replicas, uneven and empty shards."""
+"""The layouts are what their names promise: they hold the whole model, and meet replicas, uneven and empty shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def round_trip(layout: str) -> tuple[dict, dict, dict]:
     sizes = {name: layouts.local_of(param).numel() for name, param in held.items()}
     grads = {name: param.grad for name, param in held.items()}
     whole = layouts.view(layout, held), layouts.view(layout, grads)
-    if layout in LAYOUTS and layout != "some_ranks":  # full_tensor() can say the same, but to members of the mesh only
+    if layout in LAYOUTS and layout != "some_ranks":  # full_tensor() would do, but only members of the mesh can call it
         assert runs.differing(whole[0], layouts.gather(held)) == []
         assert runs.differing(whole[1], layouts.gather(grads)) == []
     return *whole, sizes

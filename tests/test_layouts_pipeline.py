@@ -126,7 +126,7 @@ def test_a_pipeline_decays_as_one_process_does(worlds, schedule, inner, how):
 
 
 def refusal(schedule: str, inner: str, names: str, init: str = "random") -> tuple[str, bool]:
-    """What this rank is told, and whether a parameter changed."""
+    """The outcome on this rank, and whether a parameter changed."""
     import distwd
 
     pipeline = Pipeline(schedule, inner)
@@ -140,43 +140,43 @@ def refusal(schedule: str, inner: str, names: str, init: str = "random") -> tupl
     chain = distwd.Chain(given, distwd.DirectWeightDecay(0.5), distwd.RelativeWeightDecay(0.1), distwd.LR(0.1))
     try:
         chain.step()
-        told = f"{chain.plan.numel} elements"
+        outcome = f"{chain.plan.numel} elements"
     except distwd.PlanError as error:
-        told = str(error)
-    return told, any(not torch.equal(old, whole_of(param)) for old, (_, param) in zip(before, params, strict=True))
+        outcome = str(error)
+    return outcome, any(not torch.equal(old, whole_of(param)) for old, (_, param) in zip(before, params, strict=True))
 
 
 @pytest.mark.parametrize(("schedule", "inner"), CASES)
 def test_without_names_a_pipeline_is_refused_and_names_are_asked_for(worlds, schedule, inner):
-    told = worlds.run(2 if inner == "plain" else 4, refusal, schedule, inner, "none")
-    assert len(set(told)) == 1
-    assert "pass model.named_parameters()" in told[0][0]
-    assert not told[0][1]
+    outcomes = worlds.run(2 if inner == "plain" else 4, refusal, schedule, inner, "none")
+    assert len(set(outcomes)) == 1
+    assert "pass model.named_parameters()" in outcomes[0][0]
+    assert not outcomes[0][1]
 
 
 @pytest.mark.parametrize(("schedule", "inner"), CASES)
 def test_names_that_are_a_stages_own_are_refused(worlds, schedule, inner):
     """Of two tensors of one name and shape some bits differ: they cannot be copies."""
-    told = worlds.run(2 if inner == "plain" else 4, refusal, schedule, inner, "own")
-    assert len(set(told)) == 1
-    assert "copies of one piece have different bits" in told[0][0]
-    assert "different parameters (experts, pipeline stages), give them different names" in told[0][0]
-    assert not told[0][1]
+    outcomes = worlds.run(2 if inner == "plain" else 4, refusal, schedule, inner, "own")
+    assert len(set(outcomes)) == 1
+    assert "copies of one piece have different bits" in outcomes[0][0]
+    assert "different parameters (experts, pipeline stages), give them different names" in outcomes[0][0]
+    assert not outcomes[0][1]
 
 
 @pytest.mark.parametrize("inner", ["plain", "fsdp"])
-def test_global_names_need_no_word_even_where_all_stages_are_equal(worlds, inner):
-    told = worlds.run(2 if inner == "plain" else 4, refusal, "1f1b", inner, "global", "equal")
-    assert set(told) == {(f"{sum(p.numel() for p in whole_pipeline(2).values())} elements", True)}
+def test_global_names_are_enough_even_where_all_stages_are_equal(worlds, inner):
+    outcomes = worlds.run(2 if inner == "plain" else 4, refusal, "1f1b", inner, "global", "equal")
+    assert set(outcomes) == {(f"{sum(p.numel() for p in whole_pipeline(2).values())} elements", True)}
 
 
 @pytest.mark.parametrize("names", ["own", "none"])
 @pytest.mark.parametrize(("schedule", "inner"), [("1f1b", "plain"), ("interleaved", "plain"), ("1f1b", "fsdp")])
-def test_stages_that_were_initialised_alike_are_told_apart_by_their_gradients(worlds, schedule, inner, names):
-    """Same names, same shapes, same bits: only their gradients say that they are no copies."""
-    told = worlds.run(2 if inner == "plain" else 4, refusal, schedule, inner, names, "equal")
-    assert len(set(told)) == 1
-    assert ("different gradients" in told[0][0]) or (names == "none" and inner == "fsdp")  # meshes tell that one
-    assert "different names" in told[0][0]
-    assert ("pass model.named_parameters()" in told[0][0]) == (names == "none")
-    assert not told[0][1]
+def test_stages_that_were_initialised_alike_are_distinguished_by_their_gradients(worlds, schedule, inner, names):
+    """Same names, same shapes, same bits: only their gradients show that they are no copies."""
+    outcomes = worlds.run(2 if inner == "plain" else 4, refusal, schedule, inner, names, "equal")
+    assert len(set(outcomes)) == 1
+    assert ("different gradients" in outcomes[0][0]) or (names == "none" and inner == "fsdp")  # meshes show that one
+    assert "different names" in outcomes[0][0]
+    assert ("pass model.named_parameters()" in outcomes[0][0]) == (names == "none")
+    assert not outcomes[0][1]

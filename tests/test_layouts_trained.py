@@ -127,11 +127,11 @@ def test_trained_on_ranks_is_trained_alone(worlds, way, how):
 def test_decay_matters_here():
     """Without the rules the parameters end elsewhere: the test above is about decay."""
     bare = Tied()
-    host = torch.optim.AdamW(bare.parameters(), lr=0.01, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(bare.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(3):
-        host.zero_grad()
+        optimizer.zero_grad()
         bare(torch.arange(12).view(3, 4).add(step) % 7).log_softmax(-1)[..., 0].mean().backward()
-        host.step()
+        optimizer.step()
     gaps = [(p - q).abs().max() for p, q in zip(bare.parameters(), alone("chain")[0].values(), strict=True)]
     assert max(gaps) > 1e-4
 

@@ -33,11 +33,11 @@ def stepped(dtype: torch.dtype, *transforms, **kwargs) -> tuple[dict, dict, dict
     params = {name: torch.nn.Parameter(value.clone()) for name, value in before.items()}
     chain = distwd.Chain(params.items(), *transforms, **kwargs)
     alone = {name: torch.nn.Parameter(torch.zeros_like(value)) for name, value in before.items()}
-    host = torch.optim.Adam(alone.values(), lr=1.0, eps=1e-3)
+    optimizer = torch.optim.Adam(alone.values(), lr=1.0, eps=1e-3)
     for name in before:
         params[name].grad = alone[name].grad = runs.grads_of(0, dtype)[name]
     chain.step()
-    host.step()
+    optimizer.step()
     return before, {n: p.detach() for n, p in params.items()}, {n: p.detach() for n, p in alone.items()}
 
 
@@ -67,12 +67,12 @@ def test_decay_and_update_are_rounded_once(dtype, name):
     num_twice = num = 0
     for each, p in before.items():
         p, u = p.double(), -moved[each].double()
-        pull = pulled(name, p, u)
-        once = nearest(p - pull - 0.01 * u, dtype)
-        twice = nearest(nearest(p - pull, dtype).double() - 0.01 * u, dtype)
+        term = pulled(name, p, u)
+        once = nearest(p - term - 0.01 * u, dtype)
+        twice = nearest(nearest(p - term, dtype).double() - 0.01 * u, dtype)
         # What float32 rounds on the way can only matter within its own rounding of a tie.
         differs = after[each] != once
-        tie = (after[each].double() + once.double()) / 2 - (p - pull - 0.01 * u)
+        tie = (after[each].double() + once.double()) / 2 - (p - term - 0.01 * u)
         assert (tie[differs].abs() <= 2.0**-22 * p[differs].abs().clamp(min=1e-3)).all()
         num_twice, num = num_twice + int((twice != once).sum()), num + p.numel()
     assert num_twice > num / 50
@@ -127,9 +127,9 @@ def curve(make, num_steps: int = 100, dtype: torch.dtype = BF16) -> float:
     return w.detach().double().mean().item()
 
 
-def attached(host):
+def attached(cls):
     def make(w, **kwargs):
-        optimizer = host(w)
+        optimizer = cls(w)
         distwd.attach(optimizer, distwd.WeightDecay(0.1), **kwargs)
         return optimizer
 
@@ -178,7 +178,7 @@ def test_fp16_decays_in_the_mean_too():
 
 
 def test_a_skipped_step_writes_nothing():
-    """A fused host under a GradScaler skips by itself, and the decay with it."""
+    """A fused optimizer under a GradScaler skips by itself, and the decay with it."""
     for behind in ({}, {"norm_input": "update"}):
         w = torch.nn.Parameter(whole_model(7, BF16)["up.weight"].clone())
         optimizer = torch.optim.AdamW([w], lr=0.1, weight_decay=0, fused=True)
@@ -213,8 +213,8 @@ def go_on(chain, params, num_steps: int) -> dict:
 
 
 def test_a_chain_to_the_nearest_saves_what_it_always_saved():
-    words = distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(0.01)
-    plain = distwd.Chain(bf16_parameters().items(), *words).state_dict()["param_groups"][0]
+    transforms = distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(0.01)
+    plain = distwd.Chain(bf16_parameters().items(), *transforms).state_dict()["param_groups"][0]
     assert chain_of(bf16_parameters(), rounding="nearest").state_dict()["param_groups"][0] == plain
     assert "rounding_step" not in plain
     assert chain_of(bf16_parameters()).state_dict()["param_groups"][0] == {**plain, "rounding_step": 0}
@@ -232,7 +232,7 @@ def test_a_twin_draws_the_same_noise(twin):
     assert equal(go_on(chain, params, 2), go_on(other, twins, 2))
 
 
-def test_a_state_dict_goes_on_with_the_same_noise():
+def test_a_state_dict_resumes_with_the_same_noise():
     params = bf16_parameters()
     chain = chain_of(params)
     go_on(chain, params, 2)
@@ -268,7 +268,7 @@ def test_two_attachments_draw_noise_of_their_own_and_leave_no_key():
     assert set(sgd.param_groups[0]) == before
 
 
-def test_several_hosts_count_together():
+def test_several_optimizers_count_together():
     params = bf16_parameters()
     matrices = [p for p in params.values() if p.ndim == 2]
     muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0)
@@ -279,4 +279,4 @@ def test_several_hosts_count_together():
             param.grad = torch.full_like(param, 1e-3)
         muon.step()
         adamw.step()
-    assert [host.param_groups[0]["distwd_rounding_step"] for host in (muon, adamw)] == [2, 2]
+    assert [each.param_groups[0]["distwd_rounding_step"] for each in (muon, adamw)] == [2, 2]

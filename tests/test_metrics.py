@@ -14,9 +14,9 @@ import distwd
 from tests.layouts import whole_model
 from tests.oracle import metric_of
 
-WORDS = ["mad", "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf"]
+NAMES = ["mad", "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf"]
 NUMBERS = [0, 1, 2, 0.5, 1.5, 2.5, 3, 7, -1, math.inf, -math.inf]
-METRICS = [*WORDS, *NUMBERS]
+METRICS = [*NAMES, *NUMBERS]
 
 by_metric = pytest.mark.parametrize("metric", METRICS, ids=str)
 

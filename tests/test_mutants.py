@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from tests import layouts, runs, wire
+from tests.chains import CHAINS, transforms_of
 from tests.layouts import EVERY, LARGE, LAYOUTS, NUM_ELEMENTS, SHAPES, mesh_of, whole_model
 from tests.oracle import metric_of
 from tests.runs import PARAMS_SEED, alone, differing
-from tests.sentences import SENTENCES, transforms_of
 from tests.test_law_sharded_equals_whole import METRICS, metrics_on, sums_on, ulp
 
 
@@ -116,7 +116,7 @@ BROKEN = [(mutant, layout) for mutant, (_, broken) in MUTANTS.items() for layout
 
 
 def mutated(mutant: str, fn: Callable, *args: object) -> object:
-    # In a first step most wrong owners are found out by the gradients of copies. Here the numbers have to tell.
+    # In a first step most wrong owners are found out by the gradients of copies. Here the numbers have to show it.
     with MUTANTS[mutant][0](), _patched("distwd.optimizers.init_step.check_gradients", lambda check: lambda plan: None):
         return fn(*args)
 
@@ -158,9 +158,9 @@ def test_padding_that_counts_is_seen(worlds):
 
 
 @pytest.mark.parametrize("layout", ["fsdp3", "stages"])
-def test_ranks_that_do_not_talk_disagree(worlds, layout):
-    told = worlds.run(LAYOUTS[layout].ranks, mutated, "no reduction", metrics_on, layout, 0, 1.0)
-    assert len({measured["mad"] for measured in told}) > 1
+def test_ranks_without_a_reduction_disagree(worlds, layout):
+    ranks = worlds.run(LAYOUTS[layout].ranks, mutated, "no reduction", metrics_on, layout, 0, 1.0)
+    assert len({measured["mad"] for measured in ranks}) > 1
 
 
 # --- laws 3, 5 and 6 ------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def a_read() -> str:
     held = layouts.place("fsdp2", whole_model(PARAMS_SEED))
     import distwd
 
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["mad_of_update"].parts))
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS["mad_of_update"].parts))
     runs.feed("fsdp2", held, 0)
     chain.step()
     try:

@@ -48,7 +48,7 @@ def test_directions_point_away_from_zero():
 
 
 @pytest.mark.parametrize(
-    ("parts", "host"),
+    ("parts", "make"),
     [
         ([AdamPart(), LrPart(0.01)], lambda p: torch.optim.Adam(p, lr=0.01)),
         ([Decay(0.1), AdamPart(), LrPart(0.01)], lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1)),
@@ -57,10 +57,10 @@ def test_directions_point_away_from_zero():
     ],
     ids=["adam", "coupled", "decoupled", "sgd"],
 )
-def test_sentences_agree_with_torch(parts, host):
+def test_chains_agree_with_torch(parts, make):
     oracle = Oracle(whole_model(0), parts)
     params = {name: value.double().requires_grad_() for name, value in whole_model(0).items()}
-    optimizer = host(list(params.values()))
+    optimizer = make(list(params.values()))
     for step in range(3):
         grads = whole_model(1 + step)
         for name, param in params.items():

@@ -23,14 +23,14 @@ def net() -> Net:
     return Net(whole_model(7))
 
 
-def told(groups) -> list[tuple[dict, list[str]]]:
+def contents(groups) -> list[tuple[dict, list[str]]]:
     """The groups as (hyperparameters, names)."""
     pairs = [({k: v for k, v in g.items() if k not in ("params", "param_names")}, g["params"]) for g in groups]
     return [(settings, [name for name, _ in params]) for settings, params in pairs]
 
 
 def decays(groups) -> dict[str, float]:
-    return {name: settings["weight_decay"] for settings, names in told(groups) for name in names}
+    return {name: settings["weight_decay"] for settings, names in contents(groups) for name in names}
 
 
 # --- which parameters -------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_the_first_rule_that_matches_wins_whatever_kind_it_is():
 def test_a_rule_without_weight_decay_leaves_it_to_the_default():
     groups = param_groups(net(), 0.1, [(nn.Linear, {"lr": 0.25})])
     assert decays(groups) == {name: 0.0 if name in VECTORS else 0.1 for name in SHAPES}
-    linear = [name for settings, names in told(groups) if settings.get("lr") == 0.25 for name in names]
+    linear = [name for settings, names in contents(groups) if settings.get("lr") == 0.25 for name in names]
     assert sorted(linear) == sorted(name for name in SHAPES if name.split(".")[0] in ("up", "down", "head"))
 
 
@@ -71,8 +71,8 @@ def test_a_module_type_means_all_that_is_inside():
 def test_equal_groups_merge():
     rules = [(name, {"weight_decay": 0.0 if name in VECTORS else 0.1}) for name in SHAPES]
     groups = param_groups(net(), 0.1, rules)
-    assert [len(names) for _, names in told(groups)] == [len(SHAPES) - len(VECTORS), len(VECTORS)]
-    # Non-vacuity: rules that say something else are groups of their own.
+    assert [len(names) for _, names in contents(groups)] == [len(SHAPES) - len(VECTORS), len(VECTORS)]
+    # Non-vacuity: rules with other settings are groups of their own.
     apart = [(name, {"weight_decay": index / 8}) for index, name in enumerate(SHAPES)]
     assert len(param_groups(net(), 0.1, apart)) == len(SHAPES)
 
@@ -97,7 +97,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("pattern", ["embed.*", "head.*"])
-def test_a_tied_parameter_comes_once_and_answers_to_all_its_names(pattern):
+def test_a_tied_parameter_comes_once_and_matches_by_all_its_names(pattern):
     groups = param_groups(Tied(), 0.1, [(pattern, {"weight_decay": 0.3}), ("second.*", {"weight_decay": 0.2})])
     assert decays(groups) == {"embed.weight": 0.3, "first.weight": 0.2, "first.bias": 0.2}
 
@@ -105,7 +105,7 @@ def test_a_tied_parameter_comes_once_and_answers_to_all_its_names(pattern):
 def test_parts_of_a_model_make_one_set_of_groups():
     model = net()
     parts = [nn.ModuleDict({name: child}) for name, child in model.named_children()]
-    assert told(param_groups(parts, 0.1, RULES)) == told(param_groups(model, 0.1, RULES))
+    assert contents(param_groups(parts, 0.1, RULES)) == contents(param_groups(model, 0.1, RULES))
     with pytest.raises(ValueError, match=r"two parameters are called '0\.weight'"):
         param_groups([nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))], 0.1)
 
@@ -130,7 +130,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_decays_what_the_groups_say(kind):
+def test_a_step_decays_by_the_groups(kind):
     """With gradients of 0 a step is p − lr·λ·p."""
     model = net()
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
@@ -146,10 +146,10 @@ def test_a_step_decays_what_the_groups_say(kind):
         torch.testing.assert_close(param.detach(), before[name] * (1 - lr * decay), rtol=1e-6, atol=0)
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- the audit and the refusals ---------------------------------------------------------------------------------------
 
 
-def test_the_audit_tells_what_decays_and_why():
+def test_the_audit_shows_what_decays_and_why():
     groups = param_groups(net(), 0.1, RULES)
     audit = groups.audit()
     assert str(groups) == audit
@@ -165,7 +165,7 @@ def test_the_audit_tells_what_decays_and_why():
     assert rows["up.bias"].endswith("default, < 2 dimensions")
 
 
-def test_the_audit_tells_layers_once():
+def test_the_audit_shows_layers_once():
     layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 3) for _ in range(12))})
     rows = [line.split() for line in str(param_groups(layers, 0.1)).split("\n")[1:-1]]
     assert [row[2:6] for row in rows] == [["layers.*.weight", "3×2", "12", "72"], ["layers.*.bias", "3", "12", "36"]]

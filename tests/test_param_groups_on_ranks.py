@@ -1,4 +1,4 @@
-"""param_groups under every coat that a model wears, and on ranks that hold different parameters."""
+"""param_groups under every wrapper of a model, and on ranks that hold different parameters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from distwd import LR, Chain, RelativeWeightDecay
 from distwd.groups.model_params import params_of
 from distwd.groups.param_groups import param_groups
 from tests.layouts import SHAPES, Net, mesh_of
-from tests.test_param_groups import RULES, decays, net, told
+from tests.test_param_groups import RULES, contents, decays, net
 
-# --- coats ------------------------------------------------------------------------------------------------------------
+# --- wrappers ---------------------------------------------------------------------------------------------------------
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -40,12 +40,12 @@ def sharded(model: Net) -> nn.Module:
     return model
 
 
-COATS = {
+WRAPPERS = {
     "checkpointed": checkpointed,
     "compiled": compiled,
     "compiled, checkpointed": lambda model: compiled(checkpointed(model)),
 }
-WORLD_COATS = {
+WRAPPERS_ON_RANKS = {
     "fsdp2": sharded,
     "compiled fsdp2": lambda model: compiled(sharded(checkpointed(model))),
     "ddp": DistributedDataParallel,
@@ -57,29 +57,29 @@ WORLD_COATS = {
 }
 
 
-@pytest.mark.parametrize("coat", COATS)
-def test_a_coat_changes_nothing(coat):
-    covered = COATS[coat](net())
-    assert {name for name, _ in covered.named_parameters()} != set(SHAPES)  # the names wear the coat
-    assert told(param_groups(covered, 0.1, RULES)) == told(param_groups(net(), 0.1, RULES))
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_changes_nothing(wrapper):
+    covered = WRAPPERS[wrapper](net())
+    assert {name for name, _ in covered.named_parameters()} != set(SHAPES)  # the names have the wrapper's prefix
+    assert contents(param_groups(covered, 0.1, RULES)) == contents(param_groups(net(), 0.1, RULES))
 
 
-def under_coat(coat: str) -> tuple:
-    model = WORLD_COATS[coat](net())
+def under_wrapper(wrapper: str) -> tuple:
+    model = WRAPPERS_ON_RANKS[wrapper](net())
     groups = param_groups(model, 0.1, RULES)
     changed = any(held.param.ndim != len(SHAPES[held.name]) for held in params_of(model))
     names = sorted(name for name, _ in model.named_parameters())
-    return told(groups), groups.audit().split("\n")[-2], changed, names
+    return contents(groups), groups.audit().split("\n")[-2], changed, names
 
 
-@pytest.mark.parametrize("coat", WORLD_COATS)
-def test_a_coat_over_ranks_changes_nothing(worlds, coat):
+@pytest.mark.parametrize("wrapper", WRAPPERS_ON_RANKS)
+def test_a_wrapper_over_ranks_changes_nothing(worlds, wrapper):
     alone = param_groups(net(), 0.1, RULES)
-    for groups, summary, flat, names in worlds.run(3, under_coat, coat):
-        assert groups == told(alone)
+    for groups, summary, flat, names in worlds.run(3, under_wrapper, wrapper):
+        assert groups == contents(alone)
         assert summary == alone.audit().split("\n")[-1]  # elements are those of whole tensors
-        assert flat == coat.startswith("fsdp1")  # here a matrix looks like a vector
-        assert (names == sorted(SHAPES)) == (coat == "fsdp2")  # elsewhere the names wear the coat
+        assert flat == wrapper.startswith("fsdp1")  # here a matrix looks like a vector
+        assert (names == sorted(SHAPES)) == (wrapper == "fsdp2")  # elsewhere the names have the wrapper's prefix
 
 
 def flattened() -> str:
@@ -100,7 +100,7 @@ def test_an_empty_tensor_of_zero3_is_what_it_will_be():
     shapes = {name: param.shape for name, param in model.named_parameters()}
     for name, param in model.named_parameters():
         param.data, param.ds_shape = torch.empty(0), shapes[name]
-    assert told(param_groups(model, 0.1, RULES)) == told(param_groups(net(), 0.1, RULES))
+    assert contents(param_groups(model, 0.1, RULES)) == contents(param_groups(net(), 0.1, RULES))
 
 
 # --- ranks that hold different parameters -----------------------------------------------------------------------------
@@ -122,7 +122,7 @@ STAGES = [
 
 def groups_of_stage() -> tuple:
     groups = param_groups(stage(dist.get_rank()), 0.1, STAGES)
-    return told(groups), groups.audit()
+    return contents(groups), groups.audit()
 
 
 def test_stages_have_the_same_groups_whatever_they_hold(worlds):

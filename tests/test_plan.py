@@ -11,10 +11,10 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 import distwd
 from tests import layouts, runs, wraps
+from tests.chains import CHAINS, transforms_of
 from tests.layouts import EVERY, FLAT, NUM_ELEMENTS, SHAPES, whole_model
 from tests.oracle import metric_of
 from tests.runs import PARAMS_SEED, differing
-from tests.sentences import SENTENCES, transforms_of
 from tests.wire import Wire
 
 
@@ -60,7 +60,7 @@ def test_a_rank_outside_the_mesh_holds_nothing_of_a_scalar_either(worlds):
 
 
 @pytest.mark.parametrize("layout", EVERY)
-def test_a_plan_owns_every_element_once_and_measures_with_one_word(worlds, layout):
+def test_a_plan_owns_every_element_once_and_measures_with_one_collective(worlds, layout):
     alone = EVERY[layout].ranks < 2
     ranks = worlds.run(EVERY[layout].ranks, plan_on, layout)
     assert sum(seen["owned"] for seen in ranks) == NUM_ELEMENTS
@@ -107,7 +107,7 @@ def wires_after(change: str) -> list[int]:
     """Collectives of four steps, with something done between the second and the third."""
     held = layouts.place("fsdp2", whole_model(PARAMS_SEED))
     names = list(held)
-    chain = distwd.Chain([(name, held[name]) for name in names[:-2]], *transforms_of(SENTENCES["mad_of_update"].parts))
+    chain = distwd.Chain([(name, held[name]) for name in names[:-2]], *transforms_of(CHAINS["mad_of_update"].parts))
     counts = []
     for step in range(4):
         if step == 2:
@@ -158,7 +158,7 @@ def test_a_plan_is_built_again_after_a_group_was_added(worlds):
 
 
 @pytest.mark.parametrize("change", ["new_storage", "loaded"])
-def test_new_storage_of_the_same_layout_is_found_without_a_word(worlds, change):
+def test_new_storage_of_the_same_layout_is_found_without_a_collective(worlds, change):
     for _, *later in worlds.run(2, wires_after, change):
         assert later == [1, 1, 1]
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distwd
+from tests.chains import transforms_of
 from tests.oracle import AdamPart, Decay, LrPart, Oracle, SgdPart
-from tests.sentences import transforms_of
 
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=6)
 ords = st.one_of(st.sampled_from([1, 2, 3, 4]), st.floats(1, 4, allow_nan=False))
@@ -32,7 +32,7 @@ others = st.one_of(
     st.just(SgdPart(0.9)),
     st.builds(LrPart, st.floats(0.001, 1, allow_subnormal=False)),
 )
-sentences = st.lists(st.one_of(decays, decays, others), min_size=1, max_size=5)
+chains = st.lists(st.one_of(decays, decays, others), min_size=1, max_size=5)
 seeds = st.integers(0, 2**31)
 small = settings(derandomize=True, max_examples=80, deadline=None)
 
@@ -61,12 +61,12 @@ def split(names: list[str], at: list[int]) -> list[list[str]]:
 @small
 @given(
     shapes=shapes,
-    parts=sentences,
+    parts=chains,
     seed=seeds,
     at=st.lists(st.integers(0, 6), max_size=2),
     missing=st.sets(st.integers(0, 5)),
 )
-def test_any_chain_does_what_its_words_say(shapes, parts, seed, at, missing):
+def test_any_chain_equals_the_oracle(shapes, parts, seed, at, missing):
     whole = random_tensors(shapes, seed, torch.float64)
     params = {name: torch.nn.Parameter(value.clone()) for name, value in whole.items()}
     groups = split(list(params), at)
@@ -123,7 +123,7 @@ def test_a_tensor_cut_anywhere_has_the_bits_of_the_whole(sizes, at, parts, dtype
     seed=seeds,
 )
 def test_decay_alone_is_blind_to_cuts_in_any_dtype(size, at, ord, rate, dtype, seed):
-    """distwd's own arithmetic, with no host beside it, in low precision too."""
+    """distwd's own arithmetic, with no optimizer beside it, in low precision too."""
     whole = random_tensors([[size]], seed, dtype)["p0"]
     pieces = [piece.clone() for piece in (whole[: int(at * size)], whole[int(at * size) :])]
     distwd.decay_weights_(pieces, rate, ord)

@@ -1,4 +1,4 @@
-"""Random meshes, placements, shapes, dtypes, groups and pieces: what a plan tells is what torch cut, and every element counts once."""
+"""Random meshes, placements, shapes, dtypes, groups and pieces: a plan's pieces are those that torch cut, and every element counts once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import distwd
 from distwd.sharding.pieces import describe
-from tests import in_turn, threads, ways
-from tests.ways import Case, Way
+from tests import mesh_cases, simulated_ranks, threads
+from tests.mesh_cases import Case, TensorPlacement
 
 steady = {"derandomize": True, "deadline": None, "database": None}
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -84,16 +84,16 @@ def test_pieces_are_what_torch_cuts_and_have_one_owner_each(model):
 
 def check_in_turn(sizes: tuple[int, ...], tensors: list) -> None:
     numbers = [torch.arange(math.prod(shape)).double().reshape(shape) for shape, _ in tensors]
-    held = in_turn.distribute(numbers, sizes, [placements for _, placements in tensors])
+    held = simulated_ranks.distribute(numbers, sizes, [placements for _, placements in tensors])
     owned: list[list[int]] = [[] for _ in tensors]
-    for mine, found in zip(held, in_turn.owners(held), strict=True):
+    for mine, found in zip(held, simulated_ranks.owners(held), strict=True):
         assert (found.mismatched, found.uncovered, found.drifted) == ([], [], [])
-        for index, (tensor, speaks) in enumerate(zip(mine, found.owned.tolist(), strict=True)):
+        for index, (tensor, is_owner) in enumerate(zip(mine, found.owned.tolist(), strict=True)):
             piece, local = describe("w", tensor), tensor._local_tensor
-            assert ways.numbers_of(piece) == local.flatten().tolist()
+            assert mesh_cases.numbers_of(piece) == local.flatten().tolist()
             assert piece.local_shape == tuple(local.shape)
             check_offsets(tensor, piece)
-            owned[index] += local.flatten().long().tolist() if speaks else []
+            owned[index] += local.flatten().long().tolist() if is_owner else []
     for (shape, _), counted in zip(tensors, owned, strict=True):
         assert sorted(counted) == list(range(math.prod(shape)))
 
@@ -112,7 +112,7 @@ def check_offsets(tensor: Any, piece: Any) -> None:
 
 
 @st.composite
-def way(draw: st.DrawFn, sizes: tuple[int, ...]) -> Way:
+def way(draw: st.DrawFn, sizes: tuple[int, ...]) -> TensorPlacement:
     axes = tuple(draw(st.sets(st.integers(0, len(sizes) - 1)).map(sorted)))
     stage = None
     outside = [axis for axis in range(len(sizes)) if axis not in axes]
@@ -122,13 +122,13 @@ def way(draw: st.DrawFn, sizes: tuple[int, ...]) -> Way:
     kind = draw(st.sampled_from(["dtensor", "dtensor", "pieces", "fsdp"]))
     if kind == "pieces" and axes:
         some = draw(st.lists(st.integers(0, 5), min_size=sizes[axes[0]], max_size=sizes[axes[0]]))
-        return Way(axes[:1], shares=tuple(map(float, some)), stage=stage)
+        return TensorPlacement(axes[:1], shares=tuple(map(float, some)), stage=stage)
     placements = tuple(draw(st.sampled_from([Replicate(), Shard(0), Shard(1)])) for _ in axes)
     if (
         kind == "fsdp" and axes and axes[0] > 0 and stage is None
     ):  # FSDP2 over what is there: tensor parallelism, or nothing
-        return Way(axes[-1:], placements[-1:], fsdp=axes[0] - 1)
-    return Way(axes, placements, stage=stage)
+        return TensorPlacement(axes[-1:], placements[-1:], fsdp=axes[0] - 1)
+    return TensorPlacement(axes, placements, stage=stage)
 
 
 @st.composite
@@ -146,12 +146,12 @@ def cases(draw: st.DrawFn) -> tuple[int, Case]:
 @given(world=cases())
 def test_any_mix_counts_once_measures_right_and_steps_like_one_process(world):
     ranks, case = world
-    ways.check(case, threads.run(ranks, ways.look, case))
+    mesh_cases.check(case, threads.run(ranks, mesh_cases.look, case))
 
 
 def look_without(case: Case, victim: int, name: str) -> tuple[list[int], list[int]] | str:
     """What this rank has and owns of `name` when the `victim` does not pass its piece of it, or why not."""
-    mesh, params, layout = ways.set_up(case)
+    mesh, params, layout = mesh_cases.set_up(case)
     held = params.get(name)
     if dist.get_rank() == victim:
         params.pop(name, None)
@@ -159,8 +159,8 @@ def look_without(case: Case, victim: int, name: str) -> tuple[list[int], list[in
         plan = distwd.Plan.build(params.items(), layout=layout)
     except distwd.PlanError as error:
         return str(error)
-    here = ways.placed(case, case.numbers(), mesh).get(name)
-    numbers = [] if here is None else ways.local_of(here).flatten().long().tolist()
+    here = mesh_cases.placed(case, case.numbers(), mesh).get(name)
+    numbers = [] if here is None else mesh_cases.local_of(here).flatten().long().tolist()
     owned = any(entry.name == name and own for entry, own in zip(plan.entries, plan.owned, strict=True))
     assert held is not None or not owned
     return (numbers if name in params else []), (numbers if owned else [])
@@ -168,22 +168,22 @@ def look_without(case: Case, victim: int, name: str) -> tuple[list[int], list[in
 
 @settings(max_examples=100, **steady)
 @given(world=cases(), victim=st.integers(0, 7), index=st.integers(0, 6))
-def test_a_piece_that_is_not_passed_is_missed_by_all_ranks_alike_or_spoken_for_by_a_copy(world, victim, index):
+def test_a_piece_that_is_not_passed_is_missed_by_all_ranks_alike_or_owned_by_a_copy(world, victim, index):
     case = dataclasses.replace(world[1], ranks=tuple(range(len(world[1].ranks))))
     check_without(case, victim % len(case.ranks), list(case.named)[index % len(case.named)])
 
 
 def check_without(case: Case, victim: int, name: str) -> None:
-    told = threads.run(len(case.ranks), look_without, case, victim, name)
-    errors = {one for one in told if isinstance(one, str)}
+    outcomes = threads.run(len(case.ranks), look_without, case, victim, name)
+    errors = {one for one in outcomes if isinstance(one, str)}
     if errors:
         assert len(errors) == 1
-        assert set(told) == errors
+        assert set(outcomes) == errors
         (error,) = errors
         assert name in error or "matches no parameter" in error  # the pattern of a mark
         return
-    held = {number for one, _ in told for number in one}
-    assert sorted(number for _, own in told for number in own) == sorted(held)
+    held = {number for one, _ in outcomes for number in one}
+    assert sorted(number for _, own in outcomes for number in own) == sorted(held)
     # Nobody may hold it at all: then it is no parameter of the model.
     assert len(held) in (0, math.prod(case.named[name][1]))
 
@@ -199,7 +199,7 @@ def every_holder_owns(resolve: Callable) -> Callable:
     return wrong
 
 
-def no_word_on_coverage(resolve: Callable) -> Callable:
+def no_check_of_coverage(resolve: Callable) -> Callable:
     return lambda *args: dataclasses.replace(resolve(*args), uncovered=[])
 
 
@@ -220,7 +220,7 @@ def as_written(reorder: Callable) -> Callable:
 
 MUTANTS = {
     "every holder owns": ("distwd.sharding.build.resolve", every_holder_owns),
-    "no word on coverage": ("distwd.sharding.build.resolve", no_word_on_coverage),
+    "no check of coverage": ("distwd.sharding.build.resolve", no_check_of_coverage),
     "even chunks": ("distwd.sharding.pieces._chunk", even_chunks),
     "strided as written": ("distwd.sharding.pieces._as_fsdp_cuts", as_written),
 }
@@ -236,24 +236,24 @@ def mutant(name: str) -> Iterator[None]:
         yield
 
 
-COPIES = Case((0, 1, 2, 3), (2, 2), ((Way((1,), (Shard(0),)), (7, 3)), (Way(), (4,))))
-UNEVEN = Case((0, 1, 2), (3,), ((Way((0,), (Shard(0),)), (7, 2)),))
-NESTED = Case((0, 1, 2, 3, 4, 5), (3, 2), ((Way((1,), (Shard(0),), fsdp=0), (7, 2)),))
+COPIES = Case((0, 1, 2, 3), (2, 2), ((TensorPlacement((1,), (Shard(0),)), (7, 3)), (TensorPlacement(), (4,))))
+UNEVEN = Case((0, 1, 2), (3,), ((TensorPlacement((0,), (Shard(0),)), (7, 2)),))
+NESTED = Case((0, 1, 2, 3, 4, 5), (3, 2), ((TensorPlacement((1,), (Shard(0),), fsdp=0), (7, 2)),))
 
 
 @pytest.mark.parametrize(
     ("name", "case"), [("every holder owns", COPIES), ("even chunks", UNEVEN), ("strided as written", NESTED)]
 )
 def test_a_mutant_of_owners_or_cuts_is_seen(name, case):
-    ways.check(case, threads.run(len(case.ranks), ways.look, case))
+    mesh_cases.check(case, threads.run(len(case.ranks), mesh_cases.look, case))
     with mutant(name), pytest.raises((AssertionError, distwd.PlanError)):
-        ways.check(case, threads.run(len(case.ranks), ways.look, case))
+        mesh_cases.check(case, threads.run(len(case.ranks), mesh_cases.look, case))
 
 
 def test_a_mutant_of_the_coverage_is_seen():
     name = next(iter(UNEVEN.named))
     check_without(UNEVEN, 1, name)
-    with mutant("no word on coverage"), pytest.raises(AssertionError):
+    with mutant("no check of coverage"), pytest.raises(AssertionError):
         check_without(UNEVEN, 1, name)
 
 

@@ -1,4 +1,4 @@
-"""Ray Train on 2 CPU workers: the recipe runs, goes on from its checkpoint, and ends with the bits of one process."""
+"""Ray Train on 2 CPU workers: the recipe runs, resumes from its checkpoint, and ends with the bits of one process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def start(out: Path, steps: int) -> tuple[dict, Path]:
     command = [sys.executable, str(RECIPE), "--steps", str(steps), "--every", "3", "--out", str(out)]
     done = subprocess.run(command, cwd=out, env=here, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = re.search(r"^({.*}); checkpoint: (.*)$", done.stdout, re.MULTILINE)
-    assert told, done.stdout
-    return eval(told[1]), Path(told[2])
+    found = re.search(r"^({.*}); checkpoint: (.*)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout
+    return eval(found[1]), Path(found[2])
 
 
 def recipe() -> ModuleType:
@@ -51,11 +51,11 @@ def alone(steps: int) -> tuple[nn.Module, float]:
         for x, y in zip(*(part.chunk(2) for part in parts.make_data()), strict=True):
             (nn.functional.mse_loss(model(x), y) / 2).backward()
         optimizer.step()
-    (told,) = optimizer.stats().values()
-    return model, told["coefficient"].item()
+    (numbers,) = optimizer.stats().values()
+    return model, numbers["coefficient"].item()
 
 
-def test_ray_workers_go_on_and_end_with_the_bits_of_one_process(tmp_path):
+def test_ray_workers_resume_and_end_with_the_bits_of_one_process(tmp_path):
     first, _ = start(tmp_path, 3)
     last, checkpoint = start(tmp_path, 6)
     assert (first["step"], last["step"]) == (3, 6)

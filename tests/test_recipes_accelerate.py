@@ -42,7 +42,7 @@ def by_hand(decay: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("decay", ["chain", "attach"])
-def test_accelerate_trains_as_the_loop_without_it_and_goes_on_where_it_stopped(worlds, tmp_path, decay):
+def test_accelerate_trains_as_the_loop_without_it_and_resumes_where_it_stopped(worlds, tmp_path, decay):
     expected = recipes.on_two_ranks(worlds, by_hand, decay)
     recipes.run("accelerate_fsdp2.py", tmp_path, "--decay", decay)
     assert differing(recipes.trained(tmp_path), expected) == []

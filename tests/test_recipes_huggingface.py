@@ -64,7 +64,7 @@ def by_hand(kind: str, decay: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("kind", "decay"), [("alone", "attach"), ("ddp", "attach"), ("fsdp", "attach"), ("fsdp", "chain")]
 )
-def test_the_trainer_trains_as_the_loop_without_it_and_goes_on_where_it_stopped(worlds, tmp_path, kind, decay):
+def test_the_trainer_trains_as_the_loop_without_it_and_resumes_where_it_stopped(worlds, tmp_path, kind, decay):
     ranks = RANKS[kind]
     expected, bare = (worlds.run(ranks, by_hand, kind, each)[0] for each in (decay, "none"))
     arguments = ["--decay", decay, *(["--fsdp"] if kind == "fsdp" else [])]

@@ -1,6 +1,6 @@
-"""launch/recipes/torchtitan_container.py, and what else befalls decay that is attached to such a container.
+"""launch/recipes/torchtitan_container.py, and what else happens to decay that is attached to such a container.
 
-torchtitan itself is too large for these tests: they run with a container of the same shape (tests/stand_ins).
+torchtitan itself is too large for these tests: they run with a container of the same shape (tests/fakes).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests import recipes
 from tests.layouts import mesh_of
 from tests.runs import differing
 
-STAND_INS = recipes.ROOT / "tests" / "stand_ins"
+FAKES = recipes.ROOT / "tests" / "fakes"
 
 
 def by_hand(decays: bool) -> dict[str, torch.Tensor]:
@@ -43,8 +43,8 @@ def by_hand(decays: bool) -> dict[str, torch.Tensor]:
     return recipes.whole(model)
 
 
-def test_a_container_trains_as_its_optimizers_without_it_and_goes_on_where_it_stopped(worlds, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
+def test_a_container_trains_as_its_optimizers_without_it_and_resumes_where_it_stopped(worlds, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
     expected = recipes.on_two_ranks(worlds, by_hand, True)
     printed = recipes.run("torchtitan_container.py", tmp_path)
     assert "1 collective a step for 2 optimizers" in printed
@@ -57,8 +57,8 @@ def test_a_container_trains_as_its_optimizers_without_it_and_goes_on_where_it_st
 
 @pytest.fixture
 def titan(monkeypatch):
-    """The stand-in's module."""
-    monkeypatch.syspath_prepend(str(STAND_INS))
+    """The module of the fake package."""
+    monkeypatch.syspath_prepend(str(FAKES))
     for name in [name for name in sys.modules if name.split(".")[0] == "torchtitan"]:
         monkeypatch.delitem(sys.modules, name)
     import torchtitan.components.optimizer as module
@@ -127,7 +127,7 @@ def test_a_hidden_step_of_one_optimizer_leaves_no_trace_in_the_next_steps(titan,
     assert differing(*ends) == []
 
 
-def test_a_checkpoint_from_before_decay_says_which_setting_it_lacks(titan):
+def test_a_checkpoint_from_before_decay_names_the_setting_it_lacks(titan):
     """The container asks for every setting of its groups before any hook of ours is called; see docs/pages/recipes.md."""
     model = torch.nn.Linear(4, 2)
     old = copy.deepcopy(container_of(titan, model).state_dict())
@@ -137,7 +137,7 @@ def test_a_checkpoint_from_before_decay_says_which_setting_it_lacks(titan):
         container.load_state_dict(old)
 
 
-def test_attach_refuses_the_container_and_says_what_to_attach_to(titan):
+def test_attach_refuses_the_container_and_names_what_to_attach_to(titan):
     container = container_of(titan, torch.nn.Linear(4, 2))
     for coupling in ("lr", "none", "gradient"):
         with pytest.raises(

@@ -16,7 +16,7 @@ from distwd.kernels.stochastic import GlobalIndices, Ramp, RandomBits, dithered
 from distwd.kernels.workspace import Workspace
 from distwd.sharding.pieces import Piece, describe
 from distwd.step.rounding import global_indices_of
-from tests import in_turn
+from tests import simulated_ranks
 from tests.layouts import whole_model
 from tests.test_properties_of_plans import models, steady
 
@@ -165,7 +165,7 @@ def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
 def test_the_noise_is_that_of_the_places_on_any_mesh_by_any_placements(model):
     sizes, tensors = model
     numbers = [torch.arange(math.prod(shape)).double().reshape(shape) for shape, _ in tensors]
-    for held in in_turn.distribute(numbers, sizes, [placements for _, placements in tensors]):
+    for held in simulated_ranks.distribute(numbers, sizes, [placements for _, placements in tensors]):
         for tensor, whole in zip(held, numbers, strict=True):
             places = tensor._local_tensor.flatten().long()
             noise = RandomBits([global_indices_of(describe("w", tensor))], [99], 7, Ramp())

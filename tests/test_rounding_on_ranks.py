@@ -17,23 +17,23 @@ BF16, FP16 = torch.bfloat16, torch.float16
 NUM_STEPS = 3
 
 
-def chain_over(held, words: str = "absolute", **kwargs):
+def chain_over(held, kind: str = "absolute", **kwargs):
     """What rounds alike wherever a tensor is cut: torch's own steps in bf16 do not, but for SGD without momentum."""
     import distwd
 
     sgd, lr = distwd.Wrap(torch.optim.SGD), distwd.LR(0.02)
-    sentences = {
+    chains = {
         "absolute": [distwd.DirectWeightDecay(1e-3), sgd, distwd.WeightDecay(0.05, 1.5), lr, distwd.WeightDecay(2e-3)],
         "cautious": [sgd, distwd.CautiousWeightDecay(0.05), lr],
         "relative": [sgd, distwd.RelativeWeightDecay(0.1), lr],
         "alone": [distwd.WeightDecay(1e-3)],
     }
-    return distwd.Chain(held, *sentences[words], **{"rounding": "stochastic", **kwargs})
+    return distwd.Chain(held, *chains[kind], **{"rounding": "stochastic", **kwargs})
 
 
-def train(layout: str, dtype: torch.dtype = BF16, words: str = "absolute", **kwargs) -> dict[str, Tensor]:
+def train(layout: str, dtype: torch.dtype = BF16, kind: str = "absolute", **kwargs) -> dict[str, Tensor]:
     held = layouts.place(layout, whole_model(PARAMS_SEED, dtype))
-    return steps(chain_over(held.items(), words, **kwargs), layout, held, range(NUM_STEPS))
+    return steps(chain_over(held.items(), kind, **kwargs), layout, held, range(NUM_STEPS))
 
 
 def steps(optimizer, layout: str, held: dict, numbers) -> dict[str, Tensor]:
@@ -55,14 +55,14 @@ def alone(worlds, fn=train, *args) -> dict[str, Tensor]:
 CASES = [
     *((layout, BF16, "absolute") for layout in LAYOUTS),
     *((layout, FP16, "absolute") for layout in ("fsdp3", "tp2", "fsdp_tp")),
-    *((layout, BF16, words) for layout in ("fsdp3", "hsdp", "fsdp_tp", "stages") for words in ("cautious", "relative")),
+    *((layout, BF16, kind) for layout in ("fsdp3", "hsdp", "fsdp_tp", "stages") for kind in ("cautious", "relative")),
 ]
 
 
-@pytest.mark.parametrize(("layout", "dtype", "words"), CASES, ids=str)
-def test_sharded_equals_whole(worlds, layout, dtype, words):
-    for params in worlds.run(LAYOUTS[layout].ranks, train, layout, dtype, words):
-        assert differing(params, alone(worlds, train, dtype, words)) == []
+@pytest.mark.parametrize(("layout", "dtype", "kind"), CASES, ids=str)
+def test_sharded_equals_whole(worlds, layout, dtype, kind):
+    for params in worlds.run(LAYOUTS[layout].ranks, train, layout, dtype, kind):
+        assert differing(params, alone(worlds, train, dtype, kind)) == []
 
 
 def mutant(layout: str, what: str) -> dict[str, Tensor]:
@@ -119,16 +119,16 @@ def other_seed() -> str:
     return "not seen"
 
 
-def test_ranks_with_other_seeds_are_told_where_a_plan_is_built(worlds):
-    for told in worlds.run(2, other_seed):
-        assert "seed 0" in told
-        assert "seed 1" in told
+def test_ranks_with_other_seeds_are_refused_where_a_plan_is_built(worlds):
+    for message in worlds.run(2, other_seed):
+        assert "seed 0" in message
+        assert "seed 1" in message
 
 
 # --- attach ---------------------------------------------------------------------------------------------------------
 
 
-def attached(layout: str, words: str) -> dict[str, Tensor]:
+def attached(layout: str, kind: str) -> dict[str, Tensor]:
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED, BF16))
@@ -139,22 +139,22 @@ def attached(layout: str, words: str) -> dict[str, Tensor]:
         "direct": [distwd.CautiousWeightDecay(0.05), distwd.DirectWeightDecay(1e-3)],
     }
     sgd = torch.optim.SGD(held.values(), lr=0.02, foreach=False)  # foreach refuses DTensors of two meshes
-    distwd.attach(sgd, *rules[words], named_parameters=held.items(), rounding="stochastic")
+    distwd.attach(sgd, *rules[kind], named_parameters=held.items(), rounding="stochastic")
     return steps(sgd, layout, held, range(NUM_STEPS))
 
 
-@pytest.mark.parametrize("words", ["before", "after", "relative", "direct"])
+@pytest.mark.parametrize("kind", ["before", "after", "relative", "direct"])
 @pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp"])
-def test_attached_decay_rounds_alike_on_any_sharding(worlds, layout, words):
-    for params in worlds.run(LAYOUTS[layout].ranks, attached, layout, words):
-        assert differing(params, alone(worlds, attached, words)) == []
+def test_attached_decay_rounds_alike_on_any_sharding(worlds, layout, kind):
+    for params in worlds.run(LAYOUTS[layout].ranks, attached, layout, kind):
+        assert differing(params, alone(worlds, attached, kind)) == []
 
 
 # --- layout= --------------------------------------------------------------------------------------------------------
 
 
 def hand_cut(dim: int) -> dict[str, Tensor]:
-    """A matrix whose rows (or columns) three ranks hold as plain tensors, of unequal lengths; beside it experts that no mesh tells of."""
+    """A matrix whose rows (or columns) three ranks hold as plain tensors, of unequal lengths; beside it experts that no mesh shows."""
     import distwd
 
     whole = whole_model(PARAMS_SEED, BF16)
@@ -189,7 +189,7 @@ def test_pieces_of_a_layout_draw_the_noise_of_the_whole(worlds):
 
 
 def test_columns_in_a_layout_draw_noise_of_their_own(worlds):
-    """A layout tells that pieces follow each other, not that they are columns; the docs say so."""
+    """A layout states that pieces follow each other, not that they are columns; the docs explain it."""
     reference = worlds.run(0, decayed_alone)[0]
     whole = torch.cat([piece["embed.weight"] for piece in worlds.run(3, hand_cut, 1)], dim=1)
     assert not torch.equal(whole, reference["embed.weight"])
@@ -241,7 +241,7 @@ def hidden_experts() -> Tensor:
     return param.detach().full_tensor()
 
 
-def test_experts_that_no_mesh_tells_of_draw_the_noise_of_the_stack(worlds):
+def test_experts_on_no_mesh_draw_the_noise_of_the_stack(worlds):
     ranks = worlds.run(4, hidden_experts)
     reference = worlds.run(0, decayed_alone)[0]["experts.weight"]
     assert torch.equal(torch.cat(ranks[:2]), reference)
@@ -251,14 +251,14 @@ def test_experts_that_no_mesh_tells_of_draw_the_noise_of_the_stack(worlds):
 # --- what a step may not do -----------------------------------------------------------------------------------------
 
 
-def quiet_steps(layout: str, words: str) -> list[list[str]]:
+def quiet_steps(layout: str, kind: str) -> list[list[str]]:
     """What goes over the wire in each step, which reads nothing on the host."""
     held = layouts.place(layout, whole_model(PARAMS_SEED, BF16))
-    chain = chain_over(held.items(), words)
+    chain = chain_over(held.items(), kind)
     runs.feed(layout, held, 0)
     with wire.Wire() as first:
         chain.step()
-    assert words == "relative" or first.calls == []  # a plan is built where a number of the whole model is needed
+    assert kind == "relative" or first.calls == []  # a plan is built where a number of the whole model is needed
     calls = []
     for step in (1, 2):
         runs.feed(layout, held, step)
@@ -268,8 +268,8 @@ def quiet_steps(layout: str, words: str) -> list[list[str]]:
     return calls
 
 
-@pytest.mark.parametrize(("words", "num_calls"), [("absolute", 0), ("relative", 1)])
+@pytest.mark.parametrize(("kind", "num_calls"), [("absolute", 0), ("relative", 1)])
 @pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp"])
-def test_noise_asks_nobody_and_reads_nothing(worlds, layout, words, num_calls):
-    for calls in worlds.run(LAYOUTS[layout].ranks, quiet_steps, layout, words):
+def test_noise_costs_no_collective_and_reads_nothing(worlds, layout, kind, num_calls):
+    for calls in worlds.run(LAYOUTS[layout].ranks, quiet_steps, layout, kind):
         assert [len(each) for each in calls] == [num_calls] * 2

@@ -58,7 +58,7 @@ def resumed(layout: str, through: str, form: str, load_from: str, num_steps: int
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("through", ["chain", "attach"])
-def test_a_checkpoint_goes_on_elsewhere_with_the_same_noise(worlds, through, form):
+def test_a_checkpoint_resumes_elsewhere_with_the_same_noise(worlds, through, form):
     with tempfile.TemporaryDirectory() as folder:
         straight = worlds.run(4, straight_on, "fsdp4", through, form, folder)[0]
         for layout in ("fsdp2", "fsdp_tp"):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import distwd
+from tests.chains import transforms_of
 from tests.one_process import assert_close, expected, grouped, parameters, train
 from tests.oracle import AdamPart, Decay, LrPart, SgdPart, direction
 from tests.runs import grads_of
-from tests.sentences import transforms_of
 
 ORDS = [1, 1.5, 2, 2.5, 3, 4]
 TARGETS = ["update", "grad", "params_direct", "closure"]
@@ -82,7 +82,7 @@ def test_direct_decay_is_seen_by_what_comes_later(ord):
     assert_close(train(distwd.Chain(params.items(), *transforms_of(parts)), params), expected(parts, groups=[]))
 
 
-def test_a_pull_is_of_the_parameter_as_it_was_at_its_place():
+def test_a_term_is_of_the_parameter_as_it_was_at_its_place():
     """The pending decay of the update must not see a direct decay that comes later."""
     parts = [ADAM, Decay(0.5), Decay(0.5, target="params_direct"), LR, Decay(0.5), Decay(0.25, target="params_direct")]
     params = parameters()
@@ -198,8 +198,8 @@ def test_groups_whose_lr_is_1_have_the_sign_of_the_others(metric):
     for name, param in params.items():
         param.grad = grads[name].clone()
     groups = [{"params": [(name, param)], "lr": lrs[name]} for name, param in params.items()]
-    words = distwd.Wrap(torch.optim.SGD), distwd.LR(0.5), distwd.RelativeWeightDecay(0.1, metric=metric)
-    chain = distwd.Chain(groups, *words)
+    transforms = distwd.Wrap(torch.optim.SGD), distwd.LR(0.5), distwd.RelativeWeightDecay(0.1, metric=metric)
+    chain = distwd.Chain(groups, *transforms)
     chain.step()
     update = torch.cat([grads[name].double() * lrs[name] for name in grads])
     expected = {"sum": update.sum(), "std": update.std(), "var": update.var()}[metric].item()
@@ -207,12 +207,14 @@ def test_groups_whose_lr_is_1_have_the_sign_of_the_others(metric):
 
 
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
-@pytest.mark.parametrize("host", [None, {"foreach": False}, {"foreach": True}], ids=["no host", "single", "foreach"])
-def test_cautious_decay_behind_a_learning_rate_of_0_decays_nothing(lr, host):
+@pytest.mark.parametrize(
+    "settings", [None, {"foreach": False}, {"foreach": True}], ids=["no optimizer", "single", "foreach"]
+)
+def test_cautious_decay_behind_a_learning_rate_of_0_decays_nothing(lr, settings):
     w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     w.grad = torch.tensor([1.0, -1.0])
-    hosts = [] if host is None else [distwd.Wrap(torch.optim.SGD, **host)]
-    chain = distwd.Chain([w], *hosts, distwd.LR(lr), distwd.CautiousWeightDecay(0.1))
+    inner = [] if settings is None else [distwd.Wrap(torch.optim.SGD, **settings)]
+    chain = distwd.Chain([w], *inner, distwd.LR(lr), distwd.CautiousWeightDecay(0.1))
     chain.step()
     assert w.tolist() == [1.0, -2.0]
     chain.param_groups[0]["lr"] = torch.tensor(0.5) if isinstance(lr, torch.Tensor) else 0.5

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import distwd
+from tests.chains import transforms_of
 from tests.one_process import GROUPS, assert_close, expected, grouped, parameters, train
 from tests.oracle import AdamPart, Decay, LrPart, Oracle
 from tests.runs import grads_of
-from tests.sentences import transforms_of
 from tests.test_rules import RULES
 
 ADAM, LR = AdamPart(), LrPart(0.01)
@@ -38,7 +38,7 @@ def test_every_setting_is_honoured_per_group(key):
 
 @pytest.mark.parametrize("key", WHOLE_CHAIN)
 def test_no_setting_in_a_group_is_silently_ignored(key):
-    """Honoured, or refused by name; a group that says `scope` must not be decayed by another scope."""
+    """Honoured, or refused by name; a group that sets `scope` must not be decayed by another scope."""
     settings = [{key: value} for value in WHOLE_CHAIN[key]]
     parts = [ADAM, Decay(0.1, metric="mad", by_name=by_name(settings)), LR]
     params = parameters()

@@ -44,7 +44,7 @@ CHAINED = {
 @pytest.mark.parametrize(("form", "power"), [("corrected", 2), ("independent", 1)])
 @pytest.mark.parametrize("schedule", CHAINED)
 @pytest.mark.parametrize("kind", ["plain", "chain", "attached"])
-def test_decay_follows_a_chained_schedule_with_the_peak_of_each_group(kind, schedule, form, power, given):
+def test_decay_is_scheduled_by_a_chained_lr_with_the_peak_of_each_group(kind, schedule, form, power, given):
     """With gradients of 0 every step is p·(1 − (η²/η_max)·λ), or η/η_max."""
     optimizer, key = made(kind)
     rates = CHAINED[schedule](optimizer)

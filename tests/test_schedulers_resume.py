@@ -37,10 +37,10 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "corrected": CorrectedWeightDecay,
     "independent": lambda o: CorrectedWeightDecay(o, form="independent"),
 }
-HOSTS = ("adamw", "chain", "attached", "tensor")
+KINDS = ("adamw", "chain", "attached", "tensor")
 
 
-def job(host: str, schedule: str) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer, Any, Any]:
+def job(kind: str, schedule: str) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer, Any, Any]:
     """A model, its optimizer and both schedulers, as a script makes them at its start."""
     ranks = dist.get_world_size() if dist.is_initialized() else 0
     held = place("fsdp2" if ranks else "single", whole_model(MODEL_SEED))
@@ -49,14 +49,14 @@ def job(host: str, schedule: str) -> tuple[dict[str, nn.Parameter], torch.optim.
         {"params": [pair for pair in named if pair[1].ndim >= 2]},
         {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
     ]
-    if host == "chain":
+    if kind == "chain":
         optimizer: torch.optim.Optimizer = Chain(groups, Adam(), WeightDecay(0.5), LR(0.125))
-    elif host == "attached":
+    elif kind == "attached":
         groups[1] = {"params": groups[1]["params"], "distwd_weight_decay": 0.0}
         optimizer = torch.optim.AdamW(groups, lr=0.125, weight_decay=0.0)
         attach(optimizer, WeightDecay(0.5))
     else:
-        optimizer = torch.optim.AdamW(groups, lr=0.125, weight_decay=torch.tensor(0.5) if host == "tensor" else 0.5)
+        optimizer = torch.optim.AdamW(groups, lr=0.125, weight_decay=torch.tensor(0.5) if kind == "tensor" else 0.5)
     lr = lr_scheduler.LambdaLR(optimizer, lambda t: (0.5, 1.0, 0.75, 0.5, 0.25, 0.125)[t % 6])
     return held, optimizer, lr, SCHEDULES[schedule](optimizer)
 
@@ -79,13 +79,13 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def interrupted(host: str, schedule: str, order: str) -> dict[str, torch.Tensor]:
+def interrupted(kind: str, schedule: str, order: str) -> dict[str, torch.Tensor]:
     """Three steps, a checkpoint, a new process, three more steps. order: what is loaded, one after the other."""
-    first = job(host, schedule)
+    first = job(kind, schedule)
     train(*first, range(3))
     params = {name: param.detach().clone() for name, param in first[0].items()}
     saved = dict(zip("ols", (through_a_file(part.state_dict()) for part in first[1:]), strict=True))
-    held, optimizer, lr, decay = job(host, schedule)
+    held, optimizer, lr, decay = job(kind, schedule)
     with torch.no_grad():
         for name, param in held.items():
             param.copy_(params[name])
@@ -95,15 +95,15 @@ def interrupted(host: str, schedule: str, order: str) -> dict[str, torch.Tensor]
     return {name: param.detach() for name, param in held.items()}
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_resumed_run_goes_on_bit_for_bit(host, schedule):
-    whole = job(host, schedule)
+def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(kind, schedule):
+    whole = job(kind, schedule)
     train(*whole, range(6))
     for order in ("ols", "slo", "los"):
-        resumed = interrupted(host, schedule, order)
+        resumed = interrupted(kind, schedule, order)
         assert all(torch.equal(param, resumed[name]) for name, param in whole[0].items()), order
-    forgotten = interrupted(host, schedule, "ol")
+    forgotten = interrupted(kind, schedule, "ol")
     assert not torch.equal(forgotten["up.weight"], whole[0]["up.weight"])  # non-vacuity
 
 
@@ -122,7 +122,7 @@ def test_the_first_step_after_a_resume_has_its_decay(schedule):
     late = SCHEDULES[schedule](plain)
     late.load_state_dict(saved[2])
     assert late.get_last_wd() == expected
-    if schedule in ("lambda", "linear", "cosine"):  # or only tell it where it is
+    if schedule in ("lambda", "linear", "cosine"):  # or only give it the last epoch
         plain.load_state_dict(saved[0])
         makes = {
             "lambda": lambda: LambdaWeightDecay(plain, falling, 2),
@@ -146,9 +146,9 @@ def test_the_peak_of_the_learning_rate_is_remembered():
     assert resumed.get_last_wd() == [0.125, 0.0, 0.5]
 
 
-def checkpointed(host: str, schedule: str, flatten: bool) -> tuple:
+def checkpointed(kind: str, schedule: str, flatten: bool) -> tuple:
     """On ranks: the uninterrupted run, and one that goes through torch.distributed.checkpoint's state dicts."""
-    whole = job(host, schedule)
+    whole = job(kind, schedule)
     model = nn.ModuleDict()  # what the state-dict functions want: something that has these parameters by these names
     for name, param in whole[0].items():
         _child(model, name.split(".")[0]).register_parameter(name.split(".")[1], param)
@@ -159,7 +159,7 @@ def checkpointed(host: str, schedule: str, flatten: bool) -> tuple:
     params = {name: param.detach().clone() for name, param in whole[0].items()}
     others = [part.state_dict() for part in whole[2:]]
     train(*whole, range(3, 6))
-    held, optimizer, lr, decay = job(host, schedule)
+    held, optimizer, lr, decay = job(kind, schedule)
     for name, param in held.items():
         _child(model, name.split(".")[0]).register_parameter(name.split(".")[1], param)
         param.detach().copy_(params[name])
@@ -177,9 +177,9 @@ def _child(model: nn.ModuleDict, name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize(("host", "schedule"), [("chain", "cosine"), ("adamw", "corrected"), ("attached", "linear")])
-def test_sharded_checkpoints_keep_the_schedule(worlds, host, schedule, flatten):
-    for whole, resumed, values in worlds.run(2, checkpointed, host, schedule, flatten):
+@pytest.mark.parametrize(("kind", "schedule"), [("chain", "cosine"), ("adamw", "corrected"), ("attached", "linear")])
+def test_sharded_checkpoints_keep_the_schedule(worlds, kind, schedule, flatten):
+    for whole, resumed, values in worlds.run(2, checkpointed, kind, schedule, flatten):
         assert all(torch.equal(param, resumed[name]) for name, param in whole.items())
         assert values[0] not in (0.0, 0.5)
         assert values[1] == 0.0

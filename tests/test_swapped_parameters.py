@@ -1,4 +1,4 @@
-"""Others put new tensors in the places of the parameters: accelerate's `prepare` does, between construction and the first step."""
+"""Parameters that others replace by new tensors, as accelerate's `prepare` does between construction and the first step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RULE = RelativeWeightDecay(0.1)
 
 
 def swap(optimizer: torch.optim.Optimizer, new: dict[str, torch.nn.Parameter]) -> None:
-    """As accelerate does it: the state dict is loaded back (which replaces the groups), then come stand-ins, then the shards."""
+    """As accelerate does it: the state dict is loaded back (which replaces the groups), then come placeholder tensors, then the shards."""
     optimizer.load_state_dict(optimizer.state_dict())
     (group,) = optimizer.param_groups
     for place in range(len(group["params"])):
@@ -31,12 +31,12 @@ def train(optimizer: torch.optim.Optimizer, params: dict, steps=range(2)) -> dic
     return {name: param.detach().clone() for name, param in params.items()}
 
 
-def chain_of(params: dict, *words) -> Chain:
-    return Chain(params.items(), *(words or (Adam(), RULE, LR(0.01))))
+def chain_of(params: dict, *transforms) -> Chain:
+    return Chain(params.items(), *(transforms or (Adam(), RULE, LR(0.01))))
 
 
 @pytest.mark.parametrize("stepped", [False, True])
-def test_a_chain_goes_on_with_new_tensors_and_forgets_the_old(stepped):
+def test_a_chain_steps_new_tensors_and_forgets_the_old(stepped):
     old, new, straight = fp32_parameters(), fp32_parameters(), fp32_parameters()
     chain = chain_of(old)
     if stepped:
@@ -102,7 +102,7 @@ Unborn.__module__ = "elsewhere"
 
 
 def test_a_state_dict_that_brings_nothing_is_not_a_step():
-    """accelerate loads what it has just saved; the hidden step of a checkpoint must still be told from a step."""
+    """accelerate loads what it has just saved; the hidden step of a checkpoint must still be recognised."""
     params = fp32_parameters()
     chain = chain_of(params, Wrap(Unborn, momentum=0.9), LR(0.1), WeightDecay(0.1))
     chain.load_state_dict(chain.state_dict())
@@ -125,7 +125,7 @@ def test_attached_decay_keeps_the_names_of_the_places(built_with):
     assert str(attachments[0].plan) == str(attachments[1].plan)
 
 
-def test_a_parameter_that_is_gone_lends_its_name_to_nobody():
+def test_the_name_of_a_parameter_that_is_gone_is_not_used_again():
     """Objects come to lie where others were; an `id` alone would give a new parameter an old one's name."""
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
     optimizer = torch.optim.AdamW(params, lr=0.01, weight_decay=0)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests import threads
-from tests.ways import Case, Seen, Way, check, look
+from tests.mesh_cases import Case, Seen, TensorPlacement, check, look
 
 SHAPES = [(), (1,), (0,), (5,), (8,), (16,), (23,), (3, 2), (7, 3), (8, 8), (0, 3), (1, 9), (2, 3, 4), (9, 5, 2)]
 MESHES = [
@@ -25,21 +25,21 @@ MESHES = [
 ]
 
 
-def ways_on(sizes: tuple[int, ...]) -> Iterator[Way]:
+def ways_on(sizes: tuple[int, ...]) -> Iterator[TensorPlacement]:
     """Every placement on every choice of axes; FSDP2 over TP; strided cuts; plain pieces; stages of a pipeline."""
     axes = range(len(sizes))
     for some in itertools.chain.from_iterable(itertools.combinations(axes, k) for k in range(len(sizes) + 1)):
         for placements in itertools.product((Replicate(), Shard(0), Shard(1)), repeat=len(some)):
-            yield Way(some, placements)
+            yield TensorPlacement(some, placements)
     for outer, inner in itertools.combinations(axes, 2):
-        yield Way((outer, inner), (_StridedShard(0, split_factor=sizes[inner]), Shard(0)))
-        yield from (Way((inner,), (Shard(dim),), fsdp=outer) for dim in (0, 1))
+        yield TensorPlacement((outer, inner), (_StridedShard(0, split_factor=sizes[inner]), Shard(0)))
+        yield from (TensorPlacement((inner,), (Shard(dim),), fsdp=outer) for dim in (0, 1))
     for axis in axes:
-        yield Way((), (), fsdp=axis)
-        yield from (Way((axis,), shares=shares(sizes[axis], first)) for first in (1.0, 0.0))
+        yield TensorPlacement((), (), fsdp=axis)
+        yield from (TensorPlacement((axis,), shares=shares(sizes[axis], first)) for first in (1.0, 0.0))
         rest = tuple(other for other in axes if other != axis)
         for index in {0, sizes[axis] - 1}:
-            yield Way(rest, (Shard(0),) * len(rest), stage=(axis, index))
+            yield TensorPlacement(rest, (Shard(0),) * len(rest), stage=(axis, index))
 
 
 def shares(ranks: int, first: float) -> tuple[float, ...]:
@@ -76,8 +76,12 @@ def same(one: Seen, other: Seen) -> bool:
     return bits and one.params.keys() == other.params.keys() and mine == its
 
 
-# FSDP2 over uneven pieces of tensor parallelism: its last rank has nothing where the placements, as they are written, say it has.
-UNEVEN = Case(tuple(range(6)), (3, 2), ((Way((1,), (Shard(0),), fsdp=0), (7, 2)), (Way((0,), (Shard(0),)), (5,))))
+# FSDP2 over uneven pieces of tensor parallelism: its last rank has nothing where it has something by the placements as they are written.
+UNEVEN = Case(
+    tuple(range(6)),
+    (3, 2),
+    ((TensorPlacement((1,), (Shard(0),), fsdp=0), (7, 2)), (TensorPlacement((0,), (Shard(0),)), (5,))),
+)
 
 
 @pytest.mark.parametrize("case", [cases_on((2, 2))[0], UNEVEN], ids=["2x2", "uneven FSDP2 over TP"])

@@ -1,4 +1,4 @@
-"""torchzero is where these rules come from; where its code is right, a chain of distwd is the same sentence."""
+"""torchzero is where these rules come from; where its code is right, a chain of distwd equals it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ METRICS = ["mad", "std", "var", "sum", "l1", "l2", "l3", "l4", "linf"]
 EPS = 1e-20  # its Adam adds eps before the bias correction, torch's after: both as good as none
 
 
-def train(host, params: dict, num_steps: int = 4) -> None:
+def train(optimizer, params: dict, num_steps: int = 4) -> None:
     for step in range(num_steps):
         grads = grads_of(step, torch.float64)
         for name, param in params.items():
             param.grad = grads[name]
-        host.step()
+        optimizer.step()
 
 
-def assert_same_sentence(ours: list, theirs: list) -> None:
+def assert_same_chain(ours: list, theirs: list) -> None:
     """`ours` and `theirs`: transforms of distwd and modules of torchzero, in the same order."""
     mine, other = ({n: torch.nn.Parameter(v) for n, v in whole_model(7, torch.float64).items()} for _ in range(2))
     train(distwd.Chain(mine.items(), *ours), mine)
@@ -53,14 +53,14 @@ def both_around(place: str, ours, theirs) -> tuple[list, list]:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("ord", [1, 2, 4])
 def test_weight_decay(place, ord):
-    assert_same_sentence(*both_around(place, distwd.WeightDecay(0.03, ord), tz.m.WeightDecay(0.03, ord)))
+    assert_same_chain(*both_around(place, distwd.WeightDecay(0.03, ord), tz.m.WeightDecay(0.03, ord)))
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("ord", [1, 2, 4])
 def test_cautious_weight_decay(place, ord):
     ours, theirs = distwd.CautiousWeightDecay(0.03, ord), tz.m.CautiousWeightDecay(0.03, ord)
-    assert_same_sentence(*both_around(place, ours, theirs))
+    assert_same_chain(*both_around(place, ours, theirs))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -69,19 +69,19 @@ def test_cautious_weight_decay(place, ord):
 def test_relative_weight_decay(place, metric, norm_input):
     settings = {"norm_input": norm_input, "metric": metric}
     ours, theirs = distwd.RelativeWeightDecay(1e-3, **settings), tz.m.RelativeWeightDecay(1e-3, **settings)
-    assert_same_sentence(*both_around(place, ours, theirs))
+    assert_same_chain(*both_around(place, ours, theirs))
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_cautious_relative_weight_decay(place):
     ours, theirs = distwd.RelativeWeightDecay(0.1, cautious=True), tz.m.RelativeWeightDecay(0.1, cautious=True)
-    assert_same_sentence(*both_around(place, ours, theirs))
+    assert_same_chain(*both_around(place, ours, theirs))
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("ord", [1, 2])
 def test_direct_weight_decay(place, ord):
-    assert_same_sentence(*both_around(place, distwd.DirectWeightDecay(0.03, ord), tz.m.DirectWeightDecay(0.03, ord)))
+    assert_same_chain(*both_around(place, distwd.DirectWeightDecay(0.03, ord), tz.m.DirectWeightDecay(0.03, ord)))
 
 
 @pytest.mark.parametrize("ord", [1, 2, 4])

@@ -90,14 +90,16 @@ def test_a_relative_step_takes_one_collective(uninterrupted: Path) -> None:
     assert [line["collectives"] for line in read_log(uninterrupted)] == [1, 1, 1, 1]
 
 
-def test_resume_goes_on_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None:
+def test_resume_has_the_bits_of_the_uninterrupted_run(uninterrupted: Path, tmp_path: Path) -> None:
     # What a run leaves that was killed in its third step: the checkpoint of step 2, and a log that is ahead of it.
     shutil.copytree(uninterrupted / "saved" / "step-00000002", tmp_path / "saved" / "step-00000002")
     lines = (uninterrupted / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "log.jsonl").write_text("".join(lines[:3]))
     output = train(tmp_path, "--checkpoint", tmp_path / "saved", "--resume", "--check", ranks=2)
     assert "resumed from" in output
-    assert [told(line) for line in read_log(tmp_path)] == [told(line) for line in read_log(uninterrupted)]
+    assert [without_times(line) for line in read_log(tmp_path)] == [
+        without_times(line) for line in read_log(uninterrupted)
+    ]
     assert_same(load_checkpoint(tmp_path / "saved", tmp_path), load_checkpoint(uninterrupted / "saved", tmp_path))
 
 
@@ -134,12 +136,14 @@ def test_a_job_with_a_killed_rank_restarts_and_ends_at_the_same_bits(
     assert (tmp_path / "died").exists()
     # What was being written when the rank died may be lost.
     assert re.search("resumed from .*step-0000000[12]" if saving[-1] == "--async-save" else "resumed.*2", output)
-    assert [told(line) for line in read_log(tmp_path)] == [told(line) for line in read_log(uninterrupted)]
+    assert [without_times(line) for line in read_log(tmp_path)] == [
+        without_times(line) for line in read_log(uninterrupted)
+    ]
     assert_same(load_checkpoint(tmp_path / "saved", tmp_path), load_checkpoint(uninterrupted / "saved", tmp_path))
 
 
-def told(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the log without what a clock says."""
+def without_times(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log without its times."""
     return {key: value for key, value in line.items() if key != "tokens_per_s"}
 
 
@@ -211,7 +215,7 @@ def test_the_check_sees_a_single_wrong_bit() -> None:
     assert replica.difference(torch.tensor([0.0]), torch.tensor([-0.0])) == (1, 0.0)
 
 
-def test_data_goes_on_where_it_stopped() -> None:
+def test_data_resumes_where_it_stopped() -> None:
     text = load_launch("text")
     whole = text.Sequences(bytes(range(200)), context=8, seed=1)
     drawn = whole.draw(60)  # more than two epochs

@@ -1,4 +1,4 @@
-"""What a user is told of decay that rounds away: a warning where it is certain, a share where it is measured."""
+"""Decay that rounds away: a warning where it is certain, a share where it is measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SGD = distwd.Wrap(torch.optim.SGD)
 # --- the share ------------------------------------------------------------------------------------------------------
 
 # λ times a factor, which is 1, or 0 for the same step without decay.
-SENTENCES = {
+CHAINS = {
     "after lr": lambda on: [distwd.Adam(), distwd.LR(1e-3), distwd.WeightDecay(on * 3e-3)],
     "sgd": lambda on: [SGD, distwd.WeightDecay(on * 0.1), distwd.LR(0.01)],
     "cautious": lambda on: [distwd.Adam(), distwd.CautiousWeightDecay(on * 3.0, 1), distwd.LR(1e-3)],
@@ -51,69 +51,72 @@ def shares(with_decay: dict, without: dict) -> list[float]:
     return [one.double().mean().item() for one in same]
 
 
-def chain_step(words: str, on: float, dtype: torch.dtype, **kwargs) -> tuple[dict, dict]:
+def chain_step(chain_name: str, on: float, dtype: torch.dtype, **kwargs) -> tuple[dict, dict]:
     params, groups = halves(dtype)
-    chain = distwd.Chain(groups, *SENTENCES[words](on), track_unchanged=True, **kwargs)
+    chain = distwd.Chain(groups, *CHAINS[chain_name](on), track_unchanged=True, **kwargs)
     chain.step()
     return {name: param.detach() for name, param in params.items()}, chain.stats()
 
 
-def attached_step(words: str, on: float, dtype: torch.dtype, **kwargs) -> tuple[dict, dict]:
+def attached_step(chain_name: str, on: float, dtype: torch.dtype, **kwargs) -> tuple[dict, dict]:
     params, groups = halves(dtype)
-    (cls, settings), rules = ATTACHED[words]
-    host = cls(groups, lr=0.01, **settings)
-    attachment = distwd.attach(host, *rules(on), track_unchanged=True, **kwargs)
-    host.step()
+    (cls, settings), rules = ATTACHED[chain_name]
+    optimizer = cls(groups, lr=0.01, **settings)
+    attachment = distwd.attach(optimizer, *rules(on), track_unchanged=True, **kwargs)
+    optimizer.step()
     return {name: param.detach() for name, param in params.items()}, attachment.stats()
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("step", "words"), [(chain_step, words) for words in SENTENCES] + [(attached_step, words) for words in ATTACHED]
+    ("step", "chain_name"),
+    [(chain_step, chain_name) for chain_name in CHAINS] + [(attached_step, chain_name) for chain_name in ATTACHED],
 )
-def test_the_share_is_of_what_would_be_the_same_without_decay(step, words, dtype, rounding):
-    after, stats = step(words, 1.0, dtype, rounding=rounding)
-    without, _ = step(words, 0.0, dtype, rounding=rounding)
-    told = [stats["unchanged_here"][group].item() for group in (0, 1)]
-    assert told == pytest.approx(shares(after, without), abs=1e-6)
-    assert min(told) < 1
+def test_the_share_is_of_what_would_be_the_same_without_decay(step, chain_name, dtype, rounding):
+    after, stats = step(chain_name, 1.0, dtype, rounding=rounding)
+    without, _ = step(chain_name, 0.0, dtype, rounding=rounding)
+    measured = [stats["unchanged_here"][group].item() for group in (0, 1)]
+    assert measured == pytest.approx(shares(after, without), abs=1e-6)
+    assert min(measured) < 1
 
 
 def test_some_shares_are_neither_all_nor_nothing():
-    told = [chain_step(words, 1.0, BF16)[1]["unchanged_here"][0].item() for words in SENTENCES]
-    assert sum(0.05 < share < 0.95 for share in told) > len(told) / 2
+    measured = [chain_step(chain_name, 1.0, BF16)[1]["unchanged_here"][0].item() for chain_name in CHAINS]
+    assert sum(0.05 < share < 0.95 for share in measured) > len(measured) / 2
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 @pytest.mark.parametrize("through", ["chain", "attach"])
-def test_a_decay_that_the_host_does_itself_counts_as_written_alone(through, fused):
+def test_a_decay_that_the_optimizer_does_itself_counts_as_written_alone(through, fused):
     """As torch's kernels but the fused ones do write it."""
     params, groups = halves(BF16)
     before = {name: param.detach().clone() for name, param in params.items()}
     if through == "chain":
         rules = distwd.Adam(fused=fused), distwd.WeightDecay(0.3), distwd.LR(0.01)
-        optimizer = told = distwd.Chain(groups, *rules, track_unchanged=True)
+        optimizer = with_stats = distwd.Chain(groups, *rules, track_unchanged=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0, fused=fused)
-        told = distwd.attach(optimizer, distwd.WeightDecay(0.3), track_unchanged=True)
+        with_stats = distwd.attach(optimizer, distwd.WeightDecay(0.3), track_unchanged=True)
     optimizer.step()
     expected = shares(before, {name: (p.float() * (1 - 0.003)).to(BF16) for name, p in before.items()})
-    assert [share.item() for share in told.stats()["unchanged_here"].values()] == pytest.approx(expected, abs=1e-6)
+    assert [share.item() for share in with_stats.stats()["unchanged_here"].values()] == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_nothing_is_counted_unless_asked():
     _, groups = halves(BF16)
-    chain = distwd.Chain(groups, *SENTENCES["sgd"](1.0))
+    chain = distwd.Chain(groups, *CHAINS["sgd"](1.0))
     chain.step()
     assert chain.stats() == {}
-    assert distwd.Chain(groups, *SENTENCES["sgd"](1.0), track_unchanged=True).stats() == {"unchanged_here": {}}
+    assert distwd.Chain(groups, *CHAINS["sgd"](1.0), track_unchanged=True).stats() == {"unchanged_here": {}}
 
 
-def tracked(layout: str, words: str) -> tuple[float, int, list[str]]:
+def tracked(layout: str, chain_name: str) -> tuple[float, int, list[str]]:
     """The share of what this rank holds, how much that is, and what went over the wire in a step that reads nothing."""
     held = layouts.place(layout, whole_model(PARAMS_SEED, BF16))
-    chain = distwd.Chain(held.items(), *SENTENCES[words](1.0), track_unchanged=True)
+    chain = distwd.Chain(held.items(), *CHAINS[chain_name](1.0), track_unchanged=True)
     runs.feed(layout, held, 0)
     chain.step()
     first = chain.stats()["unchanged_here"]
@@ -124,10 +127,10 @@ def tracked(layout: str, words: str) -> tuple[float, int, list[str]]:
     return share, sum(layouts.local_of(param).numel() for param in held.values()), seen.calls
 
 
-@pytest.mark.parametrize(("words", "num_calls"), [("sgd", 0), ("relative", 1)])
-def test_the_share_of_a_rank_is_of_its_own_elements(worlds, words, num_calls):
-    ((whole, total, _),) = worlds.run(0, tracked, "single", words)
-    ranks = worlds.run(LAYOUTS["fsdp3"].ranks, tracked, "fsdp3", words)
+@pytest.mark.parametrize(("chain_name", "num_calls"), [("sgd", 0), ("relative", 1)])
+def test_the_share_of_a_rank_is_of_its_own_elements(worlds, chain_name, num_calls):
+    ((whole, total, _),) = worlds.run(0, tracked, "single", chain_name)
+    ranks = worlds.run(LAYOUTS["fsdp3"].ranks, tracked, "fsdp3", chain_name)
     assert sum(size for _, size, _ in ranks) == total == NUM_ELEMENTS
     assert sum(share * size for share, size, _ in ranks) / total == pytest.approx(whole, abs=1e-6)
     assert [len(calls) for *_, calls in ranks] == [num_calls] * 3
@@ -146,8 +149,8 @@ def chained(*transforms, dtype: torch.dtype = BF16, **kwargs):
     return distwd.Chain([parameter(dtype)], *transforms, **kwargs)
 
 
-def attached(*rules, dtype: torch.dtype = BF16, host=torch.optim.AdamW, **kwargs):
-    optimizer = host([parameter(dtype)], lr=1e-3, weight_decay=0)
+def attached(*rules, dtype: torch.dtype = BF16, cls=torch.optim.AdamW, **kwargs):
+    optimizer = cls([parameter(dtype)], lr=1e-3, weight_decay=0)
     distwd.attach(optimizer, *rules, **kwargs)
     return optimizer
 
@@ -175,7 +178,7 @@ KEPT = {
     "relative": lambda: chained(SGD, distwd.RelativeWeightDecay(0.1), LR),
     "of another order": lambda: chained(SGD, distwd.WeightDecay(0.1, 1), LR),
     "coupled": lambda: chained(DECAY, SGD, LR),
-    "coupled, attached": lambda: attached(DECAY, host=torch.optim.Adam, coupling="gradient"),
+    "coupled, attached": lambda: attached(DECAY, cls=torch.optim.Adam, coupling="gradient"),
     "fp16": lambda: chained(SGD, distwd.WeightDecay(0.25), LR, dtype=FP16),
 }
 
@@ -183,9 +186,9 @@ KEPT = {
 @pytest.mark.parametrize("name", LOST)
 def test_a_decay_that_rounds_away_is_a_warning_once(name):
     optimizer = LOST[name]()
-    with pytest.warns(UserWarning, match=r"param_groups\[0\].*float16 parameter.*rounding='stochastic'") as told:
+    with pytest.warns(UserWarning, match=r"param_groups\[0\].*float16 parameter.*rounding='stochastic'") as caught:
         optimizer.step()
-    assert [warning.filename for warning in told] == [__file__]
+    assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()

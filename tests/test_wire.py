@@ -1,4 +1,4 @@
-"""The counters count: raw collectives, DTensor's own, and reads by distwd but not by hosts."""
+"""The counters count: raw collectives, DTensor's own, and reads by distwd but not by torch's optimizers."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_a_read_by_distwd_is_caught(monkeypatch, read):
         read(torch.tensor(1))
 
 
-def test_a_read_by_a_host_is_let_pass():
+def test_a_read_by_torchs_optimizer_is_let_pass():
     param = torch.ones(3, requires_grad=True)
     param.grad = torch.ones(3)
-    host = torch.optim.Adam([param])
+    optimizer = torch.optim.Adam([param])
     with wire.no_host_sync():
-        host.step()
+        optimizer.step()
         assert torch.tensor(1.0).item() == 1
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from distwd.sharding.world import World, _device
 from tests import layouts, runs
+from tests.chains import CHAINS, transforms_of
 from tests.layouts import whole_model
 from tests.runs import alone, differing
-from tests.sentences import SENTENCES, transforms_of
 
 
 def world(*serves: str, device: str) -> World:
@@ -31,11 +31,11 @@ def test_a_tensor_goes_to_a_device_that_the_group_serves():
     assert world("meta", device="meta").sendable(torch.ones(3)).device.type == "meta"
 
 
-def test_a_group_that_serves_the_cpu_is_spoken_to_from_there():
+def test_a_group_that_serves_the_cpu_reduces_there():
     assert _device(("cuda", "cpu")) == torch.device("cpu")
 
 
-def test_a_group_that_serves_cards_only_is_spoken_to_from_this_processs_card():
+def test_a_group_that_serves_cards_only_reduces_on_this_processs_card():
     with mock.patch.object(torch.cuda, "current_device", return_value=3):
         assert _device(("cuda",)) == torch.device("cuda", 3)
 
@@ -46,7 +46,7 @@ class Sent(Tensor):
 
 @contextmanager
 def another_device() -> Iterator[list[bool]]:
-    """Nothing is where the group serves it: each tensor must be brought, and what comes back be fetched. Says what was sent."""
+    """Nothing is where the group serves it: each tensor must be brought, and what comes back be fetched. Returns what was sent."""
     sent: list[bool] = []
 
     def checked(collective):
@@ -67,11 +67,11 @@ def another_device() -> Iterator[list[bool]]:
         yield sent
 
 
-def trained_elsewhere(sentence: str) -> tuple[dict, list[bool]]:
+def trained_elsewhere(chain_name: str) -> tuple[dict, list[bool]]:
     import distwd
 
     held = layouts.place("fsdp_tp", whole_model(runs.PARAMS_SEED))
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES[sentence].parts))
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS[chain_name].parts))
     with another_device() as sent:
         for step in range(3):
             runs.feed("fsdp_tp", held, step)
@@ -81,8 +81,8 @@ def trained_elsewhere(sentence: str) -> tuple[dict, list[bool]]:
 
 def test_shards_where_the_group_does_not_serve_decay_alike(worlds):
     """As under CPU offload with NCCL alone: sums and extrema travel, the shards do not."""
-    for sentence in ("mad_of_update", "linf_of_params"):
-        for params, sent in worlds.run(4, trained_elsewhere, sentence):
-            assert differing(params, alone(worlds, sentence).params) == []
+    for chain_name in ("mad_of_update", "linf_of_params"):
+        for params, sent in worlds.run(4, trained_elsewhere, chain_name):
+            assert differing(params, alone(worlds, chain_name).params) == []
             assert all(sent)
             assert len(sent) >= 5  # two for the plan, and one a step

@@ -1,4 +1,4 @@
-"""Any torch optimizer as a transform: `Chain(Wrap(X), LR(lr))` is X, and decay around it means what its place says."""
+"""Any torch optimizer as a transform: `Chain(Wrap(X), LR(lr))` is X, and decay around it means what its place promises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.runs import grads_of
 NUM_STEPS = 4
 LR = 0.01
 
-HOSTS: dict[str, tuple[type, dict]] = {
+OPTIMIZERS: dict[str, tuple[type, dict]] = {
     "SGD": (torch.optim.SGD, {}),
     "SGD momentum": (torch.optim.SGD, {"momentum": 0.9}),
     "SGD nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
@@ -29,7 +29,7 @@ HOSTS: dict[str, tuple[type, dict]] = {
     "ASGD": (torch.optim.ASGD, {}),
 }
 # Where the update is the product of the rate and something that does not depend on it.
-LINEAR = [name for name in HOSTS if name not in ("Rprop", "ASGD", "Adagrad", "NAdam", "SGD momentum")]
+LINEAR = [name for name in OPTIMIZERS if name not in ("Rprop", "ASGD", "Adagrad", "NAdam", "SGD momentum")]
 
 
 def matrices() -> dict[str, torch.nn.Parameter]:
@@ -41,12 +41,12 @@ def parameters() -> dict[str, torch.nn.Parameter]:
     return {name: torch.nn.Parameter(value) for name, value in whole_model(7, torch.float64).items()}
 
 
-def train(host, params: dict, num_steps: int = NUM_STEPS) -> dict[str, torch.Tensor]:
+def train(optimizer, params: dict, num_steps: int = NUM_STEPS) -> dict[str, torch.Tensor]:
     for step in range(num_steps):
         grads = grads_of(step, torch.float64)
         for name, param in params.items():
             param.grad = grads[name]
-        host.step()
+        optimizer.step()
     return {name: param.detach() for name, param in params.items()}
 
 
@@ -57,28 +57,28 @@ def assert_close(ours: dict, theirs: dict, rtol: float = 1e-9) -> None:
 
 def bare(kind: type, params: dict, lr: float, settings: dict) -> torch.optim.Optimizer:
     """The optimizer alone, its own decay off."""
-    host = kind(params.values(), lr=lr, **settings)
-    for group in host.param_groups:
+    optimizer = kind(params.values(), lr=lr, **settings)
+    for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
-    return host
+    return optimizer
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_wrapped_optimizer_is_itself_at_rate_one(name, foreach):
-    kind, settings = HOSTS[name]
+    kind, settings = OPTIMIZERS[name]
     params, reference = parameters(), parameters()
     chain = distwd.Chain(params.items(), distwd.Wrap(kind, foreach=foreach, **settings), distwd.LR(1.0))
-    host = bare(kind, reference, 1.0, settings | {"foreach": foreach})
-    assert_close(train(chain, params), train(host, reference))
-    # What the host itself writes to a gradient (foreach Nesterov does) is its own business; nothing else may.
+    optimizer = bare(kind, reference, 1.0, settings | {"foreach": foreach})
+    assert_close(train(chain, params), train(optimizer, reference))
+    # What the optimizer itself writes to a gradient (foreach Nesterov does) is its own business; nothing else may.
     assert_close({n: p.grad for n, p in params.items()}, {n: p.grad for n, p in reference.items()})
 
 
 @pytest.mark.parametrize("rule", [distwd.WeightDecay, distwd.RelativeWeightDecay, distwd.CautiousWeightDecay])
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_are_left_as_they_were(name, rule):
-    kind, settings = HOSTS[name]
+    kind, settings = OPTIMIZERS[name]
     params = parameters()
     chain = distwd.Chain(params.items(), rule(0.1), distwd.Wrap(kind, **settings), rule(0.1), distwd.LR(1.0), rule(0.1))
     train(chain, params, 1)
@@ -88,31 +88,31 @@ def test_gradients_are_left_as_they_were(name, rule):
 
 @pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW", "RAdam", "Adadelta", "Adamax"])
 def test_the_rate_multiplies_what_was_wrapped(name):
-    kind, settings = HOSTS[name]
+    kind, settings = OPTIMIZERS[name]
     params, reference = parameters(), parameters()
     chain = distwd.Chain(params.items(), distwd.Wrap(kind, **settings), distwd.LR(LR))
-    host = bare(kind, reference, LR, settings)
-    assert_close(train(chain, params), train(host, reference))
+    optimizer = bare(kind, reference, LR, settings)
+    assert_close(train(chain, params), train(optimizer, reference))
 
 
 @pytest.mark.parametrize("name", ["SGD", "SGD momentum", "RMSprop", "Adam", "NAdam", "RAdam", "Adagrad", "Adamax"])
 def test_decay_before_a_wrapped_optimizer_is_its_own_l2(name):
-    kind, settings = HOSTS[name]
+    kind, settings = OPTIMIZERS[name]
     params, reference = parameters(), parameters()
     chain = distwd.Chain(params.items(), distwd.WeightDecay(0.1), distwd.Wrap(kind, **settings), distwd.LR(1.0))
-    host = kind(reference.values(), lr=1.0, weight_decay=0.1, **settings)
-    assert_close(train(chain, params), train(host, reference))
+    optimizer = kind(reference.values(), lr=1.0, weight_decay=0.1, **settings)
+    assert_close(train(chain, params), train(optimizer, reference))
 
 
 def decayed_by_hand(kind: type, settings: dict, params: dict, rate: float, relative: bool) -> dict:
-    """The host steps at rate one; then decay proportional to the parameter before the step, times the metric."""
-    host = bare(kind, params, 1.0, settings)
+    """The optimizer steps at rate one; then decay proportional to the parameter before the step, times the metric."""
+    optimizer = bare(kind, params, 1.0, settings)
     for step in range(NUM_STEPS):
         before = {name: param.detach().clone() for name, param in params.items()}
         grads = grads_of(step, torch.float64)
         for name, param in params.items():
             param.grad = grads[name]
-        host.step()
+        optimizer.step()
         moved = torch.cat([(before[n] - p.detach()).abs().reshape(-1) for n, p in params.items()])
         coefficient = rate * (moved.mean() if relative else 1.0)
         with torch.no_grad():
@@ -122,9 +122,9 @@ def decayed_by_hand(kind: type, settings: dict, params: dict, rate: float, relat
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_after_a_wrapped_optimizer_is_decoupled(name, relative):
-    kind, settings = HOSTS[name]
+    kind, settings = OPTIMIZERS[name]
     params = parameters()
     rule = distwd.RelativeWeightDecay(0.1) if relative else distwd.WeightDecay(0.1)
     chain = distwd.Chain(params.items(), distwd.Wrap(kind, **settings), rule, distwd.LR(1.0))
@@ -145,15 +145,15 @@ def rosenbrock(xy: torch.Tensor) -> torch.Tensor:
     return (1 - xy[0]) ** 2 + 100 * (xy[1] - xy[0] ** 2) ** 2
 
 
-def minimise(host, xy: torch.Tensor, penalty: float) -> torch.Tensor:
+def minimise(optimizer, xy: torch.Tensor, penalty: float) -> torch.Tensor:
     def closure() -> torch.Tensor:
-        host.zero_grad()
+        optimizer.zero_grad()
         loss = rosenbrock(xy) + 0.5 * penalty * xy.square().sum()
         loss.backward()
         return loss
 
     for _ in range(10):
-        host.step(closure)
+        optimizer.step(closure)
     return xy.detach()
 
 
@@ -206,8 +206,8 @@ def test_what_is_no_optimizer_class_is_refused(wrong):
     "mode", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["single", "foreach", "fused"]
 )
 def test_decay_before_a_maximizer_is_its_own_l2(mode):
-    """The update here will be ascended, so the pull towards zero has the other sign."""
+    """The update here will be ascended, so the term towards zero has the other sign."""
     params, reference = parameters(), parameters()
     chain = distwd.Chain(params.items(), distwd.WeightDecay(0.1), distwd.Adam(maximize=True, **mode), distwd.LR(LR))
-    host = torch.optim.Adam(reference.values(), lr=LR, weight_decay=0.1, maximize=True, **mode)
-    assert_close(train(chain, params), train(host, reference))
+    optimizer = torch.optim.Adam(reference.values(), lr=LR, weight_decay=0.1, maximize=True, **mode)
+    assert_close(train(chain, params), train(optimizer, reference))

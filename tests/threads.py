@@ -58,13 +58,16 @@ def _threads_are_ranks() -> Iterator[None]:
     from torch._C._distributed_c10d import _set_thread_isolation_mode
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-    # The threaded group is written in Python: it tells of no device, where a gloo group tells of the CPU, and has no backend
-    # with a timeout of its own, so that a plan has no board (`ErrorStore` in distwd/sharding/world.py).
-    told = {"_device_types": property(lambda group: [torch.device("cpu")]), "_get_backend": lambda group, device: None}
+    # The threaded group is written in Python: it names no device, where a gloo group names the CPU, and has no backend
+    # with a timeout of its own, so that a plan has no error store (distwd/sharding/world.py).
+    attributes = {
+        "_device_types": property(lambda group: [torch.device("cpu")]),
+        "_get_backend": lambda group, device: None,
+    }
     _set_thread_isolation_mode(True)
     threaded._install_threaded_pg()
     try:
-        with mock.patch.multiple(threaded.ProcessLocalGroup, create=True, **told):
+        with mock.patch.multiple(threaded.ProcessLocalGroup, create=True, **attributes):
             yield
     finally:
         threaded._uninstall_threaded_pg()

@@ -1,4 +1,4 @@
-"""What goes over the wire and what waits for the device, seen from underneath distwd."""
+"""Counts collectives and reads of tensors, from below distwd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Wire(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # a DTensor first becomes local work and collectives, and those are what counts
         name = func._schema.name
-        if name.split("::")[0] in COMMUNICATION and not any(word in name for word in NO_TALK):
+        if name.split("::")[0] in COMMUNICATION and not any(part in name for part in NO_TALK):
             self.calls.append(name.split("::")[1])
             self.num_elements += sum(leaf.numel() for leaf in _tensors(args))
         return func(*args, **(kwargs or {}))
@@ -51,11 +51,11 @@ PACKAGE = Path(distwd.__file__).parent.as_posix() + "/"
 
 
 class HostSync(AssertionError):
-    """distwd asked for a number on the host."""
+    """distwd read a tensor on the host."""
 
 
 def asked_by_distwd() -> str | None:
-    """The line of distwd that caused this call, unless torch's own optimizer stands between (hosts may read)."""
+    """The line of distwd that caused this call, unless torch's own optimizer stands between (it may read)."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename.replace("\\", "/")

@@ -23,7 +23,7 @@ from typing import Any
 
 RUN_TIMEOUT = 120.0  # seconds for one call: the machine may be busy, a hang is forever
 WIRE_TIMEOUT = 30.0  # a collective without its partners fails after this, on its own
-STRANDED = 5.0  # once a rank has failed, how long the others may still take to say so too
+STRANDED = 5.0  # once a rank has failed, how long the others may still take to report it too
 
 _PRELOAD = [
     "torch",
@@ -78,9 +78,9 @@ class World:
         if failures or missing:
             self.kill()
             name = getattr(fn, "__name__", repr(fn))
-            told = "".join(f"\n--- rank {rank} raised:\n{text}" for rank, text in sorted(failures.items()))
+            reports = "".join(f"\n--- rank {rank} raised:\n{text}" for rank, text in sorted(failures.items()))
             silent = f"\n--- ranks {missing} never came back" if missing else ""
-            raise (RankError if failures else TimeoutError)(f"{name} on {self.ranks} ranks:{told}{silent}")
+            raise (RankError if failures else TimeoutError)(f"{name} on {self.ranks} ranks:{reports}{silent}")
         return [replies[rank][1] for rank in range(len(self._pipes))]
 
     def _collect(self, timeout: float) -> dict[int, tuple[bool, Any]]:

@@ -1,4 +1,4 @@
-"""The ways of the field to wrap the model, each a function that changes the model in place, or returns its wrapper.
+"""The wrappers of the field, each a function that changes the model in place, or returns its wrapper.
 
 Which rank holds which stage of a pipeline, and the marks that `layout=` needs, are functions beside them.
 Everything runs on the ranks.
@@ -172,15 +172,15 @@ def fsdp1(strategy: str, use_orig_params: bool) -> Callable[[Net], nn.Module]:
 
     def wrap(net: Net) -> nn.Module:
         mesh = {"device_mesh": mesh_of(2, 2, names=("replicate", "shard"))} if "HYBRID" in strategy else {}
-        coat = functools.partial(
+        wrapper = functools.partial(
             FullyShardedDataParallel,
             sharding_strategy=ShardingStrategy[strategy],
             use_orig_params=use_orig_params,
             device_id=torch.device("cpu"),
             **mesh,
         )
-        net.up, net.down = coat(net.up), coat(net.down)
-        return coat(net)
+        net.up, net.down = wrapper(net.up), wrapper(net.down)
+        return wrapper(net)
 
     return wrap
 

@@ -3,27 +3,170 @@
 from __future__ import annotations
 
 import math
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_nonnegative
-from .scheduler import Values, WeightDecayScheduler, check_count, of_group
 
 FORMS = ("corrected", "independent")
+
+_KEY = re.compile(r"(distwd_)?weight_decay(_\d+)?")
+_BASE = "initial_"  # as lr_scheduler's "initial_lr"
+
+
+class WeightDecayScheduler(ABC):
+    """What all schedules share: the group keys they set, the base values, `step`, and the saved state.
+
+    A subclass gives the value at an epoch (`_value`), and names the attributes to save (`_settings`). Every value is computed
+    from the base value, never from the previous one. So no rounding piles up, and a schedule can leave 0 again. A group whose
+    base value is 0 does not decay, and is left alone.
+
+    optimizer: any optimizer with weight decay in its param groups.
+    last_epoch: number of the last step, −1 for none.
+    keys: the group keys to set; None for all that look like a weight decay.
+    Raises TypeError for what is no optimizer, ValueError if no group has a key.
+    """
+
+    _settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int, keys: Sequence[str] | None) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"{type(optimizer).__name__} is not an optimizer: it has no param_groups")
+        self.optimizer = optimizer
+        self.last_epoch = last_epoch
+        self._keys = None if keys is None else tuple(keys)
+        self._bases: list[dict[str, float]] = []  # base values by param group, by key
+        self._last: list[dict[str, Any]] = []  # the values that the last step wrote, likewise
+        for key in self._driven() or ["weight_decay"]:
+            if not any(key in group for group in optimizer.param_groups):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has no group with {key!r}; attach a rule, or name its key"
+                )
+            # In a resumed run the groups hold λ_t. Taken for λ₀ it would be scaled twice.
+            if last_epoch >= 0 and any(key in group and _BASE + key not in group for group in optimizer.param_groups):
+                raise ValueError(
+                    f"param_groups lack {_BASE + key!r}: with last_epoch={last_epoch} the optimizer must be loaded before"
+                )
+        self.step()
+
+    def step(self) -> None:
+        """Write the next value into every group. Call it after `optimizer.step()`, and after the lr schedulers."""
+        # Groups may have been added since the last step, and rules attached: note the base values of what is new.
+        driven = self._driven()
+        for index, group in enumerate(self.optimizer.param_groups):
+            if index == len(self._bases):
+                self._bases.append({})
+            for key in driven:
+                if key in group and key not in self._bases[index]:
+                    # A loaded group holds the value of the step at which it was saved, and the base value beside it.
+                    # float() reads a tensor: once per key, not in every step.
+                    base = float(group.get(_BASE + key, group[key]))
+                    self._bases[index][key] = group[_BASE + key] = base
+
+        epoch = self.last_epoch + 1
+        values: list[dict[str, Any]] = []
+        for index, bases in enumerate(self._bases):
+            values.append({key: self._value(epoch, index, base) for key, base in bases.items() if base})
+        # All values are checked before one is written, so that a refused schedule changes nothing.
+        for index, new in enumerate(values):
+            for key, value in new.items():
+                # A tensor is not checked: that would read it in every step.
+                if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+                    raise ValueError(
+                        f"the schedule gives param_groups[{index}] {key}={value!r}; it must be finite and >= 0"
+                    )
+        self.last_epoch = epoch
+        self._write(values)
+
+    def get_last_wd(self, key: str | None = None) -> list[float | Tensor]:
+        """The weight decay that each group has now.
+
+        key: which of several weight decays; default the first.
+        Returns a number per group; for a 0-d tensor a copy of it; 0 for a group without the key.
+        """
+        key = self._driven()[0] if key is None else key
+        # Tensors are cloned: the next step fills the group's own in place.
+        values = [group.get(key, 0.0) for group in self.optimizer.param_groups]
+        return [value.clone() if isinstance(value, Tensor) else value for value in values]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as plain numbers. Functions are not saved; give them again."""
+        # The last values too: those of a function, or of a learning rate, cannot be computed again on loading.
+        last = [{key: float(value) for key, value in values.items()} for values in self._last]
+        own = {name: getattr(self, name) for name in self._settings}
+        return {"last_epoch": self.last_epoch, "bases": [dict(bases) for bases in self._bases], "last": last, **own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume from a saved state, and write its values into the groups.
+
+        It may be called before or after the optimizer is loaded.
+        state_dict: what `state_dict` returned.
+        Raises ValueError, with nothing changed, for the state of another scheduler or of other groups.
+        """
+        # All checks come before the first assignment, so that a refused state changes nothing.
+        missing = {"last_epoch", "bases", "last", *self._settings} - set(state_dict)
+        if missing:
+            raise ValueError(f"state_dict lacks {sorted(missing)[0]!r}: it is not the state of a {type(self).__name__}")
+        saved, held = len(state_dict["bases"]), len(self.optimizer.param_groups)
+        if saved != held:
+            raise ValueError(f"state_dict is of {saved} param groups, the optimizer has {held}; build the same groups")
+        for name in self._settings:
+            setattr(self, name, state_dict[name])
+        self.last_epoch = state_dict["last_epoch"]
+        self._bases = [dict(bases) for bases in state_dict["bases"]]
+        self._write([dict(values) for values in state_dict["last"]])
+
+    @abstractmethod
+    def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
+        """The weight decay of group `index` at `epoch`, whose base value is `base` > 0."""
+
+    def _driven(self) -> list[str]:
+        """The keys to set, in the order in which groups have them."""
+        if self._keys is not None:
+            return list(self._keys)
+        # Looked up anew each time: `attach` may add its key after the scheduler is made, and `remove` takes it away.
+        found = (key for group in self.optimizer.param_groups for key in group if _KEY.fullmatch(key))
+        # Beside a decay that `attach` has added, the optimizer's own is 0. So the attached one comes first.
+        return sorted(dict.fromkeys(found), key=lambda key: not key.startswith("distwd_"))
+
+    def _write(self, values: list[dict[str, Any]]) -> None:
+        """Write values (by param group, by key) into the groups. A tensor is filled, so that a captured graph sees it."""
+        self._last = values
+        written: set[int] = set()
+        # Not strict: a group may have been added since these values were computed or saved.
+        for group, bases, new in zip(self.optimizer.param_groups, self._bases, values, strict=False):
+            # A checkpoint from before the schedule brings groups without base values.
+            group.update({_BASE + key: base for key, base in bases.items() if key in group})
+            for key, value in new.items():
+                if key not in group:
+                    continue  # the rule was removed since
+                old = group[key]
+                if not isinstance(old, Tensor):
+                    group[key] = float(value)
+                    continue
+                # torch gives one default tensor to all groups. Filled in place, the last group's value would win.
+                if id(old) in written:
+                    old = old.clone()
+                group[key] = old.copy_(value) if isinstance(value, Tensor) else old.fill_(value)
+                written.add(id(old))
 
 
 class LambdaWeightDecay(WeightDecayScheduler):
     """Weight decay by a function:  λ_t = λ₀·f(t).
 
-    optimizer: any with `weight_decay` in its groups, a `Chain`, or one that `attach` gave decay to.
+    optimizer: any optimizer with `weight_decay` in its groups, a `Chain`, or one that `attach` gave decay to.
     wd_lambda: f, from the number of steps so far (0 at first) to a factor ≥ 0; or a list of them, one per param group.
-    last_epoch: the last step done, −1 for none; as in torch.optim.lr_scheduler, other values need loaded groups.
-    keys: which group keys to drive; default all of `weight_decay`, `weight_decay_1`, ..., `distwd_weight_decay`, ....
-    λ₀ is the group's value at first (kept as `initial_weight_decay`); a group of λ₀ = 0 stays as it is. A tensor λ is filled in
-    place. One scheduler per key: each writes λ, the last wins. Raises ValueError for a λ_t < 0, TypeError for no optimizer.
+    last_epoch: the last step done, −1 for none. As in torch.optim.lr_scheduler, other values need loaded groups.
+    keys: which group keys to set; default all of `weight_decay`, `weight_decay_1`, ..., `distwd_weight_decay`, ....
+
+    λ₀ is the group's value when the scheduler is made; it is kept as `initial_weight_decay`. A group with λ₀ = 0 stays at 0.
+    A λ that is a tensor is filled in place. Use one scheduler per key: each writes λ, and the last one wins.
+    Raises ValueError for λ_t < 0, TypeError for what is no optimizer.
     Source: torch.optim.lr_scheduler.LambdaLR.
 
     >>> import torch
@@ -47,7 +190,7 @@ class LambdaWeightDecay(WeightDecayScheduler):
         super().__init__(optimizer, last_epoch, keys)
 
     def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
-        function = self.wd_lambda if callable(self.wd_lambda) else of_group("wd_lambda", self.wd_lambda, index)
+        function = self.wd_lambda if callable(self.wd_lambda) else _of_group("wd_lambda", self.wd_lambda, index)
         factor: float = function(epoch)
         return base * factor
 
@@ -55,8 +198,12 @@ class LambdaWeightDecay(WeightDecayScheduler):
 class LinearWeightDecay(WeightDecayScheduler):
     """Weight decay on a line:  λ_t = λ₀·(s + (e − s)·min(t, T)/T).
 
-    start_factor, end_factor: s and e, ≥ 0 (0 too: a warm-up of the decay). total_iters: T ≥ 1, in calls of `step`.
-    optimizer, last_epoch, keys, and errors as `LambdaWeightDecay`; arguments as torch.optim.lr_scheduler.LinearLR, the source.
+    start_factor: s ≥ 0, the factor at first; 0 for a warm-up of the decay.
+    end_factor: e ≥ 0, the factor from step T on.
+    total_iters: T ≥ 1, in calls of `step`.
+
+    The other arguments, and errors, are those of `LambdaWeightDecay`: optimizer, last_epoch, keys.
+    Source: torch.optim.lr_scheduler.LinearLR, with the same arguments.
 
     >>> import torch
     >>> from distwd import LinearWeightDecay
@@ -81,23 +228,27 @@ class LinearWeightDecay(WeightDecayScheduler):
     ) -> None:
         check_nonnegative("start_factor", start_factor)
         check_nonnegative("end_factor", end_factor)
-        check_count("total_iters", total_iters, 1)
+        _check_count("total_iters", total_iters, 1)
         self.start_factor, self.end_factor, self.total_iters = start_factor, end_factor, total_iters
         super().__init__(optimizer, last_epoch, keys)
 
     def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
         done = min(epoch, self.total_iters) / self.total_iters
+        # In this form, and not as s + (e − s)·done, both ends are exact.
         return base * ((1 - done) * self.start_factor + done * self.end_factor)
 
 
 class CosineWeightDecay(WeightDecayScheduler):
     """Weight decay on half a cosine, down or up:  λ_t = λ_end + (λ₀ − λ_end)·(1 + cos(π·(t − W)/T))/2, after a warm-up λ₀·t/W.
 
-    T_max: T ≥ 1, in calls of `step`, not counting the warm-up. warmup_iters: W ≥ 0.
-    wd_min: λ_end ≥ 0, as eta_min an absolute value; above λ₀ the decay goes up, as DINO's from 0.04 to 0.4. From t = W + T on it stays
-        there (torch's CosineAnnealingLR would go back). A group of λ₀ = 0 (norms and biases) stays at 0.
-    optimizer, last_epoch, keys, and errors as `LambdaWeightDecay`; arguments as torch.optim.lr_scheduler.CosineAnnealingLR.
-    Source: DINO (arXiv 2104.14294); Megatron-LM's --weight-decay-incr-style cosine.
+    wd_min: λ_end ≥ 0, an absolute value as torch's eta_min. Above λ₀ the decay goes up, as DINO's from 0.04 to 0.4. From
+        t = W + T on it stays there (torch's CosineAnnealingLR would go back).
+    warmup_iters: W ≥ 0, in calls of `step`.
+    T_max: T ≥ 1, in calls of `step`, without the warm-up.
+
+    A group with λ₀ = 0 (norms and biases) stays at 0.
+    The other arguments, and errors, are those of `LambdaWeightDecay`: optimizer, last_epoch, keys.
+    Source: torch.optim.lr_scheduler.CosineAnnealingLR; DINO (arXiv 2104.14294); Megatron-LM's --weight-decay-incr-style cosine.
 
     >>> import torch
     >>> from distwd import CosineWeightDecay
@@ -120,8 +271,8 @@ class CosineWeightDecay(WeightDecayScheduler):
         warmup_iters: int = 0,
         keys: Sequence[str] | None = None,
     ) -> None:
-        check_count("T_max", T_max, 1)
-        check_count("warmup_iters", warmup_iters, 0)
+        _check_count("T_max", T_max, 1)
+        _check_count("warmup_iters", warmup_iters, 0)
         check_nonnegative("wd_min", wd_min)
         self.T_max, self.wd_min, self.warmup_iters = T_max, wd_min, warmup_iters
         super().__init__(optimizer, last_epoch, keys)
@@ -131,21 +282,27 @@ class CosineWeightDecay(WeightDecayScheduler):
             return base * epoch / self.warmup_iters
         done = min(epoch - self.warmup_iters, self.T_max) / self.T_max
         left = (1 + math.cos(math.pi * done)) / 2
+        # A weighted sum, so that both ends are exact.
         return left * base + (1 - left) * self.wd_min
 
 
 class CorrectedWeightDecay(WeightDecayScheduler):
     """Weight decay tied to the learning rate:  λ_t = λ₀·η_t/η_max ("corrected") or λ₀/η_max ("independent").
 
-    What a step then takes off, by where the rule stands:
-        scaled by η (AdamW; between optimizer and `LR`; coupling="lr"): corrected (η²/η_max)·λ₀θ, AdamC; independent (η/η_max)·λ₀θ.
-        not scaled (behind `LR`; coupling="none"): corrected (η/η_max)·λ₀θ, which is the independent decay there.
-    lr_max: η_max > 0, a number or one per param group; default the largest lr seen so far, per group, saved and restored. A warm-up
-        then has η/η_max = 1 up to its peak; give the peak if the decay is to be warmed up with it.
+    What a step then takes off depends on where the rule stands:
+        scaled by η (AdamW; between optimizer and `LR`; coupling="lr"): corrected (η²/η_max)·λ₀θ, as AdamC;
+        independent (η/η_max)·λ₀θ.
+        not scaled by η (behind `LR`; coupling="none"): corrected (η/η_max)·λ₀θ, which is the independent decay there.
+
+    lr_max: η_max > 0, a number or one per param group. Default: the largest lr so far, per group, saved and restored. In a
+        warm-up η/η_max is then 1 up to the peak; give the peak if the decay shall be warmed up with the lr.
     form: "corrected" or "independent". With lr_max=1, "corrected" is λ₀·η, and AdamW's step takes off η²·λ₀θ (PaLM).
-    Make it after the lr scheduler, and step it after it: it reads η as it then is, the next step's. A tensor lr beside a number λ is
-    read at every step (a synchronisation); beside a tensor λ it is not. While η_max is 0, λ is 0.
-    optimizer, last_epoch, keys, and errors as `LambdaWeightDecay`; also ValueError for groups without "lr".
+
+    Make it after the lr scheduler, and step it after it: it reads η as it is then, which is the next step's. If λ is a number
+    and lr a tensor, the lr is read in every step (a synchronisation); if λ is a tensor, nothing is read. While η_max is 0,
+    λ is 0.
+    The other arguments, and errors, are those of `LambdaWeightDecay`: optimizer, last_epoch, keys. ValueError also for groups
+    without "lr".
     Source: Defazio, arXiv 2506.02285 (AdamC); Loshchilov & Hutter, arXiv 1711.05101, and Wortsman et al., arXiv 2309.14322.
 
     >>> import torch
@@ -171,45 +328,55 @@ class CorrectedWeightDecay(WeightDecayScheduler):
     ) -> None:
         check_choice("form", form, FORMS)
         for peak in lr_max if isinstance(lr_max, Sequence) else [] if lr_max is None else [lr_max]:
-            _check_peak(peak)
+            if isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf:
+                raise ValueError(f"lr_max={peak!r} is not usable: it must be a finite number > 0, or a list of them")
         self.form, self.lr_max = form, list(lr_max) if isinstance(lr_max, Sequence) else lr_max
-        self.peaks: list[Any] = []
+        self.peaks: list[Any] = []  # η_max of each group
         super().__init__(optimizer, last_epoch, keys)
 
+    def step(self) -> None:
+        """As every schedule; before, note the largest learning rate that each group has had."""
+        # For every group, not only those that decay: the saved state has a peak per group.
+        peaks: list[Any] = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            if "lr" not in group:
+                raise ValueError(f"param_groups[{index}] has no 'lr' to tie its weight decay to; use another scheduler")
+            lr, peak = group["lr"], self.peaks[index] if index < len(self.peaks) else 0.0
+            if self.lr_max is not None:
+                peak = _of_group("lr_max", self.lr_max, index) if isinstance(self.lr_max, list) else self.lr_max
+            elif isinstance(lr, Tensor):
+                # max() would read the tensor.
+                peak = torch.maximum(torch.as_tensor(peak, dtype=lr.dtype, device=lr.device), lr)
+            else:
+                peak = max(float(peak), lr)
+            peaks.append(peak)
+        self.peaks = peaks
+        super().step()
+
     def state_dict(self) -> dict[str, Any]:
-        """As of every scheduler, with η_max of each group."""
+        """As every schedule, with η_max of each group."""
         return {**super().state_dict(), "peaks": [float(peak) for peak in self.peaks]}
 
-    def _values(self, epoch: int) -> Values:
-        self.peaks = [self._peak(index, group) for index, group in enumerate(self.optimizer.param_groups)]
-        return super()._values(epoch)
-
-    def _peak(self, index: int, group: Mapping[str, Any]) -> Any:
-        if "lr" not in group:
-            raise ValueError(f"param_groups[{index}] has no 'lr' to tie its weight decay to; use another scheduler")
-        if self.lr_max is not None:
-            return self.lr_max if not isinstance(self.lr_max, list) else of_group("lr_max", self.lr_max, index)
-        return _larger(self.peaks[index] if index < len(self.peaks) else 0.0, group["lr"])
-
     def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
-        lr = self.optimizer.param_groups[index]["lr"] if self.form == "corrected" else 1.0
-        share: float | Tensor = _share(lr, self.peaks[index])
+        lr: Any = self.optimizer.param_groups[index]["lr"] if self.form == "corrected" else 1.0
+        peak = self.peaks[index]
+        # At the start of a warm-up from 0 the largest lr is 0, and lr/peak is 0/0: no decay then.
+        if isinstance(peak, Tensor):
+            return base * torch.where(peak > 0, lr / peak, 0.0)
+        share: float = lr / peak if peak else 0.0
         return base * share
 
 
-def _larger(peak: Any, lr: Any) -> Any:
-    if not isinstance(lr, Tensor):
-        return max(float(peak), lr)
-    return torch.maximum(torch.as_tensor(peak, dtype=lr.dtype, device=lr.device), lr)
+def _of_group(name: str, values: Sequence[Any], index: int) -> Any:
+    """The entry for group `index` of a list that has one per param group."""
+    if index >= len(values):
+        raise ValueError(
+            f"{name} has {len(values)} entries, and there is a param_groups[{index}]; give one for each group"
+        )
+    return values[index]
 
 
-def _share(lr: Any, peak: Any) -> Any:
-    """lr / peak; 0 for a peak of 0."""
-    if isinstance(peak, Tensor):
-        return torch.where(peak > 0, lr / peak, 0.0)
-    return lr / peak if peak else 0.0
-
-
-def _check_peak(peak: Any) -> None:
-    if isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf:
-        raise ValueError(f"lr_max={peak!r} is not usable: it must be a finite number > 0, or a list of them")
+def _check_count(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless `value` is a whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not usable: it must be a whole number >= {least}")

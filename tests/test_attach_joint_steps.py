@@ -16,7 +16,7 @@ from tests.wire import Wire
 
 COUPLINGS = ("gradient", "lr", "none")
 LR, DECAY, CUT = 0.01, 0.05, 5
-# Which of the two hosts gets an infinite gradient in each step.
+# Which of the two optimizers gets an infinite gradient in each step.
 INFINITE = [(), (0,), (1,), (), (0, 1), (1,), ()]
 
 
@@ -39,7 +39,7 @@ def mad(params) -> float:
 def by_hand(coupling: str, of: str) -> tuple[dict, list[float]]:
     """torch's SGD and a decay written around it: the number is of all, what is skipped does not move and adds nothing to an update."""
     params = {name: torch.nn.Parameter(p.detach().double()) for name, p in fp32_parameters().items()}
-    hosts, metrics = halves(params), []
+    optimizers, metrics = halves(params), []
     for step, infinite in enumerate(INFINITE):
         old = {name: p.detach().clone() for name, p in params.items()}
         goes = [index for index in (0, 1) if index not in infinite]
@@ -47,10 +47,10 @@ def by_hand(coupling: str, of: str) -> tuple[dict, list[float]]:
             metrics.append(mad(params.values()))
         feed(params, step, 1.0)
         for index in goes:
-            for p in hosts[index].param_groups[0]["params"]:
+            for p in optimizers[index].param_groups[0]["params"]:
                 if coupling == "gradient":
                     p.grad += DECAY * metrics[-1] * p.detach()
-            hosts[index].step()
+            optimizers[index].step()
         if of == "update":
             moved = [(old[n] - p.detach()) / (LR if coupling == "lr" else 1) for n, p in params.items()]
             metrics.append(mad(moved))
@@ -60,22 +60,22 @@ def by_hand(coupling: str, of: str) -> tuple[dict, list[float]]:
     return {name: p.detach() for name, p in params.items()}, metrics
 
 
-# A number of the updates is for fused hosts only, which are stepped even where the scaler skips them.
+# A metric of the updates works with fused optimizers only: they are stepped even where the scaler skips them.
 KINDS = [(c, "params", fused) for c in COUPLINGS for fused in (False, True)]
 KINDS += [(c, "update", True) for c in ("lr", "none")]
 
 
 @pytest.mark.parametrize(("coupling", "of", "fused"), KINDS)
-def test_a_host_that_a_scaler_skips_neither_decays_nor_moves_and_the_other_does(coupling, of, fused):
+def test_an_optimizer_that_a_scaler_skips_neither_decays_nor_moves_and_the_other_does(coupling, of, fused):
     params = fp32_parameters()
-    hosts = halves(params, fused=fused)
-    attachment = attach(hosts, RelativeWeightDecay(DECAY, norm_input=of), coupling=coupling)
+    optimizers = halves(params, fused=fused)
+    attachment = attach(optimizers, RelativeWeightDecay(DECAY, norm_input=of), coupling=coupling)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, backoff_factor=0.5)
     metrics = []
     for step, infinite in enumerate(INFINITE):
         feed(params, step, scaler.scale(torch.tensor(1.0)).item(), infinite)
-        for host in hosts:
-            scaler.step(host)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
         scaler.update()
         if of == "update" or len(infinite) < 2:
             metrics.append(attachment.stats()["RelativeWeightDecay"]["metric"].item())
@@ -95,31 +95,31 @@ UNDEFINED = {
 
 @pytest.mark.parametrize("case", UNDEFINED)
 def test_numbers_that_a_scaler_makes_undefined_are_refused_before_anything_changes(case):
-    rule, coupling, fused, words = UNDEFINED[case]
+    rule, coupling, fused, message = UNDEFINED[case]
     params = fp32_parameters()
-    hosts = halves(params, fused=fused)
-    attach(hosts, rule, coupling=coupling)
+    optimizers = halves(params, fused=fused)
+    attach(optimizers, rule, coupling=coupling)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     feed(params, 0, scaler.scale(torch.tensor(1.0)).item())
-    with pytest.raises(ValueError, match=words) as refused:
-        scaler.step(hosts[0])
+    with pytest.raises(ValueError, match=message) as refused:
+        scaler.step(optimizers[0])
     assert "attach to each on its own" in str(refused.value)
     assert (
         differing({n: p.detach() for n, p in params.items()}, {n: p.detach() for n, p in fp32_parameters().items()})
         == []
     )
-    assert not hosts[0].state
+    assert not optimizers[0].state
 
 
-def test_cautious_rules_are_each_hosts_own_under_a_scaler():
+def test_cautious_rules_are_each_optimizers_own_under_a_scaler():
     """They need no number, so nothing is shared, and nothing is refused."""
     params = fp32_parameters()
-    hosts = halves(params)
-    attach(hosts, CautiousWeightDecay(0.1))
+    optimizers = halves(params)
+    attach(optimizers, CautiousWeightDecay(0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     feed(params, 0, scaler.scale(torch.tensor(1.0)).item(), infinite=(0,))
-    for host in hosts:
-        scaler.step(host)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
     before = fp32_parameters()
     assert [name for name in params if not torch.equal(params[name], before[name])] == list(params)[CUT:]
 
@@ -128,18 +128,18 @@ def test_cautious_rules_are_each_hosts_own_under_a_scaler():
 
 
 def stepping(turns: list[list[int]], coupling: str, fresh: bool) -> tuple[dict, list[float]]:
-    """Steps of the hosts in turns. fresh: with a new attachment for every turn, which can know nothing of the last."""
+    """Steps of the optimizers in turns. fresh: with a new attachment for every turn, which cannot know the last one."""
     params = fp32_parameters()
-    hosts = halves(params)
+    optimizers = halves(params)
     rule = RelativeWeightDecay(DECAY, norm_input="params")
-    attachment, metrics = attach(hosts, rule, coupling=coupling), []
+    attachment, metrics = attach(optimizers, rule, coupling=coupling), []
     for step, turn in enumerate(turns):
         if fresh:
             attachment.remove()
-            attachment = attach(hosts, rule, coupling=coupling)
+            attachment = attach(optimizers, rule, coupling=coupling)
         feed(params, step, 1.0)
         for index in turn:
-            hosts[index].step()
+            optimizers[index].step()
         metrics.append(attachment.stats()["RelativeWeightDecay"]["metric"].item())
         assert all(torch.equal(p.grad, grads_of(step)[name]) for name, p in params.items())
     return {name: param.detach() for name, param in params.items()}, metrics
@@ -147,7 +147,7 @@ def stepping(turns: list[list[int]], coupling: str, fresh: bool) -> tuple[dict, 
 
 @pytest.mark.parametrize("turns", [[[0, 1], [1], [0, 1]], [[1], [0], [0, 1]], [[1], [0, 1], [1, 0]]], ids=str)
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_a_host_that_is_left_out_does_not_put_the_next_round_out_of_step(coupling, turns):
+def test_an_optimizer_that_is_left_out_does_not_disturb_the_next_joint_step(coupling, turns):
     values, metrics = stepping(turns, coupling, fresh=False)
     expected, numbers = stepping(turns, coupling, fresh=True)
     assert metrics == numbers
@@ -157,17 +157,17 @@ def test_a_host_that_is_left_out_does_not_put_the_next_round_out_of_step(couplin
 
 def test_an_update_that_never_comes_is_refused():
     params = fp32_parameters()
-    hosts = halves(params)
-    attach(hosts, RelativeWeightDecay(0.1))
+    optimizers = halves(params)
+    attach(optimizers, RelativeWeightDecay(0.1))
     feed(params, 0, 1.0)
-    hosts[0].step()
+    optimizers[0].step()
     feed(params, 1, 1.0)
     with pytest.raises(ValueError, match="before the others have stepped"):
-        hosts[0].step()
+        optimizers[0].step()
 
 
 def test_gradients_that_are_cleared_before_all_have_stepped_are_missed():
-    """The round could not tell what the first host has updated, and would neither decay nor count it."""
+    """The joint step would not know what the first optimizer has updated, and would neither decay nor count it."""
     params = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.nn.Parameter(torch.ones(2))}
     first, second = (torch.optim.SGD([param], lr=0.1) for param in params.values())
     attach([first, second], RelativeWeightDecay(0.1))
@@ -186,17 +186,17 @@ def test_gradients_that_are_cleared_before_all_have_stepped_are_missed():
 
 
 def test_updates_may_be_made_from_gradients_that_come_one_after_the_other(monkeypatch):
-    # What several hosts did is found from copies of the parameters; so it shall be of one.
+    # The update of several optimizers is found from copies of the parameters; here that of a single one too.
     monkeypatch.setattr(ZeroProxyCapture, "works_for", lambda self, optimizer: False)
     ours, theirs = fp32_parameters(), fp32_parameters()
-    hosts = halves(ours)
+    optimizers = halves(ours)
     one = torch.optim.SGD(theirs.items(), lr=LR, momentum=0.9)
-    attach(hosts, RelativeWeightDecay(0.1))
+    attach(optimizers, RelativeWeightDecay(0.1))
     attach(one, RelativeWeightDecay(0.1))
     for step in range(3):
-        for index, host in enumerate(hosts):
+        for index, optimizer in enumerate(optimizers):
             feed(ours, 2 * step + index, 1.0)
-            host.step()
+            optimizer.step()
         for index, (name, param) in enumerate(theirs.items()):
             param.grad = grads_of(2 * step + int(index >= CUT))[name]
         one.step()
@@ -205,21 +205,21 @@ def test_updates_may_be_made_from_gradients_that_come_one_after_the_other(monkey
 
 def under_a_scaler() -> tuple[dict, list[int]]:
     params = fp32_parameters()
-    hosts = halves(params)
-    attach(hosts, RelativeWeightDecay(DECAY, norm_input="params"))
+    optimizers = halves(params)
+    attach(optimizers, RelativeWeightDecay(DECAY, norm_input="params"))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     counts = []
     for step, infinite in enumerate(INFINITE):
         feed(params, step, scaler.scale(torch.tensor(1.0)).item(), infinite)
         with Wire() as wire:
-            for host in hosts:
-                scaler.step(host)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
         scaler.update()
         counts.append(len(wire.calls))
     return {name: param.detach() for name, param in params.items()}, counts
 
 
-def test_a_round_has_one_collective_and_a_skipped_one_none(worlds):
+def test_a_joint_step_has_one_collective_and_a_skipped_one_none(worlds):
     ((alone, _),) = worlds.run(0, under_a_scaler)
     for params, counts in worlds.run(2, under_a_scaler):
         assert counts[1:] == [int(len(infinite) < 2) for infinite in INFINITE[1:]]
@@ -227,48 +227,48 @@ def test_a_round_has_one_collective_and_a_skipped_one_none(worlds):
 
 
 def saved_between_steps(coupling: str, norm_input: str, asked: bool) -> dict[str, torch.Tensor]:
-    """Two hosts that keep no state: torch's checkpoint code steps each of them at lr 0 whenever it saves."""
+    """Two optimizers without state: torch's checkpoint code steps each of them at lr 0 whenever it saves."""
     params = {n: torch.nn.Parameter(v) for n, v in whole_model(PARAMS_SEED).items()}
     model = torch.nn.Module()
     for name, param in params.items():
         model.register_parameter(name.replace(".", "_"), param)
     members = list(params.values())
-    hosts = [torch.optim.SGD(some, lr=0.1) for some in (members[:2], members[2:])]
-    attach(hosts, RelativeWeightDecay(0.1, norm_input=norm_input), coupling=coupling)
+    optimizers = [torch.optim.SGD(some, lr=0.1) for some in (members[:2], members[2:])]
+    attach(optimizers, RelativeWeightDecay(0.1, norm_input=norm_input), coupling=coupling)
     for _ in range(2):
         for seed, param in enumerate(members):
             param.grad = torch.full_like(param, 0.1 * seed)
-        for host in hosts:
-            host.step()
-        for host in hosts:
-            host.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         if asked:
-            get_optimizer_state_dict(model, hosts)
+            get_optimizer_state_dict(model, optimizers)
     return {n: p.detach() for n, p in params.items()}
 
 
 @pytest.mark.parametrize("norm_input", ["params", "update"])
 @pytest.mark.parametrize("coupling", ["none", "lr", "gradient"])
-def test_saving_hosts_that_keep_no_state_decays_nothing_between_steps(coupling, norm_input):
+def test_saving_optimizers_without_state_decays_nothing_between_steps(coupling, norm_input):
     saved, untouched = (saved_between_steps(coupling, norm_input, asked) for asked in (True, False))
     assert differing(saved, untouched) == []
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-def test_a_scheduler_may_step_before_the_other_host_does(as_tensor):
-    """What a host did is over the lr that it did it with."""
+def test_a_scheduler_may_step_before_the_other_optimizer_does(as_tensor):
+    """An update is divided by the lr of its own step."""
     ends = []
     for between in (False, True):
         params = fp32_parameters()
-        hosts = halves(params)
-        for host in hosts if as_tensor else ():
-            host.param_groups[0]["lr"] = torch.tensor(LR)
-        attach(hosts, RelativeWeightDecay(DECAY))
-        schedulers = [torch.optim.lr_scheduler.StepLR(host, 1, gamma=0.1) for host in hosts]
+        optimizers = halves(params)
+        for optimizer in optimizers if as_tensor else ():
+            optimizer.param_groups[0]["lr"] = torch.tensor(LR)
+        attach(optimizers, RelativeWeightDecay(DECAY))
+        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1) for optimizer in optimizers]
         for step in range(3):
             feed(params, step, 1.0)
-            for host, scheduler in zip(hosts, schedulers, strict=True):
-                host.step()
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
                 if between:
                     scheduler.step()
             for scheduler in () if between else schedulers:
@@ -277,7 +277,7 @@ def test_a_scheduler_may_step_before_the_other_host_does(as_tensor):
     assert differing(*ends) == []
 
 
-def test_what_a_host_did_is_seen_before_the_others_step():
+def test_an_update_is_captured_before_the_other_optimizers_step():
     """An average of the weights in its post hook sees it; and it stays if the round is not finished."""
     params = fp32_parameters()
     first, second = halves(params)

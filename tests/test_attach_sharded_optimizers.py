@@ -29,9 +29,9 @@ RELATIVE = [name for name in RULES if name.startswith("of")]
 def rule_of(name: str, scope: str = "all"):
     import distwd
 
-    word, args, _ = RULES[name]
-    scoped = {"scope": scope} if word == "RelativeWeightDecay" else {}
-    return getattr(distwd, word)(*args, **scoped)
+    rule, args, _ = RULES[name]
+    scoped = {"scope": scope} if rule == "RelativeWeightDecay" else {}
+    return getattr(distwd, rule)(*args, **scoped)
 
 
 def whole_parameters() -> dict[str, torch.nn.Parameter]:
@@ -62,10 +62,10 @@ def with_zero(name: str, bucket_view: bool, cut: int) -> tuple[dict, list[int], 
     groups = [{"params": [p for _, p in named[:cut]]}, {"params": [p for _, p in named[cut:]], "lr": 0.05}]
     if dist.is_initialized():
         zero = zero_of(groups, parameters_as_bucket_view=bucket_view)
-        host = zero.optim
+        optimizer = zero.optim
     else:
-        zero = host = adamw(groups)
-    attachment = attach(host, rule_of(name), coupling=RULES[name][2], named_parameters=named)
+        zero = optimizer = adamw(groups)
+    attachment = attach(optimizer, rule_of(name), coupling=RULES[name][2], named_parameters=named)
     counts = []
     for step in range(3):
         for key, grad in grads_of(step).items():
@@ -73,34 +73,34 @@ def with_zero(name: str, bucket_view: bool, cut: int) -> tuple[dict, list[int], 
         with Wire() as wire:
             zero.step()
         counts.append(wire.calls.count("allreduce_"))
-    told = [float(value["coefficient"]) for value in attachment.stats().values()]
-    return values_of(params), counts[1:], attachment.phases, told
+    found = [float(value["coefficient"]) for value in attachment.stats().values()]
+    return values_of(params), counts[1:], attachment.phases, found
 
 
 @pytest.mark.parametrize(("ranks", "bucket_view"), [(2, False), (2, True), (3, False)])
 @pytest.mark.parametrize("name", RULES)
 def test_torchs_zero_has_the_bits_of_one_process(worlds, name, ranks, bucket_view):
-    """Every rank keeps whole parameters and steps its own; names say which, as with pipeline stages."""
-    ((alone, _, _, told),) = worlds.run(0, with_zero, name, bucket_view, 4)
+    """Every rank keeps whole parameters and steps its own; names show which, as with pipeline stages."""
+    ((alone, _, _, expected),) = worlds.run(0, with_zero, name, bucket_view, 4)
     for params, counts, phases, coefficients in worlds.run(ranks, with_zero, name, bucket_view, 4):
         assert differing(params, alone) == []
-        assert coefficients == told
+        assert coefficients == expected
         assert counts == [phases] * 2 == [int(name in RELATIVE)] * 2
 
 
 def around_zero() -> list[str]:
     params = whole_parameters()
     zero = zero_of(params.values())
-    told = []
-    for host in (zero, zero.optim):
+    errors = []
+    for optimizer in (zero, zero.optim):
         try:
-            attach(host, RelativeWeightDecay(0.1))
+            attach(optimizer, RelativeWeightDecay(0.1))
             for key, grad in grads_of(0).items():
                 params[key].grad = grad
             zero.step()
         except ValueError as error:
-            told.append(str(error))
-    return [*told, str(differing(values_of(params), whole_model(PARAMS_SEED)))]
+            errors.append(str(error))
+    return [*errors, str(differing(values_of(params), whole_model(PARAMS_SEED)))]
 
 
 def test_around_torchs_zero_and_without_names_it_is_refused_on_every_rank(worlds):

@@ -1,4 +1,4 @@
-"""attach in real worlds: sharded equals whole, one collective, state-dict calls change nothing, and what is refused."""
+"""attach on real ranks: sharded equals whole, one collective, state-dict calls change nothing, and what is refused."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ SPREAD = ("fsdp2", "fsdp3", "fsdp_tp", "ddp2", "mixed", "stages")
 def rule_of(case: str):
     import distwd
 
-    word, args, *_ = CASES[case]
-    return getattr(distwd, word)(*args)
+    rule, args, *_ = CASES[case]
+    return getattr(distwd, rule)(*args)
 
 
 def adamw(held: dict, lr: float = 0.01) -> torch.optim.Optimizer:
@@ -53,14 +53,14 @@ def trained(layout: str) -> dict[str, tuple[dict, list, list[int], int]]:
         held = layouts.place(layout, whole_model(PARAMS_SEED))
         optimizer = adamw(held)
         attachment = attach(optimizer, rule_of(case), coupling=coupling)
-        told, counts = [], []
+        numbers, counts = [], []
         for step in range(3):
             runs.feed(layout, held, step, ["up.bias"] if step == 1 else [])
             with Wire() as wire:
                 optimizer.step()
             counts.append(len(wire.calls))
-            told += [value["coefficient"].item() for value in attachment.stats().values()]
-        seen[case] = layouts.gather(held), told, counts, attachment.phases
+            numbers += [value["coefficient"].item() for value in attachment.stats().values()]
+        seen[case] = layouts.gather(held), numbers, counts, attachment.phases
     return seen
 
 
@@ -75,10 +75,10 @@ def test_sharded_equals_whole_with_one_collective(worlds, layout, case):
     (alone,) = on(worlds, "single")
     phases = CASES[case][3]
     for rank in on(worlds, layout):
-        params, told, counts, announced = rank[case]
+        params, numbers, counts, announced = rank[case]
         assert differing(params, alone[case][0]) == []
-        assert told == alone[case][1]
-        assert len(told) == 3 * phases
+        assert numbers == alone[case][1]
+        assert len(numbers) == 3 * phases
         assert announced == phases
         assert counts[1:] == [phases, phases]
         assert phases or counts[0] == 0
@@ -88,21 +88,21 @@ def test_sharded_equals_whole_with_one_collective(worlds, layout, case):
 def several(layout: str, order: int) -> tuple[dict, list[int]]:
     held = layouts.place(layout, whole_model(PARAMS_SEED))
     names = list(held)
-    hosts = [adamw({n: held[n] for n in part}) for part in (names[::2], names[1::2])]
-    attach(hosts, rule_of("of the update"))
+    optimizers = [adamw({n: held[n] for n in part}) for part in (names[::2], names[1::2])]
+    attach(optimizers, rule_of("of the update"))
     counts = []
     for step in range(3):
         runs.feed(layout, held, step)
         with Wire() as wire:
-            for host in hosts[::order]:
-                host.step()
+            for optimizer in optimizers[::order]:
+                optimizer.step()
         counts.append(len(wire.calls))
     return layouts.gather(held), counts[1:]
 
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp"])
-def test_several_hosts_share_one_collective(worlds, layout, order):
+def test_several_optimizers_share_one_collective(worlds, layout, order):
     ((alone, _),) = worlds.run(0, several, "single", 1)
     for params, counts in worlds.run(LAYOUTS[layout].ranks, several, layout, order):
         assert differing(params, alone) == []
@@ -120,28 +120,28 @@ def to_lr_zero(layout: str, name: str, missing_on: int) -> list[float]:
     optimizer = getattr(torch.optim, name)(params, lr=0.01, foreach=False, **kwargs)
     rule = RelativeWeightDecay(1e-4, norm_input="params", metric="std")
     attachment = attach(optimizer, rule, coupling="none")
-    told = []
+    numbers = []
     for step in range(4):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 if step in (0, 1) else 0.0
         missing = torch.distributed.get_rank() == missing_on
         runs.feed(layout, held, step, list(SHAPES) if missing else [])
         optimizer.step()
-        told.append(attachment.stats()["RelativeWeightDecay"]["metric"].item())
-    return told
+        numbers.append(attachment.stats()["RelativeWeightDecay"]["metric"].item())
+    return numbers
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 @pytest.mark.parametrize(("layout", "missing_on"), [("stages", -1), ("ddp2", 1)])
-def test_a_rank_without_state_goes_on_with_the_others_at_lr_zero(worlds, name, layout, missing_on):
-    told = worlds.run(LAYOUTS[layout].ranks, to_lr_zero, layout, name, missing_on)
-    assert all(rank == told[0] for rank in told)
-    assert len(set(told[0])) == 4
+def test_a_rank_without_state_takes_part_at_lr_zero(worlds, name, layout, missing_on):
+    numbers = worlds.run(LAYOUTS[layout].ranks, to_lr_zero, layout, name, missing_on)
+    assert all(rank == numbers[0] for rank in numbers)
+    assert len(set(numbers[0])) == 4
 
 
 # --- state dicts --------------------------------------------------------------------------------------------------------
 
-HOSTS = {
+OPTIMIZERS = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0, foreach=False),
     "SGD": lambda params: torch.optim.SGD(params, lr=0.01, foreach=False),
     "momentum": lambda params: torch.optim.SGD(params, lr=torch.tensor(0.01), momentum=0.9, foreach=False),
@@ -159,29 +159,29 @@ def model_on(layout: str, seed: int = PARAMS_SEED) -> tuple[Net, dict]:
     return net, dict(net.named_parameters())
 
 
-def inert(layout: str, host: str, form: str, case: str, num_steps: int) -> dict:
+def inert(layout: str, inner: str, form: str, case: str, num_steps: int) -> dict:
     """Whether saving and loading leave parameters, groups and numbers; and the next step as it would have been."""
     ends = []
     for asked in (False, True):
         net, held = model_on(layout)
-        optimizer = HOSTS[host](net.named_parameters())
+        optimizer = OPTIMIZERS[inner](net.named_parameters())
         attachment = attach(optimizer, rule_of(case), coupling="none")
         for step in range(num_steps):
             runs.feed(layout, held, step)
             optimizer.step()
         before = {n: layouts.local_of(p).clone() for n, p in held.items()}
-        stats, groups = copy.deepcopy(attachment.stats()), told_of(optimizer)
+        stats, groups = copy.deepcopy(attachment.stats()), settings_of(optimizer)
         if asked:
             for param in held.values():
                 param.grad = None
             saved = get_optimizer_state_dict(net, optimizer, options=FORMS[form])
             same = {"got": differing(before, {n: layouts.local_of(p) for n, p in held.items()}) == []}
             # torch cannot load the full form of an optimizer without any state ("Expected device to be set").
-            if not (host == "SGD" and form == "full"):
+            if not (inner == "SGD" and form == "full"):
                 set_optimizer_state_dict(net, optimizer, saved, options=FORMS[form])
             same["set"] = differing(before, {n: layouts.local_of(p) for n, p in held.items()}) == []
             same["stats"] = str(stats) == str(attachment.stats())
-            same["groups"] = groups == told_of(optimizer)
+            same["groups"] = groups == settings_of(optimizer)
         for param in held.values():
             param.grad = None
         for step in (7, 8):
@@ -189,10 +189,10 @@ def inert(layout: str, host: str, form: str, case: str, num_steps: int) -> dict:
             optimizer.step()
         ends.append(layouts.gather(held))
     # torch's hidden step counts as one in AdamW's bias correction; that is between it and AdamW.
-    return same | {"goes on": differing(*ends) == [] or (host == "AdamW" and num_steps == 0)}
+    return same | {"goes on": differing(*ends) == [] or (inner == "AdamW" and num_steps == 0)}
 
 
-def told_of(optimizer: torch.optim.Optimizer) -> list[dict]:
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict]:
     return [
         {
             k: float(v) if k == "lr" else tuple(v) if k == "betas" else v
@@ -208,11 +208,11 @@ FORM_ON = [("plain", "single"), ("plain", "fsdp_tp"), *((form, "fsdp2") for form
 
 
 @pytest.mark.parametrize(("form", "layout"), FORM_ON)
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("inner", OPTIMIZERS)
 @pytest.mark.parametrize("case", ["absolute, not scaled", "of the update, not scaled", "at once"])
-def test_state_dict_calls_change_nothing(worlds, layout, form, host, case):
+def test_state_dict_calls_change_nothing(worlds, layout, form, inner, case):
     for num_steps in (0, 2):
-        for seen in worlds.run(LAYOUTS[layout].ranks, inert, layout, host, form, case, num_steps):
+        for seen in worlds.run(LAYOUTS[layout].ranks, inert, layout, inner, form, case, num_steps):
             assert all(seen.values()), (num_steps, seen)
 
 
@@ -254,12 +254,12 @@ def test_a_hidden_step_decays_nothing(lr, gradients):
 
 
 def goes_on(layout: str, case: str, flat: bool) -> list[str]:
-    """Two steps, saved, two more; and another model with another host, loaded, two more."""
+    """Two steps, saved, two more; and another model with another optimizer, loaded, two more."""
     ends = []
     options = FORMS["flattened" if flat else "plain"]
     for seed in (PARAMS_SEED, PARAMS_SEED + 1):
         net, held = model_on(layout, seed)
-        optimizer = HOSTS["AdamW"](net.named_parameters())
+        optimizer = OPTIMIZERS["AdamW"](net.named_parameters())
         attach(optimizer, rule_of(case), coupling=CASES[case][2])
         if not ends:
             for step in (0, 1):
@@ -281,12 +281,12 @@ def goes_on(layout: str, case: str, flat: bool) -> list[str]:
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("case", ["absolute", "of the update", "of the gradient"])
 @pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp"])
-def test_a_checkpoint_goes_on_bit_for_bit(worlds, layout, case, flat):
+def test_a_checkpoint_resumes_bit_for_bit(worlds, layout, case, flat):
     for different in worlds.run(LAYOUTS[layout].ranks, goes_on, layout, case, flat):
         assert different == []
 
 
-def test_an_old_checkpoint_loads_and_the_decay_goes_on():
+def test_an_old_checkpoint_loads_and_the_decay_stays():
     params = {n: torch.nn.Parameter(v) for n, v in whole_model(PARAMS_SEED).items()}
     old = torch.optim.AdamW(params.values(), weight_decay=0).state_dict()
     optimizer = torch.optim.AdamW(params.values(), weight_decay=0)

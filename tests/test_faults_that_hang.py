@@ -1,4 +1,4 @@
-"""Faults that only time can tell: some rank waits for another in vain. All end within the group's timeout, by name, unchanged.
+"""Faults that show only after a timeout: some rank waits for another in vain. All end within the group's timeout, by name, unchanged.
 
 Each fault has a world of its own, and a short timeout once all are there; they wait side by side.
 """
@@ -178,7 +178,7 @@ def all_but_one_come(way: str) -> Ending:
     raise AssertionError(f"survived: {ending}")  # the world reports what its ranks raise, and that one died
 
 
-# fault: (ranks, how it ends on the guilty rank, how on the others, words in every message)
+# fault: (ranks, how it ends on the guilty rank, how on the others, a pattern in every message)
 FAULTS = {
     group_added_on_one_rank: (2, "PlanError", "PlanError", "new: late.*add_param_group"),
     other_shape_on_one_rank: (2, "PlanError", "PlanError", "shapes.*have changed"),
@@ -216,18 +216,18 @@ def name_of(thing: object) -> str:
 
 
 @pytest.mark.parametrize(("fault", "way"), RAN, ids=name_of)
-def test_a_fault_ends_on_every_rank_in_time_and_says_why(ended, fault, way):
-    _, its, others, words = FAULTS[fault]
+def test_a_fault_ends_on_every_rank_in_time_with_the_reason(ended, fault, way):
+    _, its, others, pattern = FAULTS[fault]
     for rank, ending in enumerate(ended(fault, way)):
         assert ending.kind == (its if rank == 1 else others), ending
-        assert ending.kind == "nothing" or re.search(words, ending.message), ending
+        assert ending.kind == "nothing" or re.search(pattern, ending.message), ending
         assert ending.seconds < TIMEOUT + SLACK
-        # A rank with absolute decay alone asks nobody, and its step is right.
+        # A rank with absolute decay alone makes no collective, and its step is right.
         assert ending.changed == (ending.kind == "nothing" and fault is absolute_on_one_rank), ending
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_all_ranks_say_the_same_of_a_group_that_one_has_added(ended, way):
+def test_all_ranks_raise_the_same_for_a_group_that_one_has_added(ended, way):
     one, other = ended(group_added_on_one_rank, way)
     assert one.message == other.message
     assert "rank 1: " in one.message
@@ -253,9 +253,9 @@ def three_steps(way: str) -> dict:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_killed_in_a_step_ends_the_step_of_the_others(way):
     """At once, and with the parameters from before it."""
-    with pytest.raises(RankError) as told:
+    with pytest.raises(RankError) as raised:
         run_alone(3, all_but_one_come, way)
-    text = str(told.value)
+    text = str(raised.value)
     assert "rank 1 raised:\nthe process died" in text
     assert "never came back" not in text
     for rank in (0, 2):

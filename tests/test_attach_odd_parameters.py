@@ -1,4 +1,4 @@
-"""Parameters and gradients that are not quite ordinary, under a rule that looks at the update of their host."""
+"""Parameters and gradients that are not quite ordinary, under a rule that needs the update of their optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distwd import LR, Chain, RelativeWeightDecay, Wrap, attach
 
 @pytest.mark.parametrize("of", ["attach", "chain"])
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_a_fused_host_follows_a_parameter_to_another_memory_format(name, of):
+def test_a_fused_optimizer_steps_a_parameter_in_another_memory_format(name, of):
     results = []
     for decayed in (False, True):
         torch.manual_seed(0)
@@ -19,8 +19,8 @@ def test_a_fused_host_follows_a_parameter_to_another_memory_format(name, of):
         if decayed and of == "attach":
             attach(optimizer, RelativeWeightDecay(0.0))
         elif decayed:
-            host = Wrap(getattr(torch.optim, name), fused=True)
-            optimizer = Chain(conv.parameters(), host, RelativeWeightDecay(0.0), LR(0.01))
+            wrapped = Wrap(getattr(torch.optim, name), fused=True)
+            optimizer = Chain(conv.parameters(), wrapped, RelativeWeightDecay(0.0), LR(0.01))
         for step in range(4):
             if step == 1:
                 conv.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Other hosts than Adam, settings per group, and odd parameters, sharded: the same bits as in one process."""
+"""Other optimizers than Adam, settings per group, and odd parameters, sharded: the same bits as in one process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests import layouts, runs
+from tests.chains import ADAM, LR, Decay, transforms_of
 from tests.layouts import LAYOUTS, SHAPES, mesh_of, whole_model
 from tests.oracle import Oracle
 from tests.runs import PARAMS_SEED, differing, grads_of
-from tests.sentences import ADAM, LR, Decay, transforms_of
 from tests.wire import Wire
 
-HOSTS = {
+OPTIMIZERS = {
     "SGD": {"momentum": 0.9},
     "RMSprop": {"momentum": 0.9, "centered": True},
     "NAdam": {},
@@ -27,14 +27,14 @@ HOSTS = {
 }
 
 
-def with_host(name: str, layout: str, foreach: bool) -> dict:
+def with_optimizer(name: str, layout: str, foreach: bool) -> dict:
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED))
-    host = distwd.Wrap(getattr(torch.optim, name), foreach=foreach, **HOSTS[name])
+    optimizer = distwd.Wrap(getattr(torch.optim, name), foreach=foreach, **OPTIMIZERS[name])
     rules = (
         distwd.WeightDecay(0.01),
-        host,
+        optimizer,
         distwd.RelativeWeightDecay(0.1),
         distwd.LR(0.01),
         distwd.CautiousWeightDecay(0.01),
@@ -44,31 +44,31 @@ def with_host(name: str, layout: str, foreach: bool) -> dict:
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp", "mixed"])
-@pytest.mark.parametrize("name", HOSTS)
-def test_any_elementwise_host_has_the_bits_of_one_process(worlds, name, layout, foreach):
-    (reference,) = worlds.run(0, with_host, name, "single", foreach)
-    for params in worlds.run(LAYOUTS[layout].ranks, with_host, name, layout, foreach):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_elementwise_optimizer_has_the_bits_of_one_process(worlds, name, layout, foreach):
+    (reference,) = worlds.run(0, with_optimizer, name, "single", foreach)
+    for params in worlds.run(LAYOUTS[layout].ranks, with_optimizer, name, layout, foreach):
         assert differing(params, reference) == []
 
 
 def with_muon(layout: str, ours: bool) -> dict:
-    """A host that looks at whole matrices, and talks to other ranks by itself."""
+    """An optimizer of whole matrices, which calls collectives by itself."""
     import distwd
 
     held = layouts.place(layout, whole_model(PARAMS_SEED))
     matrices = {name: param for name, param in held.items() if param.ndim == 2}
     if ours:
-        host = distwd.Chain(matrices.items(), distwd.Wrap(torch.optim.Muon), distwd.LR(1.0))
+        optimizer = distwd.Chain(matrices.items(), distwd.Wrap(torch.optim.Muon), distwd.LR(1.0))
     else:
-        host = torch.optim.Muon(matrices.values(), lr=1.0, weight_decay=0.0)
+        optimizer = torch.optim.Muon(matrices.values(), lr=1.0, weight_decay=0.0)
     for step in range(3):
         runs.feed(layout, held, step)
-        host.step()
+        optimizer.step()
     return {name: layouts.whole_of(param) for name, param in matrices.items()}
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp2"])
-def test_a_host_that_looks_at_whole_matrices_sees_them(worlds, layout):
+def test_an_optimizer_of_whole_matrices_sees_them(worlds, layout):
     """Its own bfloat16 products depend on the sharding, so it is compared with itself on the same one."""
     bare = worlds.run(LAYOUTS[layout].ranks, with_muon, layout, False)
     for ours, theirs in zip(worlds.run(LAYOUTS[layout].ranks, with_muon, layout, True), bare, strict=True):

@@ -1,4 +1,4 @@
-"""attach around real hosts: closures, scaled gradients, and several optimizers of one model."""
+"""attach to real optimizers: closures, scaled gradients, and several optimizers of one model."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ RULES = {
 }
 
 
-def parameters(host: str = "") -> dict[str, torch.nn.Parameter]:
+def parameters(name: str = "") -> dict[str, torch.nn.Parameter]:
     params = fp32_parameters()
-    return {name: params[name] for name in MATRICES} if host == "Muon" else params
+    return {key: params[key] for key in MATRICES} if name == "Muon" else params
 
 
 def feed(params: dict, step: int, scale: float = 1.0) -> None:
@@ -64,15 +64,15 @@ def train(optimizer, params: dict, steps=range(3)) -> dict:
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("name", TORCH)
-def test_a_host_decays_as_in_the_chain(name, coupling):
+def test_an_optimizer_decays_as_in_the_chain(name, coupling):
     """Adafactor and Muon look at whole parameters; a chain runs them at lr 1, so a chain of them is compared at lr 1."""
     lr = 1.0 if name in ("Adafactor", "Muon") else 0.01
     for rules in ([WeightDecay(0.01)], [RelativeWeightDecay(0.01, 1, "params")], [RelativeWeightDecay(0.01)]):
         cls, ours, theirs = getattr(torch.optim, name), parameters(name), parameters(name)
         optimizer = cls(ours.values(), lr=lr, **TORCH[name])
         attach(optimizer, *rules, coupling=coupling)
-        words = {"gradient": [*rules, cls, LR], "lr": [cls, *rules, LR], "none": [cls, LR, *rules]}[coupling]
-        made = [Wrap(cls, **TORCH[name]) if word is cls else LR(lr) if word is LR else word for word in words]
+        parts = {"gradient": [*rules, cls, LR], "lr": [cls, *rules, LR], "none": [cls, LR, *rules]}[coupling]
+        made = [Wrap(cls, **TORCH[name]) if part is cls else LR(lr) if part is LR else part for part in parts]
         values, expected = train(optimizer, ours), train(Chain(theirs.items(), *made), theirs)
         for key, value in values.items():
             # p − (p_new − p): fp32, of parameters up to about 10.
@@ -144,9 +144,9 @@ def test_lbfgs_decays_as_in_the_chain(place):
     optimizer = torch.optim.LBFGS(ours.values(), lr=1.0, max_iter=3)
     rule = WeightDecay(0.1, target="closure" if place == "closure" else "update")
     attach(optimizer, rule, coupling="none" if place == "none" else "lr")
-    host = Wrap(torch.optim.LBFGS, max_iter=3)
-    words = {"closure": [rule, host, LR(1.0)], "lr": [host, rule, LR(1.0)], "none": [host, LR(1.0), rule]}[place]
-    values, expected = search(optimizer, ours), search(Chain(theirs.items(), *words), theirs)
+    inner = Wrap(torch.optim.LBFGS, max_iter=3)
+    parts = {"closure": [rule, inner, LR(1.0)], "lr": [inner, rule, LR(1.0)], "none": [inner, LR(1.0), rule]}[place]
+    values, expected = search(optimizer, ours), search(Chain(theirs.items(), *parts), theirs)
     for name, value in values.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
@@ -167,15 +167,15 @@ FUSED = {"adamw": (torch.optim.AdamW, {"weight_decay": 0}), "sgd": (torch.optim.
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("host", FUSED)
+@pytest.mark.parametrize("inner", FUSED)
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("name", RULES)
-def test_scaled_gradients_decay_alike_and_a_skipped_step_decays_nothing(name, coupling, host, fused):
+def test_scaled_gradients_decay_alike_and_a_skipped_step_decays_nothing(name, coupling, inner, fused):
     """The scale is a power of two, so even the bits agree."""
     results = []
     for scale in (1.0, 2.0**10):
         params = parameters()
-        cls, kwargs = FUSED[host]
+        cls, kwargs = FUSED[inner]
         optimizer = cls(params.values(), lr=0.01, fused=fused, **kwargs)
         attach(optimizer, *RULES[name], coupling=coupling)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
@@ -207,7 +207,7 @@ def test_under_a_scaler_too_attached_decay_is_fused_adamw_bit_for_bit(dtype):
     assert differing(run(True), run(False)) == []
 
 
-# --- several hosts ------------------------------------------------------------------------------------------------------
+# --- several optimizers -----------------------------------------------------------------------------------------------
 
 
 def pair_of(params: dict, **kwargs) -> list[torch.optim.Optimizer]:
@@ -218,35 +218,35 @@ def pair_of(params: dict, **kwargs) -> list[torch.optim.Optimizer]:
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("name", [name for name in RULES if name != "of params"])
 @pytest.mark.parametrize("order", [1, -1], ids=["in order", "reversed"])
-def test_several_hosts_share_their_numbers_as_if_they_were_one(name, coupling, order, monkeypatch):
-    # What several hosts did is found from copies of the parameters; so it shall be of one.
+def test_several_optimizers_share_their_numbers_as_if_they_were_one(name, coupling, order, monkeypatch):
+    # The update of several optimizers is found from copies of the parameters; here that of a single one too.
     monkeypatch.setattr(ZeroProxyCapture, "works_for", lambda self, optimizer: False)
     ours, theirs = parameters(), parameters()
-    hosts = pair_of(ours)
+    optimizers = pair_of(ours)
     one = torch.optim.AdamW(theirs.items(), lr=0.01, weight_decay=0)
-    attachment = attach(hosts, *RULES[name], coupling=coupling)
+    attachment = attach(optimizers, *RULES[name], coupling=coupling)
     attach(one, *RULES[name], coupling=coupling)
     for step in range(3):
         feed(ours, step)
-        for host in hosts[::order]:
-            host.step()
+        for optimizer in optimizers[::order]:
+            optimizer.step()
     values = {n: p.detach() for n, p in ours.items()}
     assert differing(values, train(one, theirs)) == []
     assert attachment.plan.numel == NUM_ELEMENTS
     attachment.remove()
-    assert not any(host._optimizer_step_pre_hooks for host in hosts)
+    assert not any(optimizer._optimizer_step_pre_hooks for optimizer in optimizers)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_a_scaler_may_skip_one_host_and_not_the_other(coupling, fused):
+def test_a_scaler_may_skip_one_optimizer_and_not_the_other(coupling, fused):
     """Absolute rules have nothing to share, so this is what an attachment each would do."""
     ours, theirs = parameters(), parameters()
-    hosts, apart = pair_of(ours, fused=fused), pair_of(theirs, fused=fused)
-    attach(hosts, WeightDecay(0.1), coupling=coupling)
-    for host in apart:
-        attach(host, WeightDecay(0.1), coupling=coupling)
-    for optimizers, params in ((hosts, ours), (apart, theirs)):
+    together, apart = pair_of(ours, fused=fused), pair_of(theirs, fused=fused)
+    attach(together, WeightDecay(0.1), coupling=coupling)
+    for each in apart:
+        attach(each, WeightDecay(0.1), coupling=coupling)
+    for optimizers, params in ((together, ours), (apart, theirs)):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         for step, infinite in enumerate(["", "up.weight", "head.bias", "", "up.weight", "up.weight", ""]):
             scaled_step(scaler, optimizers, params, step, infinite)

@@ -1,4 +1,4 @@
-"""A host on zeros, where ranks hold shards or copies: what it keeps is cut like the parameters, and copies stay equal."""
+"""An optimizer on zeros, where ranks hold shards or copies: its state is sharded like the parameters, and copies stay equal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from distwd import RelativeWeightDecay, attach
 from tests.model import mesh_of
-from tests.test_attach_on_zeros import HOSTS, RULES, adamw
+from tests.test_attach_zero_proxy import OPTIMIZERS, RULES, adamw
 
 
 def kinds(value) -> object:
@@ -19,15 +19,15 @@ def kinds(value) -> object:
     return type(value), tuple(value.shape), value.dtype, of_shard
 
 
-def states_on_a_rank(host: str, wholes: dict, foreach: bool) -> list:
-    """By position, what is kept of DTensors by a bare optimizer, and by one that steps zeros in their stead."""
-    cls, mesh, found = getattr(torch.optim, host.split(",")[0]), mesh_of(3, names=("dp",)), []
+def states_on_a_rank(inner: str, wholes: dict, foreach: bool) -> list:
+    """By position, the state of DTensors in a bare optimizer, and in one that steps zeros in their place."""
+    cls, mesh, found = getattr(torch.optim, inner.split(",")[0]), mesh_of(3, names=("dp",)), []
     for attached in (False, True):
         params = {
             name: torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0) if whole.dim() else Replicate()]))
             for name, whole in wholes.items()
         }
-        optimizer = cls(params.items(), lr=0.01, foreach=foreach, **HOSTS[host])
+        optimizer = cls(params.items(), lr=0.01, foreach=foreach, **OPTIMIZERS[inner])
         if attached:
             attach(optimizer, RULES["relative"]())
         for _ in range(2):
@@ -39,11 +39,11 @@ def states_on_a_rank(host: str, wholes: dict, foreach: bool) -> list:
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_the_state_is_of_the_kind_that_the_host_alone_keeps(worlds, host, foreach):
-    # As a plain tensor, what is kept of a scalar would not go together with the parameter.
+@pytest.mark.parametrize("inner", OPTIMIZERS)
+def test_the_state_is_of_the_kind_that_the_optimizer_alone_keeps(worlds, inner, foreach):
+    # As a plain tensor, the state of a scalar would not mix with a DTensor parameter.
     wholes = {"matrix": torch.ones(4, 3), "vector": torch.ones(5), "scalar": torch.tensor(2.0)}
-    for alone, attached in worlds.run(3, states_on_a_rank, host, wholes, foreach):
+    for alone, attached in worlds.run(3, states_on_a_rank, inner, wholes, foreach):
         assert alone == attached
         assert len(alone) == len(wholes)
 

@@ -1,4 +1,4 @@
-"""The ranks of a mesh in one process, in turn: LocalTensorMode cuts for all of them at once, each tells of its piece, owners are found.
+"""Simulates the ranks of a mesh in one process: LocalTensorMode shards for all of them; each describes its pieces.
 
 LocalTensorMode runs one program for all ranks and keeps what differs between them (coordinates, lengths) symbolic. Ours branches on
 such numbers, so plans do not run under it: it only makes the shards. Both it and the fake process group are private to torch, and
@@ -60,7 +60,7 @@ def _dtensor(local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Sequenc
 
 
 def owners(held: Sequence[Sequence[Tensor]]) -> list[OwnerTable]:
-    """What each rank finds when all have told what they hold, tensors by position."""
+    """The ownership that each rank computes from the rows of all; tensors are matched by position."""
     rows = []
     for tensors in held:
         pieces = [describe(f"t{number}", tensor) for number, tensor in enumerate(tensors)]

@@ -1,4 +1,4 @@
-"""How tensors may lie on ranks, as data: any mesh, any of its axes, any placements; plain copies, plain pieces, pipeline stages.
+"""Tensors on meshes, as data: any mesh, any of its axes, any placements; plain copies, plain pieces, pipeline stages.
 
 `look` is what one rank sees of a case, as a thread or as a process; `check` holds what all ranks saw against whole tensors.
 Which elements a rank holds is never computed here: torch cuts a tensor of element numbers as it cuts the parameter.
@@ -31,10 +31,10 @@ AXES = "abc"
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way for one tensor to lie on a mesh.
+class TensorPlacement:
+    """How one tensor lies on a mesh.
 
-    axes: those of the mesh that its DTensor knows; over the others lie copies, which no DTensor tells. (): a plain tensor.
+    axes: those of the mesh that its DTensor knows; over the others lie copies, which no DTensor shows. (): a plain tensor.
     placements: one for each of `axes`. fsdp: then FSDP2 cuts what is there along this axis, too.
     shares: a plain tensor's pieces along its one axis are about so long. stage: (axis, index), if only ranks there hold it.
     """
@@ -46,10 +46,10 @@ class Way:
     stage: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        words = [f"{AXES[axis]}={place}" for axis, place in zip(self.axes, self.placements, strict=False)]
-        words += [f"{AXES[axis]}={self.shares}" for axis in self.axes if self.shares]
-        words += [f"fsdp={AXES[self.fsdp]}"] if self.fsdp is not None else []
-        return " ".join(words + ([f"at {self.stage}"] if self.stage else [])) or "plain"
+        parts = [f"{AXES[axis]}={place}" for axis, place in zip(self.axes, self.placements, strict=False)]
+        parts += [f"{AXES[axis]}={self.shares}" for axis in self.axes if self.shares]
+        parts += [f"fsdp={AXES[self.fsdp]}"] if self.fsdp is not None else []
+        return " ".join(parts + ([f"at {self.stage}"] if self.stage else [])) or "plain"
 
     @property
     def num_dims(self) -> int:
@@ -64,12 +64,12 @@ class Case:
 
     ranks: tuple[int, ...]
     sizes: tuple[int, ...]
-    tensors: tuple[tuple[Way, tuple[int, ...]], ...]
+    tensors: tuple[tuple[TensorPlacement, tuple[int, ...]], ...]
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
     @property
-    def named(self) -> dict[str, tuple[Way, tuple[int, ...]]]:
+    def named(self) -> dict[str, tuple[TensorPlacement, tuple[int, ...]]]:
         return {f"{n} {way} {list(shape)}": (way, shape) for n, (way, shape) in enumerate(self.tensors)}
 
     def whole(self, seed: int) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class Case:
         return {name: torch.arange(math.prod(shape)).double().reshape(shape) for name, (_, shape) in self.named.items()}
 
 
-def place(way: Way, whole: Tensor, mesh: DeviceMesh) -> Tensor | None:
+def place(way: TensorPlacement, whole: Tensor, mesh: DeviceMesh) -> Tensor | None:
     """This rank's tensor, or None if it holds none."""
     coordinate = mesh.get_coordinate()
     if coordinate is None or (way.stage is not None and coordinate[way.stage[0]] != way.stage[1]):
@@ -118,7 +118,7 @@ class Seen:
     """What one rank saw of a case, by name."""
 
     held: dict[str, list[int]]  # numbers of the elements that lie here
-    told: dict[str, list[int]]  # the same, as the plan's pieces say
+    planned: dict[str, list[int]]  # the same, by the plan's pieces
     owned: set[str]
     metrics: dict[str | float, float]
     by_tensor: list[dict[str, float]]
@@ -140,10 +140,10 @@ def look(case: Case) -> Seen | None:
             params[name].grad = grad
         chain.step()
     numbers = {name: local_of(t).flatten().long().tolist() for name, t in placed(case, case.numbers(), mesh).items()}
-    told = {piece.name: numbers_of(piece) for piece in plan.pieces if not piece.is_counted}
+    planned = {piece.name: numbers_of(piece) for piece in plan.pieces if not piece.is_counted}
     owned = {entry.name for entry, own in zip(plan.entries, plan.owned, strict=True) if own}
     locals_ = {name: local_of(param).clone() for name, param in params.items()}
-    return Seen(numbers, told, owned, metrics, per_tensor(chain), locals_, plan.numel)
+    return Seen(numbers, planned, owned, metrics, per_tensor(chain), locals_, plan.numel)
 
 
 def set_up(case: Case) -> tuple[DeviceMesh, dict[str, nn.Parameter], dict]:
@@ -190,7 +190,7 @@ def per_tensor(chain: distwd.Chain) -> list[dict[str, float]]:
 
 
 def numbers_of(piece: Piece) -> list[int]:
-    """The numbers of the elements that a piece says it holds, in order."""
+    """The numbers of the elements that a piece holds by its description, in order."""
     numbers = torch.arange(math.prod(piece.shape)).reshape(piece.shape)
     for dim, cut in enumerate(piece.cuts):
         indices = [index for start, stop in cut for index in range(start, stop)]
@@ -211,8 +211,8 @@ def check(case: Case, everyone: Iterable[Seen | None]) -> None:
 
 def check_pieces(case: Case, seen: Sequence[Seen]) -> None:
     for one in seen:
-        for name, numbers in one.told.items():
-            assert numbers == one.held[name], f"{name}: the plan tells of other elements than torch gave"
+        for name, numbers in one.planned.items():
+            assert numbers == one.held[name], f"{name}: the plan's piece has other elements than torch gave"
         assert one.numel == sum(math.prod(shape) for _, shape in case.tensors)
     for name, (_, shape) in case.named.items():
         counted = sorted(number for one in seen if name in one.owned for number in one.held[name])

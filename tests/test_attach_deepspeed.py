@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and 2, by their shapes: one flat piece per param group, and a step that is shown one group at a time."""
+"""DeepSpeed's ZeRO-1 and 2, by their shapes: one flat piece per param group, and a step that sees one group at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from distwd import LR, Adam, Chain, RelativeWeightDecay, Sharded, attach
 from tests.layouts import SHAPES, whole_model
 from tests.runs import PARAMS_SEED, differing, grads_of
-from tests.test_attach_zero import RELATIVE, RULES, adamw, rule_of, values_of, whole_parameters
+from tests.test_attach_sharded_optimizers import RELATIVE, RULES, adamw, rule_of, values_of, whole_parameters
 from tests.wire import Wire
 
 CUT = 4
@@ -39,7 +39,7 @@ class DeepSpeed:
         return padded(whole).chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
 
     def mark_padding(self) -> None:
-        """What docs/pages/layout.md says to do, so that the padding counts for nothing."""
+        """What docs/pages/layout.md asks for, so that the padding counts for nothing."""
         for piece, names in zip(self.pieces, self.groups, strict=True):
             numel, begin = len(flat(whole_model(0), names)), dist.get_rank() * len(piece)
             piece._shard_numel_padded = min(max(begin + len(piece) - numel, 0), len(piece))
@@ -163,7 +163,7 @@ def test_a_number_over_groups_that_are_stepped_apart_is_refused_on_every_rank(wo
         assert unchanged
 
 
-def test_numbers_of_groups_that_are_not_shown_stay_and_a_new_group_is_no_surprise():
+def test_numbers_of_groups_that_are_not_stepped_stay_and_a_new_group_is_no_surprise():
     params = [torch.nn.Parameter(torch.full((3,), float(number))) for number in (1, 2, 4)]
     optimizer = torch.optim.SGD([{"params": [param]} for param in params[:2]], lr=0.5)
     attachment = attach(optimizer, RelativeWeightDecay(0.5, norm_input="params", scope="group"))
@@ -190,16 +190,16 @@ def piece_by_piece(rule: str) -> str:
     optimizer = adamw([params[0]])
     attach(optimizer, rule_of(rule), layout={"*": Sharded()})
     optimizer.param_groups[0]["params"] = []
-    told = []
+    errors = []
     for number, param in enumerate(params):
         param.ds_id, param.grad = f"{number}", torch.zeros(3)
         optimizer.param_groups[0]["params"] = [param]
         try:
             optimizer.step()
         except ValueError as error:
-            told.append(str(error))
+            errors.append(str(error))
         optimizer.param_groups[0]["params"] = []
-    return " | ".join([*told, *(f"{param[0].item():g}" for param in params)])
+    return " | ".join([*errors, *(f"{param[0].item():g}" for param in params)])
 
 
 def test_zero_3_is_refused_for_a_relative_rule_and_decays_by_an_absolute_one(worlds):

@@ -1,4 +1,4 @@
-"""`group=`: the ranks that together hold the model may be some of a job's; nobody else is asked or waited for."""
+"""`group=`: the ranks that together hold the model may be some of a job's; no other rank takes part."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests import runs
+from tests.chains import CHAINS, transforms_of
 from tests.layouts import gather, mesh_of, submesh, whole_model
 from tests.runs import PARAMS_SEED, alone, differing
-from tests.sentences import SENTENCES, transforms_of
 from tests.wire import Wire
 
 
@@ -29,9 +29,9 @@ def two_models_in_one_job(different: bool) -> tuple[dict, list[int], int]:
 
     mesh = submesh("inner", 2, 2, names=("outer", "inner"))
     critic = dist.get_rank() >= 2
-    sentence = "cautious_var" if critic and different else "mad_of_update"
+    chain_name = "cautious_var" if critic and different else "mad_of_update"
     held = {n: torch.nn.Parameter(v) for n, v in spread_over(mesh, whole_model(PARAMS_SEED)).items()}
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES[sentence].parts), group=half())
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS[chain_name].parts), group=half())
     counts = []
     for step in range(3):
         grads = spread_over(mesh, runs.grads_of(step))
@@ -80,10 +80,10 @@ def not_a_member() -> str:
     return "nothing"
 
 
-def test_a_rank_outside_the_group_is_told_so(worlds):
-    told = worlds.run(3, not_a_member)
-    assert told[:2] == ["member", "member"]
-    assert "group" in told[2]
+def test_a_rank_outside_the_group_is_refused(worlds):
+    outcomes = worlds.run(3, not_a_member)
+    assert outcomes[:2] == ["member", "member"]
+    assert "group" in outcomes[2]
 
 
 def groups_made() -> int:
@@ -105,7 +105,7 @@ def gradients_in_other_placements() -> dict:
 
     mesh = mesh_of(2, names=("dp",))
     held = {n: torch.nn.Parameter(v) for n, v in spread_over(mesh, whole_model(PARAMS_SEED)).items()}
-    chain = distwd.Chain(held.items(), *transforms_of(SENTENCES["l2_of_grad"].parts))
+    chain = distwd.Chain(held.items(), *transforms_of(CHAINS["l2_of_grad"].parts))
     for step in range(3):
         for name, grad in runs.grads_of(step).items():
             held[name].grad = DTensor.from_local(grad, mesh, [Replicate()], run_check=False)

@@ -1,4 +1,4 @@
-"""Decay that looks at the update of one elementwise host: it steps zeros in the parameters' stead, and nobody else may notice."""
+"""Rules that need the update of an elementwise optimizer: it steps zeros in place of the parameters; nothing else may change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distwd import LR, CautiousWeightDecay, Chain, RelativeWeightDecay, WeightDe
 from tests.one_process import fp32_parameters
 from tests.runs import differing, grads_of
 
-HOSTS = {
+OPTIMIZERS = {
     "Adam": {},
     "Adam, amsgrad": {"amsgrad": True},
     "AdamW": {"weight_decay": 0},
@@ -54,24 +54,24 @@ def adamw(params: dict, rule: str = "relative", **kwargs) -> torch.optim.Optimiz
 
 @pytest.mark.parametrize("coupling", ["lr", "none"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("host", HOSTS)
-def test_a_host_on_zeros_is_the_chain_bit_for_bit(host, rule, coupling):
-    cls, ours, theirs = getattr(torch.optim, host.split(",")[0]), fp32_parameters(), fp32_parameters()
+@pytest.mark.parametrize("inner", OPTIMIZERS)
+def test_an_optimizer_on_zeros_is_the_chain_bit_for_bit(inner, rule, coupling):
+    cls, ours, theirs = getattr(torch.optim, inner.split(",")[0]), fp32_parameters(), fp32_parameters()
     modes = [{"foreach": False}, {"foreach": True}] + [{"fused": True}] * hasattr(cls, "_step_supports_amp_scaling")
     for mode in modes:
         try:
-            optimizer = cls(ours.items(), lr=0.01, **HOSTS[host], **mode)
+            optimizer = cls(ours.items(), lr=0.01, **OPTIMIZERS[inner], **mode)
         except (RuntimeError, TypeError):
             assert "fused" in mode
             continue
         attachment = attach(optimizer, RULES[rule](), coupling=coupling)
-        words = {"lr": [RULES[rule](), LR(0.01)], "none": [LR(0.01), RULES[rule]()]}[coupling]
-        chain = Chain(theirs.items(), Wrap(cls, **HOSTS[host], **mode), *words)
+        rest = {"lr": [RULES[rule](), LR(0.01)], "none": [LR(0.01), RULES[rule]()]}[coupling]
+        chain = Chain(theirs.items(), Wrap(cls, **OPTIMIZERS[inner], **mode), *rest)
         assert differing(train(optimizer, ours), train(chain, theirs)) == []
         attachment.remove()
 
 
-def seen_by_host(monkeypatch) -> list[list[torch.Tensor]]:
+def seen_by_optimizer(monkeypatch) -> list[list[torch.Tensor]]:
     """What the groups of torch's AdamW show it, step by step."""
     # On the class itself: once dynamo has been imported, each optimizer class has an `_init_group` of its own.
     seen, init_group = [], torch.optim.AdamW._init_group
@@ -84,15 +84,15 @@ def seen_by_host(monkeypatch) -> list[list[torch.Tensor]]:
     return seen
 
 
-def test_the_host_sees_zeros_and_afterwards_its_own(monkeypatch):
+def test_the_optimizer_sees_zeros_and_afterwards_its_own_parameters(monkeypatch):
     params = fp32_parameters()
-    optimizer, seen = adamw(params), seen_by_host(monkeypatch)
+    optimizer, seen = adamw(params), seen_by_optimizer(monkeypatch)
     given = optimizer.param_groups[0]["params"]
     feed(params, 1)
     grads = {name: param.grad for name, param in params.items()}
     before = {name: param.detach().clone() for name, param in params.items()}
     optimizer.step()
-    # One has no gradient: there is nothing to stand in for.
+    # One has no gradient, so it needs no zeros.
     assert [shown.shape for shown in seen[0]] == [param.shape for name, param in params.items() if name != "up.bias"]
     assert not any(shown.any() for shown in seen[0])
     assert all(param.grad is grads[name] for name, param in params.items())
@@ -102,12 +102,12 @@ def test_the_host_sees_zeros_and_afterwards_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("of", ["this optimizer", "all optimizers"])
-def test_who_looks_at_the_parameters_in_a_hook_finds_them(of, monkeypatch):
+def test_hooks_see_the_real_parameters(of, monkeypatch):
     ours, theirs = fp32_parameters(), fp32_parameters()
     optimizer, found = adamw(ours), []
 
-    def look(host, args, kwargs):
-        found.append(all(a is b for a, b in zip(host.param_groups[0]["params"], ours.values(), strict=True)))
+    def look(stepped, args, kwargs):
+        found.append(all(a is b for a, b in zip(stepped.param_groups[0]["params"], ours.values(), strict=True)))
 
     hook = (
         optimizer.register_step_pre_hook(look)
@@ -121,7 +121,7 @@ def test_who_looks_at_the_parameters_in_a_hook_finds_them(of, monkeypatch):
 
 
 def broken(optimizer, monkeypatch) -> None:
-    """A step that ends in the host's own error."""
+    """A step that ends in the optimizer's own error."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "_init_group", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -129,7 +129,7 @@ def broken(optimizer, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("then", ["step", "save", "load", "remove"])
-def test_a_step_that_is_broken_off_leaves_all_as_it_was_and_goes_on(then, monkeypatch):
+def test_a_step_that_raises_leaves_everything_as_it_was_and_the_next_is_right(then, monkeypatch):
     ours, theirs = fp32_parameters(), fp32_parameters()
     optimizer, other = adamw(ours), adamw(theirs)
     train(optimizer, ours, [0])
@@ -175,7 +175,7 @@ def test_gradients_that_a_later_hook_makes_are_the_ones_that_count():
     ours, theirs = fp32_parameters(), fp32_parameters()
     optimizer = adamw(ours)
 
-    def halve(host, args, kwargs):
+    def halve(stepped, args, kwargs):
         for param in ours.values():
             param.grad = None if param.grad is None else param.grad / 2
 
@@ -186,7 +186,7 @@ def test_gradients_that_a_later_hook_makes_are_the_ones_that_count():
     assert differing(train(optimizer, ours), train(other, theirs)) == []
 
 
-def test_the_zeros_are_let_go_with_the_decay():
+def test_the_zeros_are_freed_when_the_decay_is_removed():
     params = fp32_parameters()
     optimizer = torch.optim.AdamW(params.items(), lr=0.01, weight_decay=0)
     attachment = attach(optimizer, RULES["relative"]())
@@ -198,7 +198,7 @@ def test_the_zeros_are_let_go_with_the_decay():
 
 
 @pytest.mark.parametrize("rule", ["relative", "cautious", "by tensor"])
-def test_in_one_group_some_may_stand_aside_and_others_be_copied(rule):
+def test_in_one_group_some_may_be_replaced_by_zeros_and_others_copied(rule):
     class Special(torch.nn.Parameter):
         pass
 
@@ -207,18 +207,18 @@ def test_in_one_group_some_may_stand_aside_and_others_be_copied(rule):
         return {name: (Special if "bias" in name else torch.nn.Parameter)(value) for name, value in values.items()}
 
     ours, theirs = params(), params()
-    host = Wrap(torch.optim.AdamW, foreach=False)
+    wrapped = Wrap(torch.optim.AdamW, foreach=False)
     values = train(adamw(ours, rule, foreach=False), ours)
-    for name, value in train(Chain(theirs.items(), host, RULES[rule](), LR(0.01)), theirs).items():
+    for name, value in train(Chain(theirs.items(), wrapped, RULES[rule](), LR(0.01)), theirs).items():
         torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("changed", ["the optimizer", "the closure"])
-def test_a_later_hook_that_changes_what_is_stepped_is_told_so(changed):
+def test_a_later_hook_that_changes_what_is_stepped_is_an_error(changed):
     params = fp32_parameters()
     optimizer = adamw(params)
     optimizer.register_step_pre_hook(
-        lambda host, args, kwargs: ((host, *args[1:]) if changed == "the optimizer" else args[:1], kwargs)
+        lambda stepped, args, kwargs: ((stepped, *args[1:]) if changed == "the optimizer" else args[:1], kwargs)
     )
     feed(params, 0)
     with pytest.raises(ValueError, match=r"a hook before the step of AdamW has changed .*; register such hooks before"):
@@ -229,7 +229,7 @@ def test_hooks_that_look_at_the_arguments_find_the_groups():
     params = fp32_parameters()
     optimizer, found = adamw(params), []
     hook = torch_optimizer.register_optimizer_step_post_hook(
-        lambda host, args, kwargs: found.append(args[0].param_groups is optimizer.param_groups)
+        lambda stepped, args, kwargs: found.append(args[0].param_groups is optimizer.param_groups)
     )
     train(optimizer, params, [0, 1])
     hook.remove()
@@ -261,5 +261,5 @@ def decay_of(*rules: str) -> torch.Tensor:
 @pytest.mark.parametrize("rules", [("relative", "relative"), ("absolute", "relative"), ("relative", "absolute")])
 def test_two_attachments_do_not_hide_the_update_from_each_other(rules):
     both, one, other = decay_of(*rules), decay_of(rules[0]), decay_of(rules[1])
-    # Not equal: for one of them, the decay of the other is a part of what the host did.
+    # Not equal: for one of them, the decay of the other is a part of what the optimizer did.
     assert (both - one - other).norm() < 0.25 * min(one.norm(), other.norm())
