@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -53,6 +53,8 @@ class Rule(Transform):
     >>> w.detach()
     tensor([ 1.5000, -2.0000])
     """
+
+    measured_as: ClassVar[str] = "by"  # what `print(optimizer)` says before each metric
 
     def __init__(self, *, target: str = "update", **settings: Any) -> None:
         if target in _GROWTH:
@@ -146,7 +148,7 @@ class Rule(Transform):
         words = []
         for ask in self.measures(settings).values():
             by = "" if ask.scope == "all" else f" by {ask.scope}"
-            words.append(f"× {ask.parsed.name} of {ask.of}{by}")
+            words.append(f"{self.measured_as} {ask.parsed.name} of {ask.of}{by}")
         if settings.get("ord", 2) != 2:
             words.append(f"ord {settings['ord']:g}")
         if self.is_cautious(settings):

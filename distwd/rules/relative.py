@@ -40,6 +40,7 @@ class RelativeWeightDecay(Rule):
     """
 
     coefficient_settings = frozenset({"weight_decay"})
+    measured_as = "×"
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,16 +27,17 @@ class Coefficient:
     """What one rule was told, and what it answered, for one param group.
 
     scope: of all its numbers; each is a tensor [slots]: one slot for "all", one for each group or each parameter.
-    numbers: measured and kept ones by name, float64, as the rule was given them.
+    numbers: measured and kept ones by name, float64: as the rule was given them, and kept ones as they are after the step.
     value: the coefficient, float32.
-    kept: the new kept numbers, float64; stored when the step has been written.
+    old, new: kept numbers before the step, and those that the rule answered; stored when the step has been written.
     dtype: of the numbers that users are shown.
     """
 
     scope: str
     numbers: Mapping[str, Tensor]
     value: Tensor
-    kept: Mapping[str, Tensor]
+    old: Mapping[str, Tensor]
+    new: Mapping[str, Tensor]
     dtype: torch.dtype
 
 
@@ -154,6 +155,7 @@ class Coefficients:
             else:
                 # A rank that holds nothing of the group has nowhere to keep its numbers.
                 kept[name] = (values[0] if len(values) else torch.full_like(like[0], torch.nan)).expand(len(like))
+        old = dict(kept)
         has_begun = kept.get(COUNT)
         for name, begin in begins.items():
             if isinstance(begin, Measure) and has_begun is not None:
@@ -183,7 +185,7 @@ class Coefficients:
                 new[COUNT] = has_begun + 1
         value = _as_slots(bound, "coefficient", answer, like)
         dtype = self._plan().result_dtype if asks else torch.float32
-        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), new, dtype)
+        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, dtype)
 
     def rate(self, bound: BoundTransform, step: Step, batch: Batch, settings: Mapping[str, Any]) -> Rate:
         """λ for an absolute rule; else the coefficient, as a float64 tensor: one number, or one for each parameter."""
@@ -198,31 +200,32 @@ class Coefficients:
 
     def keep(self, bound: BoundTransform, step: Step, groups: frozenset[int]) -> None:
         """The step has been written, for these groups: their kept numbers move, but where the step is skipped."""
-        for index, known in self._last.get(bound.label, {}).items():
-            if index not in groups or not known.kept:
+        for index, known in list(self._last.get(bound.label, {}).items()):
+            if index not in groups or not known.new:
                 continue
-            settings = bound.settings(step.groups[index])
-            positions = step.trainable(index)
             device, is_shared = known.value.device, known.scope != "tensor"
-            rests: Tensor | None = None
-            if not is_shared:
-                slots = self._slots().index(positions, device)
-                values = {name: value[slots] for name, value in known.kept.items()}
-                # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
-                rests = None if self._has_gradient is None else ~self._has_gradient[slots]
-            else:
-                slot = index if known.scope == "group" else 0
-                values = {name: value[slot].reshape(1) for name, value in known.kept.items()}
-            entries = [step.entries[position] for position in positions]
-            if not entries:
-                continue
+            # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
+            rests = None if is_shared or self._has_gradient is None else ~self._has_gradient
             found_inf = step.found_inf.get(index)
             if found_inf is not None:
                 is_skipped = found_inf.to(device, non_blocking=True) != 0
                 rests = is_skipped if rests is None else rests | is_skipped
+            now = known.new
             if rests is not None:
-                old = self._kept.read(bound, settings, entries, device, is_shared)
-                values = {name: torch.where(rests, old[name], value) for name, value in values.items()}
+                now = {name: torch.where(rests, known.old[name], value) for name, value in known.new.items()}
+            shown = {name: now.get(name, value) for name, value in known.numbers.items()}
+            self._last[bound.label][index] = replace(known, numbers=shown)
+
+            positions = step.trainable(index)
+            entries = [step.entries[position] for position in positions]
+            if not entries:
+                continue  # this rank has nowhere to keep them
+            if is_shared:
+                slot = index if known.scope == "group" else 0
+                values = {name: value[slot].reshape(1) for name, value in now.items()}
+            else:
+                slots = self._slots().index(positions, device)
+                values = {name: value[slots] for name, value in now.items()}
             self._kept.write(bound, values, entries, is_shared)
 
     @contextmanager
