@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from distwd.kernels.blocks import Workspace
 from distwd.kernels.compile import check_compiler
-from distwd.kernels.sums import local_statistics
-from distwd.kernels.workspace import Workspace
-from distwd.metrics.metric import ABS
+from distwd.kernels.sums import ABS, local_statistics
 from distwd.sharding.ownership import checksums_of, resolve, rows_of
 from distwd.sharding.pieces import Meshes, describe
 

@@ -17,9 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 import distwd
 from distwd.kernels import compile as compiling
-from distwd.kernels.blocks import blocks, is_large
+from distwd.kernels.blocks import Workspace, blocks, is_large
 from distwd.kernels.sums import STRETCHES, local_statistics
-from distwd.kernels.workspace import Workspace
 from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Statistic
 
 # More large tensors than one call takes, one that does not end in a whole vector, and small ones, which are not compiled.

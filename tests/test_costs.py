@@ -14,8 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distwd
-from distwd.kernels.blocks import block_size
-from distwd.kernels.workspace import Workspace
+from distwd.kernels.blocks import Workspace, block_size
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -204,10 +203,21 @@ def test_a_torch_that_does_not_describe_its_cpu_is_enough(monkeypatch):
 def test_what_is_kept_is_a_block_at_most():
     scratch, device = Workspace(), torch.device("cpu")
     size = block_size(device)
-    first = scratch.take("x", size, device, torch.float32)
-    assert scratch.take("x", 3, device, torch.float32).data_ptr() == first.data_ptr()
-    scratch.take("y", size + 1, device, torch.float32)
+    first = scratch.empty(size, device, torch.float32)
+    scratch.empty(size + 1, device, torch.float32)
+    scratch.begin_block()
+    assert scratch.empty(3, device, torch.float32).data_ptr() == first.data_ptr()
     assert sum(buffer.numel() for buffer in scratch._kept.values()) == size
+
+
+def test_no_two_temporaries_of_a_block_meet():
+    scratch, xs = Workspace(), [torch.arange(5.0)]
+    products, signs = scratch.mul(xs, 2.0), scratch.sign(xs)
+    (wide,) = scratch.copies(xs, torch.float64)
+    assert products[0].tolist() == [0, 2, 4, 6, 8] and signs[0].tolist() == [0, 1, 1, 1, 1]
+    scratch.begin_block()
+    assert scratch.sub(xs, xs)[0].data_ptr() == products[0].data_ptr()
+    assert wide.tolist() == xs[0].tolist()
 
 
 def test_buffers_made_in_inference_mode_serve_outside_of_it():

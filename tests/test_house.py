@@ -197,7 +197,7 @@ def test_no_cache_lives_longer_than_an_optimizer(path):
     One holds neither: what torch.compile has made of a formula, which torch itself keeps for the process.
     """
     text = path.read_text(encoding="utf-8")
-    if place_of(path) == "kernels/compiled.py":
+    if place_of(path) == "kernels/compile.py":
         assert text.count("functools.cache") == 2
         return
     assert not re.search(r"\b(lru_cache|functools\.cache|from functools import .*\bcache\b)", text)

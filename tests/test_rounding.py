@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import distwd
-from distwd.kernels import blocks
-from distwd.kernels.stochastic import GlobalIndices, Ramp, RandomBits, dithered
-from distwd.kernels.workspace import Workspace
+from distwd.kernels import blocks, stochastic
+from distwd.kernels.blocks import Workspace
+from distwd.kernels.stochastic import GlobalIndices, RandomBits, dithered
 from distwd.sharding.pieces import Piece, describe
 from distwd.step.rounding import global_indices_of
 from tests import simulated_ranks
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def bits(num: int, key: int = 7, own: int = 99) -> Tensor:
-    return RandomBits([GlobalIndices(((0, num),))], [own], key, Ramp()).bits([(0, 0, num)], CPU, Workspace())
+    return RandomBits([GlobalIndices(((0, num),))], [own], key).bits([(0, 0, num)], CPU, Workspace())
 
 
 # --- without bias ---------------------------------------------------------------------------------------------------
@@ -150,11 +150,11 @@ def piece_of(shape: tuple, cuts: tuple) -> tuple[Piece, Tensor]:
 @pytest.mark.parametrize("block", [3, 7, 1000])
 @pytest.mark.parametrize("name", CUTS)
 def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
-    """Any stretch of any piece, however far the ramp reaches."""
+    """Any stretch of any piece, whatever the size of a block."""
     piece, places = piece_of(*CUTS[name])
     whole = bits(math.prod(piece.shape))
     with mock.patch.object(stochastic, "block_size", return_value=block):
-        noise = RandomBits([global_indices_of(piece)], [99], 7, Ramp())
+        noise = RandomBits([global_indices_of(piece)], [99], 7)
         for start in range(len(places)):
             for stop in range(start + 1, len(places) + 1):
                 assert torch.equal(noise.bits([(0, start, stop)], CPU, Workspace()), whole[places[start:stop]])
@@ -168,7 +168,7 @@ def test_the_noise_is_that_of_the_places_on_any_mesh_by_any_placements(model):
     for held in simulated_ranks.distribute(numbers, sizes, [placements for _, placements in tensors]):
         for tensor, whole in zip(held, numbers, strict=True):
             places = tensor._local_tensor.flatten().long()
-            noise = RandomBits([global_indices_of(describe("w", tensor))], [99], 7, Ramp())
+            noise = RandomBits([global_indices_of(describe("w", tensor))], [99], 7)
             if len(places):
                 assert torch.equal(noise.bits([(0, 0, len(places))], CPU, Workspace()), bits(whole.numel())[places])
 

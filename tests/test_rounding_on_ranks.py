@@ -67,12 +67,12 @@ def test_sharded_equals_whole(worlds, layout, dtype, kind):
 
 def mutant(layout: str, what: str) -> dict[str, Tensor]:
     """Noise by the place in the local tensor; or without a draw of its own at each write; or as on every step before."""
-    from distwd import rounding
     from distwd.kernels.stochastic import GlobalIndices, RandomStream
+    from distwd.step import rounding
 
     local = lambda piece, offset=0: GlobalIndices(((0, torch.Size(piece.local_shape).numel()),))  # noqa: E731
     patches = {
-        "local": mock.patch.object(rounding, "extent_of", local),
+        "local": mock.patch.object(rounding, "global_indices_of", local),
         "writes": mock.patch.object(RandomStream, "next", lambda self: self._make(0)),
         "steps": mock.patch.object(rounding.Rounding, "count"),
     }

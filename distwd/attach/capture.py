@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.apply import apply_from_
-from ..kernels.buffers import BufferPool
+from ..kernels.blocks import BufferPool
 from ..kernels.formulas import Rate
 from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
@@ -163,6 +163,8 @@ class SnapshotCapture:
                     batch.apply_(batch.terms, with_update=True)
                     torch._foreach_copy_(params, batch.params)
                 else:
+                    tally = batch.tally if batch.terms else None
+                    without = None if tally is None else [param.clone() for param in params]
                     # The optimizer's own write stays as it is, bit for bit.
                     apply_from_(
                         params,
@@ -171,8 +173,9 @@ class SnapshotCapture:
                         batch.pending.mask,
                         workspace=batch.workspace,
                         random_bits=batch.random_bits,
-                        tally=batch.tally,
                     )
+                    if tally is not None and without is not None:
+                        tally.add(params, without)
         except Exception:
             for position, old in self.old.items():
                 local_tensor(step.entries[position].tensor).copy_(old)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..kernels.ordinary import ORDINARY
+from ..kernels.blocks import ORDINARY, ZeroPool
 from ..kernels.stochastic import LOW
-from ..kernels.zeros import ZeroPool
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
 from ..sharding.local import local_like

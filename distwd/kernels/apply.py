@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blocks import blocks, is_large
+from .blocks import Ops, Workspace, blocks, is_large
 from .compile import TOGETHER, TRACED, compiled
-from .formulas import DecayTerm, Factors, Mask, Rate, apply_block_, apply_from_block_, factor, folded
-from .joined import copied, is_worth_writing_joined, joined, spread_
-from .stochastic import LOW, RandomBits, Span, spans_of, write_
-from .tally import Tally
-from .workspace import Workspace
+from .formulas import DecayTerm, Mask, Numbers, Rate, Write, update_, with_terms
+from .stochastic import LOW, RandomBits, spans_of
 
 
 def apply_(
@@ -27,25 +26,40 @@ def apply_(
     workspace: Workspace,
     random_bits: RandomBits | None = None,
     clear: bool = False,
-    tally: Tally | None = None,
 ) -> None:
-    """p ← p − Σ pull(p) − scale·u, in place; every pull is of p as it was before.
+    """p ← p − Σ rate·mask·d(p) − scale·u, in place; every term is of p as it was before.
 
-    params, updates: local tensors of equal shapes; updates None: there is nothing but the pulls.
-    For linear pulls this is one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary; anything
-    else needs temporaries of a block. bf16 and fp16 are computed in float32 and rounded once: as `noise` decides, if given.
-    clear: `updates` are not needed any more: leave zeros there, which costs least while a block is in the cache.
-    tally: counts the elements that come out as they would without the pulls; that costs computing them a second time.
+    params: local tensors of one dtype and device. bf16 and fp16 are computed in float32 and rounded once.
+    terms: what decays them. L2 terms are one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary;
+        anything else needs temporaries of a block.
+    updates: u, of the shapes of `params`; None: there is nothing but the terms.
+    scale: the factor of u: one number, or [params].
+    mask: what cautious terms look at.
+    workspace: where blocks are worked on.
+    random_bits: how bf16 and fp16 are rounded; None: to the nearest.
+    clear: whether `updates` are not needed any more and are to be left at zero, which costs least while a block is in the
+        cache.
     """
-    lists = [params] if updates is None else [params, updates]
-    tally = tally if terms else None
-    factors = Factors.of(terms, scale, params)
-    if factors.is_one_product and updates is None and tally is None and params[0].dtype not in LOW:
+    l2 = [term.rate for term in terms if term.is_l2]
+    # Rates are added as they come (metrics are float64), and rounded to the dtype of the arithmetic once, as one factor.
+    keep = 1 - sum(l2[1:], start=l2[0]) if l2 else None
+    bent = [term for term in terms if not term.is_l2]
+    if keep is not None and not bent and updates is None and params[0].dtype not in LOW:
         # Memory is read once and no temporary is made: blocks would gain nothing.
-        torch._foreach_mul_(params, factor(factors.keep, range(len(params)), params))
+        torch._foreach_mul_(params, _operand(keep, range(len(params)), params[0]))
         return
-    roles = _roles(lists, mask, terms, second=None if updates is None else "updates", clear=clear)
-    _write_(lists, factors, roles, workspace, random_bits, tally)
+    lists = [params] if updates is None else [params, updates]
+    # A tensor is never known to be 1 without reading it, which would wait for the device.
+    is_unit = not isinstance(scale, Tensor) and abs(scale) == 1
+    write = Write(
+        tuple(term.kind for term in bent),
+        has_keep=keep is not None,
+        unit_scale=float(scale) if is_unit else None,
+        us=None if updates is None else 1,
+        spends_us=clear,
+    )
+    numbers = Numbers(keep, [term.rate for term in bent], None if is_unit else scale)
+    _write_(write, numbers, lists, mask, workspace, random_bits)
 
 
 def apply_from_(
@@ -56,26 +70,16 @@ def apply_from_(
     *,
     workspace: Workspace,
     random_bits: RandomBits | None = None,
-    tally: Tally | None = None,
 ) -> None:
-    """t ← t − Σ pull(p), in place: the pulls of one list of tensors, written to another of the same shapes."""
+    """t ← t − Σ rate·mask·d(p), in place: the decay of one list of tensors, written to another of the same shapes.
+
+    targets, params: local tensors of one dtype and device. The rest as in `apply_`.
+    """
     if terms:
-        lists = [targets, params]
-        roles = _roles(lists, mask, terms, second="params")
-        _write_(lists, Factors.apart(terms, params), roles, workspace, random_bits, tally)
-
-
-def count(params: list[Tensor], terms: Sequence[DecayTerm], tally: Tally | None, workspace: Workspace) -> None:
-    """What linear pulls leave unchanged if they are written alone; nothing is."""
-    factors = Factors.of(terms, 1.0, params)
-    for places, (ps,) in blocks(params) if tally is not None else ():
-        copies = [p.clone() for p in ps]
-        (wide,) = _widened(workspace, copies)
-        apply_block_(wide, places, factors, None, None, workspace)
-        if wide is not copies:
-            torch._foreach_copy_(copies, wide)
-        if tally is not None:
-            tally.add(copies, ps)
+        # No factor `keep`: it would shrink what an optimizer has added to the targets since, and not only the old parameters.
+        write = Write(tuple(term.kind for term in terms), has_keep=False, unit_scale=1.0, ps=1)
+        numbers = Numbers(None, [term.rate for term in terms], None)
+        _write_(write, numbers, [targets, params], mask, workspace, random_bits)
 
 
 def add_terms(
@@ -88,13 +92,22 @@ def add_terms(
     *,
     workspace: Workspace,
 ) -> None:
-    """out ← scale·u + Σ sign·pull(p): what is pending becomes part of the update. `out` may be `updates` itself."""
-    lists = [params, out, updates]
-    roles = _roles(lists, mask, terms, second=None)
-    for places, (ps, outs, *rest) in blocks(*lists):
-        ps_wide, us_wide, *more = _widened(workspace, ps, *rest)
-        block_mask = roles.mask([ps_wide, us_wide, us_wide, *more])
-        torch._foreach_copy_(outs, folded(us_wide, ps_wide, places, terms, scale, block_mask, workspace))
+    """out ← scale·u + Σ sign·rate·mask·d(p): what is pending becomes part of the update.
+
+    updates, params: local tensors of equal shapes and one device, params of one dtype.
+    out: where the result is written; may be `updates` itself.
+    The rest as in `apply_`.
+    """
+    write = Write(tuple(term.kind for term in terms), has_keep=False, unit_scale=None, us=1)
+    write, lists = _with_mask(write, [params, updates], mask)
+    # `out` is written last, a block at a time, so it may be one of the lists that are read.
+    for positions, (*pieces, outs) in blocks(*lists, out):
+        workspace.begin_block()
+        wide = _widened(workspace, pieces)
+        ps, us = wide[:2]
+        rates = [_operand(term.rate, positions, ps[0]) for term in terms]
+        factor = _operand(scale, positions, us[0])
+        torch._foreach_copy_(outs, with_terms(workspace, us, factor, ps, terms, rates, write.mask_of(workspace, wide)))
 
 
 def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
@@ -106,152 +119,104 @@ def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """What the lists of a block are for. The first is written.
-
-    second: "updates" that are subtracted, the "params" that pulls are of where the first are not, or None. clear: whether to leave
-    zeros in it. us, minus, sign: the places of what a mask is taken of, and its sign; us None: there is no mask.
-    """
-
-    second: str | None
-    clear: bool = False
-    us: int | None = None
-    minus: int | None = None
-    sign: int = 1
-
-    def mask(self, lists: Sequence[list[Tensor]]) -> Mask | None:
-        """The mask of a block."""
-        if self.us is None:
-            return None
-        return Mask(lists[self.us], self.sign, None if self.minus is None else lists[self.minus])
-
-
-def _roles(
-    lists: list[list[Tensor]], mask: Mask | None, terms: Sequence[DecayTerm], second: str | None, clear: bool = False
-) -> Roles:
-    """Adds to `lists` what a mask is taken of, if a pull looks at it and it is not among them."""
-    if mask is None or not any(term.cautious for term in terms):
-        return Roles(second, clear)
-    minus = None if mask.minus is None else _place_in(lists, mask.minus)
-    return Roles(second, clear, _place_in(lists, mask.us), minus, mask.sign)
-
-
-def _place_in(lists: list[list[Tensor]], one: list[Tensor]) -> int:
-    for place, other in enumerate(lists):
-        if one is other:
-            return place
-    lists.append(one)
-    return len(lists) - 1
+def _with_mask(write: Write, lists: list[list[Tensor]], mask: Mask | None) -> tuple[Write, list[list[Tensor]]]:
+    """The write and its lists, with what the mask is taken of, if a term looks at it; a list that is there already is not added."""
+    if mask is None or not any(kind.cautious for kind in write.kinds):
+        return write, lists
+    lists, places = list(lists), list[int]()
+    # By identity: the mask is most often taken of the update itself, and must see the same float32 copy of it.
+    for one in (mask.us, *([] if mask.minus is None else [mask.minus])):
+        known = [place for place, other in enumerate(lists) if one is other]
+        places.append(known[0] if known else len(lists))
+        lists += [] if known else [one]
+    minus = None if mask.minus is None else places[1]
+    return replace(write, mask_us=places[0], mask_minus=minus, mask_sign=mask.sign), lists
 
 
 def _write_(
+    write: Write,
+    numbers: Numbers,
     lists: list[list[Tensor]],
-    factors: Factors,
-    roles: Roles,
+    mask: Mask | None,
     workspace: Workspace,
     random_bits: RandomBits | None,
-    tally: Tally | None,
 ) -> None:
     """Write the first of `lists`, block by block."""
-    # Noise and tallies go by the tensor; what is not exact may depend on how many elements are worked on together.
-    is_exact = factors.is_exact(is_last=roles.clear or roles.second != "updates")
-    is_free = is_exact and random_bits is None and tally is None
-    compiles, is_low = is_free and workspace.compiles, lists[0][0].dtype in LOW
-    # Only these take so many operations that joining makes up for itself.
-    joins = is_free and factors.has_common_numbers and (is_low or any(term.cautious for term in factors.bent))
-    few_operations = not (compiles or is_low or factors.bent)
-    for places, pieces in blocks(*lists, together=TOGETHER if compiles else 0, few_operations=few_operations):
+    write, lists = _with_mask(write, lists, mask)
+    like = lists[0][0]
+    is_low = like.dtype in LOW
+    computed = torch.float32 if is_low else like.dtype
+    # Once for all blocks: numbers where the parameters are, and in the dtype that they are computed in.
+    numbers = numbers.each(lambda rate: rate.to(like.device, computed) if isinstance(rate, Tensor) else rate)
+    # What the compiler would round otherwise is not given to it: p + alpha·u is one rounding or two, and its pow is another.
+    # Nor are random bits, which go by the place in a tensor.
+    adds_once = write.us is None or write.unit_scale is not None or write.spends_us or isinstance(numbers.scale, Tensor)
+    is_exact = adds_once and all(kind.is_elementary for kind in write.kinds)
+    compiles = is_exact and random_bits is None and workspace.compiles
+    few_operations = not (compiles or is_low or write.kinds)
+    for positions, pieces in blocks(*lists, together=TOGETHER if compiles else 0, few_operations=few_operations):
+        # Small tensors are not compiled: one call of it costs more than all of their operations.
         if compiles and is_large(pieces[0]):
-            run = compiled(_traced, factors.form(), roles, len(places))
-            run(factors.numbers(places, pieces[0][0]), *pieces)
+            given = numbers.each(partial(_as_tensor, positions=positions, dtype=computed, device=like.device))
+            compiled(_traced, write, len(positions))(*given, *pieces)
             continue
-        if joins and is_worth_writing_joined(pieces):
-            _write_joined_(factors, roles, pieces, places, workspace)
-            continue
-        spans = () if random_bits is None else spans_of(pieces[0], places, lists[0])
-        without = (
-            None if tally is None else _without_pulls(factors, roles, pieces, places, workspace, random_bits, spans)
-        )
-        _write_block_(factors, roles, pieces, places, workspace, random_bits, spans)
-        if tally is not None and without is not None:
-            tally.add(pieces[0], without)
+        workspace.begin_block()
+        round_ = None
+        if random_bits is not None:
+            round_ = partial(random_bits.round_, spans_of(pieces[0], positions, lists[0]), workspace)
+        _write_block_(workspace, write, numbers, positions, pieces, round_)
 
 
-def _traced(form: Factors, roles: Roles, num: int, numbers: list[Tensor], *pieces: list[Tensor]) -> None:
-    """form: what is alike in every step; numbers: the rest of the factors. num: tensors in each list."""
-    _write_block_(form.filled(numbers), roles, pieces, range(num), TRACED)
-
-
-def _write_joined_(
-    factors: Factors, roles: Roles, pieces: Sequence[list[Tensor]], places: Sequence[int], workspace: Workspace
+def _traced(
+    write: Write, num: int, keep: Tensor | None, rates: list[Tensor], scale: Tensor | None, *pieces: list[Tensor]
 ) -> None:
-    """The same of many small tensors, as one."""
-    # What is written is a copy, and written back, so that each tensor knows of it (its version counts for autograd).
-    written = copied(pieces[0], "joined", workspace, pieces[0][0].dtype)
-    others = [joined(some, f"joined {n}", workspace, some[0].dtype) for n, some in enumerate(pieces[1:])]
-    clears_all = roles.clear and not others[0][1]
-    # All numbers are common, so any place stands for the others.
-    _write_block_(factors, roles, [[written], *([flat] for flat, _ in others)], places[:1], workspace)
-    spread_(pieces[0], written)
-    if clears_all:
-        workspace.clear_(pieces[1])
+    """`_write_block_` of `num` large tensors, for the compiler. What comes before `num` is in the formula, the rest is given."""
+    _write_block_(TRACED, write, Numbers(keep, rates, scale), range(num), pieces)
 
 
 def _write_block_(
-    factors: Factors,
-    roles: Roles,
+    ops: Ops,
+    write: Write,
+    numbers: Numbers,
+    positions: Sequence[int],
     pieces: Sequence[list[Tensor]],
-    places: Sequence[int],
-    workspace: Workspace,
-    random_bits: RandomBits | None = None,
-    spans: Sequence[Span] = (),
+    round_: Callable[[list[Tensor], list[Tensor]], None] | None = None,
 ) -> None:
-    wide = _widened(workspace, *pieces)
-    mask = roles.mask(wide)
-    if roles.second == "params":
-        apply_from_block_(wide[0], wide[1], places, factors, mask, workspace)
-    else:
-        apply_block_(wide[0], places, factors, wide[1] if roles.second else None, mask, workspace, roles.clear)
-    _narrow(pieces[0], wide[0], workspace, random_bits, spans)
-    if roles.clear:
-        workspace.clear_(pieces[1])
+    """Write the first list of a block. round_: `round_(targets, values)` writes float32 values to bf16 or fp16; None: nearest."""
+    wide = _widened(ops, pieces)
+    of_block = numbers.each(partial(_operand, positions=positions, like=wide[0][0]))
+    if write.us is not None:
+        # In the dtype of u, which is not that of p where a gradient has one of its own.
+        of_block = of_block._replace(scale=_operand(numbers.scale, positions, wide[write.us][0]))
+    update_(ops, write, of_block, wide)
+    if wide is not pieces:
+        (round_ or ops.copy_)(pieces[0], wide[0])
+    if write.spends_us and write.us is not None:
+        # The next step wants zeros there, and here the block is still in the cache.
+        ops.zero_(pieces[write.us])
 
 
-def _widened(workspace: Workspace, *lists: list[Tensor]) -> list[list[Tensor]]:
-    """The lists in float32 if they are narrower, else themselves."""
+def _widened(ops: Ops, lists: Sequence[list[Tensor]]) -> Sequence[list[Tensor]]:
+    """Copies of the lists in float32 if the first is bf16 or fp16, else the lists themselves."""
     if lists[0][0].dtype not in LOW:
-        return list(lists)
-    return [workspace.copies(f"wide {number}", tensors, torch.float32) for number, tensors in enumerate(lists)]
+        return lists
+    return [ops.copies(tensors, torch.float32) for tensors in lists]
 
 
-def _narrow(
-    targets: list[Tensor],
-    wide: list[Tensor],
-    workspace: Workspace,
-    random_bits: RandomBits | None,
-    spans: Sequence[Span],
-) -> None:
-    """Write what was computed in float32 to bf16 or fp16; nothing where it was computed in place."""
-    if wide is targets:
-        return
-    if random_bits is None:
-        workspace.apply_("copy", targets, wide)
-    else:
-        write_(targets, wide, random_bits, spans, workspace)
+def _operand(rate: Any, positions: Sequence[int], like: Tensor) -> Any:
+    """A rate for the tensors at these positions, as operations take it: a number, a 0-d tensor, or a list of those."""
+    if not isinstance(rate, Tensor):
+        return rate
+    rate = rate.to(like.device, like.dtype)
+    if rate.dim() == 0:
+        return rate
+    # One operation for all of them, not one for each.
+    stretch = rate[positions[0] : positions[-1] + 1].unbind()
+    return [stretch[position - positions[0]] for position in positions]
 
 
-def _without_pulls(
-    factors: Factors,
-    roles: Roles,
-    pieces: Sequence[list[Tensor]],
-    places: Sequence[int],
-    workspace: Workspace,
-    random_bits: RandomBits | None,
-    spans: Sequence[Span],
-) -> list[Tensor]:
-    """What would be written to a block without any pull, as new tensors."""
-    copies = [[one.clone() for one in some] for some in pieces[: 1 if roles.second is None else 2]]
-    unpulled = Factors(None, (), factors.scale)
-    _write_block_(unpulled, Roles(roles.second, roles.clear), copies, places, workspace, random_bits, spans)
-    return copies[0]
+def _as_tensor(rate: Rate, positions: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A rate as a tensor, 0-d or [positions]: a float would be compiled into the formula, and every other one anew."""
+    if not isinstance(rate, Tensor):
+        return torch.full((), rate, dtype=dtype, device=device)
+    return rate if rate.dim() == 0 else torch.stack([rate[position] for position in positions])

@@ -1,12 +1,22 @@
-"""Work on many tensors in pieces that stay in the cache, so that temporaries are small and memory is read once."""
+"""Work on many tensors in pieces that stay in the cache, with temporaries and buffers in memory that is kept.
+
+`blocks` cuts lists of tensors into blocks. A `Workspace` holds the temporaries of one block and has the operations that
+write to them. `BufferPool` and `ZeroPool` keep whole tensors from step to step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._torch import is_in_dispatch_mode
+
+# Tensors that are memory and nothing else, by their very type: a subclass may have no address, or hold something other
+# than its elements.
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 # Elements in a block. On a CPU, what several operations in a row touch should stay in the cache; but every operation ends
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
@@ -17,108 +27,271 @@ _CPU_CACHE = 1 << 21  # bytes of a core's second-level cache that hold the block
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 
-# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where only a few
-# operations are made, that overhead counts for more than what is in the cache, up to a larger size.
+# Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where only a
+# few operations are made, that overhead counts for more than what is in the cache, up to a larger size.
 _CPU_SMALL = 1 << 15
 _CPU_SMALL_FOR_FEW = 1 << 16
+
+# (positions in the lists, the pieces of each list)
+Block = tuple[list[int], tuple[list[Tensor], ...]]
+# The second operand of an operation: one number or 0-d tensor for all tensors of a list, or a list with one for each.
+Operand = float | Tensor | list[Tensor]
+Call = Callable[..., Any]
+Operation = Callable[..., list[Tensor]]
 
 
 def block_size(device: torch.device) -> int:
     """The number of elements worked on at a time on `device`, at most."""
     if device.type != "cpu":
         return _GPU_BLOCK
-    return min(max(_CPU_BLOCK * torch.get_num_threads(), _cpu_least()), _CPU_MOST)
-
-
-def _cpu_least() -> int:
-    """Smaller only where a core's cache holds it; elsewhere the calls of smaller blocks cost more than they save."""
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
-    return _CPU_BLOCK if known.get("l2_cache_size", 0) >= _CPU_CACHE else _CPU_LEAST
+    # One block for one thread only where a core's cache holds it; elsewhere the calls of smaller blocks cost more than
+    # they save. An older torch has no `get_capabilities`.
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    least = _CPU_BLOCK if known.get("l2_cache_size", 0) >= _CPU_CACHE else _CPU_LEAST
+    return min(max(_CPU_BLOCK * torch.get_num_threads(), least), _CPU_MOST)
 
 
 def small_size(device: torch.device, few_operations: bool = False) -> int:
-    """Up to how many elements a tensor shares a block with others; few_operations: where these are all there is to do with it."""
+    """Up to how many elements a tensor shares a block with others.
+
+    few_operations: whether only a few operations are made on it.
+    """
     if device.type != "cpu":
         return _GPU_BLOCK
     return _CPU_SMALL_FOR_FEW if few_operations else _CPU_SMALL
 
 
 def is_large(pieces: Sequence[Tensor]) -> bool:
-    """Whether a block is a flat stretch of a large tensor, or several whole ones."""
+    """Whether a block is flat slices of large tensors; else it is several whole small ones."""
     return pieces[0].dim() == 1 and pieces[0].numel() > small_size(pieces[0].device)
 
 
-Block = tuple[list[int], tuple[list[Tensor], ...]]
-
-
 def blocks(*lists: Sequence[Tensor], together: int = 0, few_operations: bool = False) -> Iterator[Block]:
-    """Cut equally long lists of equally shaped tensors alike; yields (places in the lists, lists of pieces).
+    """Cut equally long lists of equally shaped tensors alike.
 
-    Large tensors come in flat slices, small ones together, empty ones not at all. The pieces are views: writing
-    to them writes to the tensors. A tensor that is not contiguous comes as it is.
-    together: large tensors come that many at a time, uncut but for a few, so that it comes out even; one by one where that would
-    make small ones of them. 0: cut.
+    lists: tensors of one device. Those at one position have one shape; dtypes may differ between the lists.
+    together: 0: large tensors are cut into slices of a block. Else they come that many at a time and uncut, as the
+        compiler wants them; where fewer are left, some are halved so that it comes out even.
     few_operations: as in `small_size`.
+
+    Yields (positions, pieces by list). Small tensors come several at a time, large ones as flat views of a slice, empty
+    ones not at all. A tensor that is not contiguous comes whole and alone. The pieces are views: writing to them writes to
+    the tensors.
     """
     device = lists[0][0].device if lists[0] else torch.device("cpu")
     size, small = block_size(device), small_size(device, few_operations)
-    places: list[int] = []
+    chosen: list[int] = []  # small tensors that wait for others to share their block
     filled = 0
     uncut: list[Block] = []
-    for place, tensors in enumerate(zip(*lists, strict=True)):
+    for position, tensors in enumerate(zip(*lists, strict=True)):
         numel = tensors[0].numel()
-        if numel > small:
-            if together and all(tensor.is_contiguous() for tensor in tensors):
-                uncut.append(([place], tuple([tensor.view(-1)] for tensor in tensors)))
-            else:
-                yield from _slices(place, tensors, size)
-        elif numel:
+        if 0 < numel <= small:
             if filled + numel > size:
-                yield places, _chosen(lists, places)
-                places, filled = [], 0
-            places.append(place)
+                yield chosen, tuple([tensors[index] for index in chosen] for tensors in lists)
+                chosen, filled = [], 0
+            chosen.append(position)
             filled += numel
-    if places:
-        yield places, _chosen(lists, places)
+        elif numel and not all(tensor.is_contiguous() for tensor in tensors):
+            yield [position], tuple([tensor] for tensor in tensors)
+        elif numel and together:
+            uncut.append(([position], tuple([tensor.view(-1)] for tensor in tensors)))
+        elif numel:
+            for parts in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
+                yield [position], tuple([part] for part in parts)
+    if chosen:
+        yield chosen, tuple([tensors[index] for index in chosen] for tensors in lists)
     while uncut:
-        some, uncut = _divided(uncut[:together], together, small), uncut[together:]
-        if len(some) == together:
-            yield _merged(some)
-        else:
+        some, uncut = _halved_until(uncut[:together], together, small), uncut[together:]
+        if len(some) < together:
             yield from some
+        else:
+            columns = zip(*(pieces for _, pieces in some), strict=True)
+            yield [position for own, _ in some for position in own], tuple([p for (p,) in column] for column in columns)
 
 
-def _divided(some: list[Block], number: int, small: int) -> list[Block]:
-    """Blocks of one flat piece each, the largest halved until there are `number`; as they are if that makes small ones."""
+def _halved_until(some: list[Block], number: int, small: int) -> list[Block]:
+    """Blocks of one flat piece each, the largest halved until there are `number`; unchanged if that makes small ones.
+
+    A compiled formula takes a fixed number of tensors, and each other number would be compiled anew, in seconds.
+    """
     parts = list(some)
     while len(parts) < number:
         largest = max(range(len(parts)), key=lambda index: parts[index][1][0][0].numel())
-        place, lists = parts[largest]
+        position, lists = parts[largest]
         half = lists[0][0].numel() // 128 * 64  # whole vectors
         if half <= small:
             return some
         parts[largest : largest + 1] = [
-            (place, tuple([piece[where] for piece in pieces] for pieces in lists))
-            for where in (slice(half), slice(half, None))
+            (position, tuple([piece[where]] for (piece,) in lists)) for where in (slice(half), slice(half, None))
         ]
     return parts
 
 
-def _merged(some: Sequence[Block]) -> Block:
-    """One block of several."""
-    places = [place for own, _ in some for place in own]
-    return places, tuple(
-        [piece for pieces in one for piece in pieces] for one in zip(*(lists for _, lists in some), strict=True)
-    )
+def _operation(one: Call, each: Call, in_place: bool = False) -> Operation:
+    """A method of Ops: `one` does it to a tensor, `each` to a list of tensors."""
+
+    def method(self: Ops, xs: list[Tensor], *ys: Operand, **settings: float) -> list[Tensor]:
+        return self.run(one, each, in_place, xs, *ys, **settings)
+
+    return method
 
 
-def _chosen(lists: tuple[Sequence[Tensor], ...], places: list[int]) -> tuple[list[Tensor], ...]:
-    return tuple([tensors[place] for place in places] for tensors in lists)
+class Ops:
+    """Elementwise operations on lists of tensors, for formulas that take them as first argument.
+
+    This is the `xp` of the array API standard, for lists. The first operand is a list of tensors of one dtype and device,
+    the second an Operand. A name with `_` writes to the first operand, one without makes new tensors, which are valid
+    until the next block begins.
+
+    How an operation is done is up to `run`. Here it is done tensor by tensor, as torch.compile wants to read it; a
+    Workspace does it at once, in memory that is kept.
+    """
+
+    mul = _operation(torch.mul, torch._foreach_mul)  # x·y
+    mul_ = _operation(Tensor.mul_, torch._foreach_mul_, in_place=True)
+    sub = _operation(torch.sub, torch._foreach_sub)  # x − y
+    sub_ = _operation(Tensor.sub_, torch._foreach_sub_, in_place=True)
+    # x + alpha·y: one rounding or two, as the device does it; for alpha 1 or −1 it is one.
+    add = _operation(torch.add, torch._foreach_add)
+    add_ = _operation(Tensor.add_, torch._foreach_add_, in_place=True)
+    sign = _operation(torch.sign, torch._foreach_sign)
+    abs = _operation(torch.abs, torch._foreach_abs)
+    pow = _operation(torch.pow, torch._foreach_pow)  # x^y
+    clamp_min_ = _operation(Tensor.clamp_min_, torch._foreach_clamp_min_, in_place=True)  # max(x, y)
+    clamp_max_ = _operation(Tensor.clamp_max_, torch._foreach_clamp_max_, in_place=True)  # min(x, y)
+    copy_ = _operation(Tensor.copy_, torch._foreach_copy_, in_place=True)  # y, rounded to the nearest
+    zero_ = _operation(Tensor.zero_, torch._foreach_zero_, in_place=True)
+
+    def copies(self, xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """x in another dtype."""
+        return [x.to(dtype, copy=True) for x in xs]
+
+    def run(
+        self, one: Call, each: Call, in_place: bool, xs: list[Tensor], *ys: Operand, **settings: float
+    ) -> list[Tensor]:
+        """Do an operation, tensor by tensor."""
+        return [one(x, *(y[i] if isinstance(y, list) else y for y in ys), **settings) for i, x in enumerate(xs)]
 
 
-def _slices(place: int, tensors: tuple[Tensor, ...], size: int) -> Iterator[Block]:
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        yield [place], tuple([tensor] for tensor in tensors)
-        return
-    for parts in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
-        yield [place], tuple([part] for part in parts)
+class Workspace(Ops):
+    """The operations of a block, done at once, with temporaries in memory that is kept.
+
+    On a CPU, fresh memory costs more (page faults) than the work done in it. The n-th temporary of a block is the n-th
+    buffer of its dtype and device, and `begin_block` starts again with the first: within a block no two temporaries meet.
+    Each optimizer has its own workspace. Streams, threads and CUDA graphs may meet in a buffer only where they would
+    already meet in the parameters that are written, so nothing is guarded here.
+    compiles: whether formulas go through torch.compile where they can (see compile.py).
+    """
+
+    def __init__(self, compiles: bool = False) -> None:
+        self._compiles = compiles
+        self._kept: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._num_taken: dict[tuple[torch.device, torch.dtype], int] = {}
+        self.ramps: dict[torch.device, Tensor] = {}  # of stochastic.py
+
+    @property
+    def compiles(self) -> bool:
+        """Whether formulas go through torch.compile now."""
+        # Under a dispatch mode (CommDebugMode, FlopCounterMode) torch would run them uncompiled, and never compile them again.
+        return self._compiles and not is_in_dispatch_mode()
+
+    def begin_block(self) -> None:
+        """Nothing that was taken is needed any more."""
+        self._num_taken.clear()
+
+    def empty(self, numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A temporary of `numel` elements, flat, that holds anything; valid until the next block begins."""
+        number = self._num_taken.get((device, dtype), 0)
+        self._num_taken[device, dtype] = number + 1
+        buffer = self._kept.get((number, device, dtype))
+        if buffer is None or buffer.numel() < numel:
+            with torch.inference_mode(False):  # or no other mode could ever write to it
+                buffer = torch.empty(numel, device=device, dtype=dtype)
+            # A tensor that is not contiguous comes whole, however large: that much is not kept.
+            if numel <= block_size(device):
+                self._kept[number, device, dtype] = buffer
+        return buffer[:numel]
+
+    def copies(self, xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """x in another dtype; of one large piece in kept memory."""
+        if len(xs) > 1:
+            return super().copies(xs, dtype)
+        (x,) = xs
+        return [self.empty(x.numel(), x.device, dtype).view(x.shape).copy_(x)]
+
+    def joined(self, xs: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """A copy of all elements of several tensors, flat."""
+        flat = self.empty(sum(x.numel() for x in xs), xs[0].device, dtype)
+        shapes = {x.shape for x in xs}
+        rows = {shape[1:] for shape in shapes}
+        # Tensors with rows of one shape are joined as they are: flat views of many small ones cost as much as all the rest.
+        if len(rows) == 1 and all(shapes):
+            torch.cat(xs, out=flat.view(-1, *rows.pop()))
+        else:
+            torch.cat([x.reshape(-1) for x in xs], out=flat)
+        return flat
+
+    def run(
+        self, one: Call, each: Call, in_place: bool, xs: list[Tensor], *ys: Operand, **settings: float
+    ) -> list[Tensor]:
+        """Do an operation at once: on many small pieces as foreach does it, on one large piece in kept memory."""
+        if in_place:
+            each(xs, *ys, **settings)
+            return xs
+        # Many small pieces: a view of kept memory for each would cost more than what foreach allocates.
+        if len(xs) > 1:
+            return list(each(xs, *ys, **settings))
+        (x,) = xs
+        single = [y[0] if isinstance(y, list) else y for y in ys]
+        return [one(x, *single, **settings, out=self.empty(x.numel(), x.device, x.dtype).view(x.shape))]
+
+
+class BufferPool:
+    """Tensors like local parameters, by the parameter's position, kept from step to step.
+
+    Memory that is allocated anew in every step costs more (page faults) than what is written to it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+        self._kinds: dict[int, tuple[Any, ...]] = {}
+
+    def take(self, positions: Sequence[int], params: Sequence[Tensor]) -> list[Tensor]:
+        """One for each of the local parameters at these positions; it holds what it held, or anything if it is new."""
+        for position, param in zip(positions, params, strict=True):
+            # Strides too: fused kernels take elements as they lie in memory. They are those of the parameter, since a new
+            # tensor like one with gaps has none.
+            kind = (param.shape, param.stride(), param.dtype, param.device)
+            if self._kinds.get(position) != kind:
+                self._kept[position], self._kinds[position] = torch.empty_like(param, requires_grad=False), kind
+        return self.taken(positions)
+
+    def taken(self, positions: Sequence[int]) -> list[Tensor]:
+        """What was last taken for these positions."""
+        return [self._kept[position] for position in positions]
+
+
+class ZeroPool(BufferPool):
+    """A BufferPool whose tensors are zero when they are taken: an optimizer that steps them leaves −lr·update there.
+
+    They are cleared where the step is written, while a block is in the cache (`cleared` records it). What was not, as when
+    a step has failed, is cleared when it is taken.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clean: dict[int, Tensor] = {}
+
+    def take(self, positions: Sequence[int], params: Sequence[Tensor]) -> list[Tensor]:
+        """Zeros in the shape of the local parameters at these positions, to be written to."""
+        zeros = super().take(positions, params)
+        clean = [self._clean.pop(position, None) for position in positions]
+        if dirty := [zero for zero, known in zip(zeros, clean, strict=True) if zero is not known]:
+            torch._foreach_zero_(dirty)
+        return zeros
+
+    def cleared(self, positions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Record that `tensors` hold zeros; only those count that were taken for the parameters at these positions."""
+        for position, tensor in zip(positions, tensors, strict=True):
+            if self._kept.get(position) is tensor:
+                self._clean[position] = tensor

@@ -1,6 +1,7 @@
-"""Formulas through torch.compile: a large tensor is read and written once, where otherwise every operation reads and writes it.
+"""Formulas through torch.compile: a large tensor is read and written once, where else every operation reads and writes it.
 
-What is compiled is the very code that else runs a block at a time, so each formula is still in one place.
+What is compiled is the very code that else runs a block at a time, with `TRACED` for its operations: each formula is in one
+place.
 """
 
 from __future__ import annotations
@@ -13,48 +14,40 @@ import torch
 from torch import Tensor
 
 from .._torch import shape_config
-from .workspace import Workspace
-
-
-class Traced(Workspace):
-    """The operations of a formula that is being compiled; what lies between them is the compiler's business."""
-
-    def make(self, op: str, use: str, xs: list[Tensor], *others: Any) -> list[Tensor]:
-        return [getattr(torch, op)(x, *_at(index, others)) for index, x in enumerate(xs)]
-
-    def apply_(self, op: str, xs: list[Tensor], *others: Any, **settings: Any) -> None:
-        for index, x in enumerate(xs):
-            getattr(x, f"{op}_")(*_at(index, others), **settings)
-
-    def clear_(self, xs: list[Tensor]) -> None:
-        # Zeros that the compiler takes for something made from x: plain ones it would write in a second loop over memory.
-        for x in xs:
-            x.copy_(torch.gt(x, torch.inf))
-
-    def copies(self, use: str, xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        return [x.to(dtype, copy=True) for x in xs]
-
-
-TRACED = Traced()
+from .blocks import Ops
 
 # Large tensors that one compiled call takes. Calling costs some 0.1 ms, and compiling a second or so for each of them.
 TOGETHER = 8
 
 
-def _at(index: int, arguments: tuple[Any, ...]) -> list[Any]:
-    return [argument[index] if isinstance(argument, list) else argument for argument in arguments]
+class Traced(Ops):
+    """Plain operations on each tensor; what lies between them is the compiler's business."""
+
+    def zero_(self, xs: list[Tensor]) -> None:  # type: ignore[override]
+        """x ← 0."""
+        # Zeros that the compiler takes for something made from x: plain ones it would write in a second loop over memory.
+        for x in xs:
+            x.copy_(torch.gt(x, torch.inf))
+
+
+TRACED = Traced()
 
 
 @functools.cache
 def compiled(formula: Callable[..., Any], *form: Hashable) -> Callable[..., Any]:
-    """`formula(*form, *tensors)` as a function of the tensors, for any number of elements. Compiled when first called, in seconds."""
+    """`formula(*form, *tensors)` as a function of the tensors, for any number of elements.
+
+    It is compiled when first called, in seconds, and kept for the process, as torch itself keeps it.
+    """
 
     def run(*tensors: Any) -> Any:
         return formula(*form, *tensors)
 
     # torch keeps what it has compiled by code object, a few versions of each: every form gets one of its own.
     run.__code__ = run.__code__.replace(co_name=f"distwd_{formula.__name__}")
-    quick = torch.compile(run, dynamic=True, options=_options())
+    # In vectors of 512 bits a step with a mask takes a fifteenth longer; sums, which wait for memory, take as long.
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    quick = torch.compile(run, dynamic=True, options={"cpp.simdlen": 256} if has_avx512 else None)
 
     def call(*tensors: Any) -> Any:
         # Or torch would take lengths that are equal now for one number, and compile anew for others, until it gives up.
@@ -67,16 +60,11 @@ def compiled(formula: Callable[..., Any], *form: Hashable) -> Callable[..., Any]
     return call
 
 
-def _options() -> dict[str, Any] | None:
-    """In vectors of 512 bits a step with a mask takes a fifteenth longer; sums, which wait for memory, take as long."""
-    return {"cpp.simdlen": 256} if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
-
-
 @functools.cache
 def check_compiler(device_type: str) -> None:
     """Raise ValueError if torch.compile does not work here; tried on a formula of one line."""
     try:
-        compiled(_twice)(torch.ones(8, device=device_type))
+        compiled(torch.neg)(torch.ones(8, device=device_type))
     except RuntimeError as error:  # torch's own family of errors for this; a missing compiler is one of them
         reason = str(error).strip().split("\n")[0]
         needs = "a C++ compiler (gcc or clang)" if device_type == "cpu" else "Triton"
@@ -84,7 +72,3 @@ def check_compiler(device_type: str) -> None:
             f"compile=True: torch.compile does not work here, it needs {needs} on {device_type}: {reason}; "
             "install it on every machine, or leave compile out"
         ) from error
-
-
-def _twice(x: Tensor) -> Tensor:
-    return x * 2

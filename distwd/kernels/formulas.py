@@ -1,29 +1,53 @@
-"""The formulas of a step on one block of it:  p ← p − Σ rate·mask·d(p) − scale·u,  on local tensors of one dtype and device."""
+"""The formulas of a step, as plain functions:  t ← keep·t − Σ rate·[sign·u·p > 0]·d(p) − scale·u,  d(p) = sign(p)·|p|^(ord−1).
+
+They work on lists of local tensors of one dtype and device, a block at a time. Their first argument is the operations that
+they are made of: a Workspace, which does them at once, or TRACED, which torch.compile reads. So each formula stands here
+once. Everything gives the same bits wherever a tensor is cut.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .blocks import Operand, Ops
 from .stochastic import LOW
-from .terms import is_elementary, masked, strength
-from .workspace import Workspace
 
 # A number for all tensors of a list (float or 0-d tensor), or one for each (1-d tensor).
 Rate = float | Tensor
 
+# `pow_` on so many elements is serial in ATen (its parallel grain is 32768), so that the only ends are ours.
+_POW_PIECE = 1 << 14
+_WHOLE_VECTORS = 64
+
+
+class TermKind(NamedTuple):
+    """A DecayTerm without its numbers: what is the same in every step, and can be hashed."""
+
+    ord: float
+    cautious: bool
+    sign: int
+
+    @property
+    def is_elementary(self) -> bool:
+        """Whether d(p) is made of operations that round once in IEEE arithmetic: then anyone who computes it gets the same bits."""
+        return self.ord == 1 or self.ord == 2 or _is_product(self.ord - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class DecayTerm:
-    """A decay that waits to be written: rate · [sign·u·p > 0] · d(p), with d(p) = sign(p)·|p|^(ord−1).
+    """A decay that waits to be written:  rate · [sign·u·p > 0] · d(p),  with d(p) = sign(p)·|p|^(ord−1).
 
-    cautious: whether the bracket applies; its u is given beside it, as a Mask.
+    rate: the factor of d(p).
+    ord: ≥ 1; for 1, d(p) is sign(p), for 2 it is p.
+    cautious: whether the bracket applies; its u is given beside the term, as a Mask.
+    sign: −1 where u is something that will be ascended (the gradient before a maximizing optimizer), so that decay stays
+        decay.
     before_lr: the rate without the learning rate that scales the update as well; None if they are not scaled alike.
-    sign: −1 where u is something that will be ascended (the gradient before a maximizing optimizer), so that decay stays decay.
     """
 
     rate: Rate
@@ -33,206 +57,204 @@ class DecayTerm:
     before_lr: Rate | None = None
 
     def scaled(self, factor: Rate) -> DecayTerm:
-        """The same pull, `factor` times as strong."""
+        """The same term, `factor` times as strong."""
         return replace(self, rate=self.rate * factor)
 
     @property
-    def is_linear(self) -> bool:
+    def is_l2(self) -> bool:
         """Whether p ← p·(1 − rate) is all there is to it."""
         return self.ord == 2 and not self.cautious
+
+    @property
+    def kind(self) -> TermKind:
+        """What is left without the numbers."""
+        return TermKind(self.ord, self.cautious, self.sign)
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """What cautious pulls look at: the tensors `us`, read as sign·u, or as sign·(u − minus)."""
+    """What cautious terms look at: the tensors `us`, read as sign·u, or as sign·(u − minus).
+
+    The difference is taken a block at a time: as a whole it would cost the memory of another shard.
+    """
 
     us: list[Tensor]
     sign: int = 1
     minus: list[Tensor] | None = None
 
-    def settled(self, workspace: Workspace) -> Mask:
-        """The same of a block, with nothing left to subtract."""
-        return self if self.minus is None else Mask(difference(self.us, self.minus, workspace), self.sign)
+
+class Numbers(NamedTuple):
+    """The numbers of a Write: floats, 0-d tensors, or one number for each tensor of a list (a 1-d tensor, or a list of 0-d ones).
+
+    keep: 1 − Σ rate of the terms that are one product (`is_l2`); None if there is none.
+    rates: of the other terms, by `Write.kinds`.
+    scale: the factor of the update; None where `Write.unit_scale` has it.
+    """
+
+    keep: Operand | None
+    rates: Sequence[Operand]
+    scale: Operand | None
+
+    def each(self, function: Callable[[Any], Any]) -> Numbers:
+        """The same with a function applied to each number that there is."""
+        keep, scale = (one if one is None else function(one) for one in (self.keep, self.scale))
+        return Numbers(keep, [function(rate) for rate in self.rates], scale)
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
-    """The numbers of p ← keep·p − Σ bent pulls − scale·u, as they are multiplied; made once for all blocks."""
+class Write:
+    """What a step writes:  t ← keep·t − Σ rate·mask·d(p) − scale·u,  without its tensors and numbers.
 
-    keep: Rate | None
-    bent: tuple[DecayTerm, ...]
-    scale: Rate
+    It is the same in every step and can be hashed: torch.compile makes one function for each. Its tensors come as several
+    lists, each list once even if it has two roles: then it is widened once, and seen by the compiler as one. Fields of type
+    `int | None` say which list has a role; None: no list. List 0 is t, what is written.
 
-    @classmethod
-    def of(cls, terms: Sequence[DecayTerm], scale: Rate, params: list[Tensor]) -> Factors:
-        """keep: 1 − Σ rate of the linear pulls, rounded after the sum."""
-        linear = [term.rate for term in terms if term.is_linear]
-        keep = fitted(1 - sum(linear[1:], start=linear[0]), params) if linear else None
-        return cls(keep, _bent([term for term in terms if not term.is_linear], params), fitted(scale, params))
+    kinds: the terms, but for those that are part of `keep`.
+    has_keep: whether there is such a factor.
+    unit_scale: 1 or −1 where that is surely the scale, so that u is subtracted or added as it is; None: it is a number.
+    ps: what the terms are of; 0 where that is t itself.
+    us: the update.
+    mask_us, mask_minus, mask_sign: as in Mask.
+    spends_us: whether u is not needed any more, and is to be left at zero.
+    """
 
-    @classmethod
-    def apart(cls, terms: Sequence[DecayTerm], params: list[Tensor]) -> Factors:
-        """Those of t ← t − Σ pulls, each of which is subtracted."""
-        return cls(None, _bent(terms, params), 1.0)
+    kinds: tuple[TermKind, ...]
+    has_keep: bool
+    unit_scale: float | None
+    ps: int = 0
+    us: int | None = None
+    mask_us: int | None = None
+    mask_minus: int | None = None
+    mask_sign: int = 1
+    spends_us: bool = False
 
-    @property
-    def is_one_product(self) -> bool:
-        """Whether the pulls are p ← keep·p and nothing else."""
-        return self.keep is not None and not self.bent
-
-    @property
-    def has_unit_scale(self) -> bool:
-        """Whether u is added or subtracted as it is (a tensor is never known to be 1)."""
-        return not isinstance(self.scale, Tensor) and abs(self.scale) == 1
-
-    @property
-    def has_common_numbers(self) -> bool:
-        """Whether no number is one for each tensor."""
-        rates = [self.keep, self.scale, *(term.rate for term in self.bent)]
-        return not any(isinstance(rate, Tensor) and rate.dim() for rate in rates)
-
-    def is_exact(self, is_last: bool) -> bool:
-        """Whether whoever computes this gets the same bits: p + alpha·u in one operation may be one rounding or two."""
-        scale_is_exact = is_last or isinstance(self.scale, Tensor) or self.has_unit_scale
-        return scale_is_exact and all(is_elementary(term.ord) for term in self.bent)
-
-    def form(self) -> Factors:
-        """The same without its numbers: what is alike in every step, and can be hashed."""
-        bent = tuple(DecayTerm(0.0, term.ord, term.cautious, term.sign) for term in self.bent)
-        return Factors(None if self.keep is None else 0.0, bent, self.scale if self.has_unit_scale else 0.0)
-
-    def numbers(self, places: Sequence[int], like: Tensor) -> list[Tensor]:
-        """What `form` has left out, for the tensors at `places`: each a 0-d tensor, or [len(places)]."""
-        rates = [term.rate for term in self.bent] + ([] if self.keep is None else [self.keep])
-        rates += [] if self.has_unit_scale else [self.scale]
-        return [_number(rate, places, like) for rate in rates]
-
-    def filled(self, numbers: Sequence[Tensor]) -> Factors:
-        """A form with numbers again."""
-        bent = tuple(DecayTerm(n, p.ord, p.cautious, p.sign) for n, p in zip(numbers, self.bent, strict=False))
-        rest = list(numbers[len(bent) :])
-        keep = None if self.keep is None else rest.pop(0)
-        return Factors(keep, bent, rest[0] if rest else self.scale)
+    def mask_of(self, ops: Ops, lists: Sequence[list[Tensor]]) -> Mask | None:
+        """The mask of a block, with nothing left to subtract."""
+        if self.mask_us is None:
+            return None
+        us = lists[self.mask_us]
+        return Mask(us if self.mask_minus is None else difference(ops, us, lists[self.mask_minus]), self.mask_sign)
 
 
-def difference(xs: list[Tensor], minus: list[Tensor], workspace: Workspace) -> list[Tensor]:
-    """x − minus of a block; of bf16 and fp16 in float32, where it is not rounded to 8 or 11 bits again."""
-    if xs[0].dtype in LOW:
-        xs, minus = (workspace.copies(use, some, torch.float32) for use, some in (("new", xs), ("old", minus)))
-    return workspace.make("sub", "moved", xs, minus)
+def update_(ops: Ops, write: Write, numbers: Numbers, lists: Sequence[list[Tensor]]) -> None:
+    """t ← keep·t − Σ rate·mask·d(p) − scale·u, in place; every term is of p as it was before.
 
-
-def apply_block_(
-    ps: list[Tensor],
-    places: Sequence[int],
-    factors: Factors,
-    us: list[Tensor] | None,
-    mask: Mask | None,
-    workspace: Workspace,
-    is_last: bool = False,
-) -> None:
-    """p ← keep·p − Σ bent pulls − scale·u; every pull is of p as it was before. is_last: u is not needed any more."""
-    strengths = _strengths(factors.bent, ps, places, mask, workspace)
-    if factors.keep is not None:
-        workspace.apply_("mul", ps, factor(factors.keep, places, ps))
-    for one in strengths:
-        workspace.apply_("sub", ps, one)
-    if us is None:
+    write: which terms there are, and which list has which role.
+    numbers: as operations take them.
+    lists: float32 or float64.
+    """
+    ts, ps = lists[0], lists[write.ps]
+    mask = write.mask_of(ops, lists)
+    # All terms before the first write: `ts` may be `ps`, and each term is of the parameter before the step.
+    decays = [decay(ops, kind, rate, ps, mask) for kind, rate in zip(write.kinds, numbers.rates, strict=True)]
+    if numbers.keep is not None:
+        ops.mul_(ts, numbers.keep)
+    for one in decays:
+        ops.sub_(ts, one)
+    if write.us is None:
         return
-    scale = factor(factors.scale, places, us)
-    if is_last and not factors.has_unit_scale:
-        workspace.apply_("mul", us, scale)
-        workspace.apply_("sub", ps, us)
-    elif isinstance(factors.scale, Tensor):
-        workspace.apply_("sub", ps, workspace.make("mul", "scaled", us, scale))
+    us, scale = lists[write.us], numbers.scale
+    if write.unit_scale is not None:
+        ops.add_(ts, us, alpha=-write.unit_scale)
+        return
+    assert scale is not None, "the scale is either a number or a unit"
+    if write.spends_us:
+        # In place: another temporary would push something out of the cache.
+        ops.mul_(us, scale)
+        ops.sub_(ts, us)
+    elif isinstance(scale, (Tensor, list)):
+        # A tensor cannot be alpha without being read, which would wait for the device.
+        ops.sub_(ts, ops.mul(us, scale))
     else:
-        workspace.apply_("add", ps, us, alpha=-scale)
+        # u is another's (the gradients, say) and stays; one operation needs no temporary.
+        ops.add_(ts, us, alpha=-scale)
 
 
-def apply_from_block_(
-    ts: list[Tensor], ps: list[Tensor], places: Sequence[int], factors: Factors, mask: Mask | None, workspace: Workspace
-) -> None:
-    """t ← t − Σ pulls of p."""
-    for one in _strengths(factors.bent, ps, places, mask, workspace):
-        workspace.apply_("sub", ts, one)
-
-
-def folded(
-    us: list[Tensor],
-    ps: list[Tensor],
-    places: Sequence[int],
-    terms: Sequence[DecayTerm],
-    scale: Rate,
-    mask: Mask | None,
-    workspace: Workspace,
-) -> list[Tensor]:
-    """scale·u + Σ sign·pull(p)."""
-    result = (
-        us
-        if not isinstance(scale, Tensor) and scale == 1
-        else workspace.make("mul", "folded", us, factor(scale, places, us))
-    )
-    mask = mask and mask.settled(workspace)
-    for term in terms:
-        if term.is_linear and not isinstance(term.rate, Tensor):
-            # With one rounding, as torch's own optimizers add their weight_decay to the gradient.
-            result = list(torch._foreach_add(result, ps, alpha=term.sign * term.rate))
+def decay(ops: Ops, kind: TermKind, rate: Operand, ps: list[Tensor], mask: Mask | None) -> list[Tensor]:
+    """rate · [sign·u·p > 0] · d(p), apart from `ps`. mask: for a cautious term, with nothing left to subtract."""
+    if kind.cautious:
+        assert mask is not None, "a cautious term needs a mask"
+        # [sign·u·p > 0]·p, whose direction is the masked one, since d(0) = 0. By the sign of u and not by u itself: a
+        # product of two small numbers would vanish.
+        signs = ops.sign(mask.us)
+        ps = ops.mul(ps, signs)
+        if kind.sign * mask.sign > 0:
+            ops.clamp_min_(ps, 0.0)
         else:
-            one = _strength(term, ps, places, mask, workspace)
-            result = list(torch._foreach_add(result, one, alpha=term.sign))
+            ops.clamp_max_(ps, 0.0)
+        ops.mul_(ps, signs)
+        if kind.ord == 2:  # in place: a temporary less in the cache is worth more than an operation less
+            ops.mul_(ps, rate)
+            return ps
+    if kind.ord == 2:
+        return ops.mul(ps, rate)
+    # Not |p|^(ord−2)·p, which is 0·inf at p = 0 for ord < 2; and p^(ord−1) would push negative weights outwards for odd ord.
+    found = ops.sign(ps)
+    if kind.ord != 1:
+        magnitudes, exponent = ops.abs(ps), kind.ord - 1
+        # Products have the same bits on every device and in every vector width; `pow` has not.
+        if _is_product(exponent):
+            powers = ops.mul(magnitudes, magnitudes)
+            for _ in range(int(exponent) - 2):
+                ops.mul_(powers, magnitudes)
+        else:
+            powers = magnitudes
+            for power in powers:
+                _steady_pow_(power, exponent)
+        ops.mul_(powers, found)
+        found = powers
+    ops.mul_(found, rate)
+    return found
+
+
+def with_terms(
+    ops: Ops,
+    us: list[Tensor],
+    scale: Operand,
+    ps: list[Tensor],
+    terms: Sequence[DecayTerm],
+    rates: Sequence[Operand],
+    mask: Mask | None,
+) -> list[Tensor]:
+    """scale·u + Σ sign·rate·mask·d(p), apart from `us` and `ps`; or `us` itself if that is all.
+
+    scale, rates: as operations take them; one rate for each term.
+    mask: with nothing left to subtract.
+    """
+    # A tensor is never known to be 1 without reading it.
+    result = us if not isinstance(scale, (Tensor, list)) and scale == 1 else ops.mul(us, scale)
+    for term, rate in zip(terms, rates, strict=True):
+        if term.is_l2 and not isinstance(rate, (Tensor, list)):
+            # With one rounding, as torch's own optimizers add their weight_decay to the gradient.
+            result = ops.add(result, ps, alpha=term.sign * rate)
+        else:
+            result = ops.add(result, decay(ops, term.kind, rate, ps, mask), alpha=term.sign)
     return result
 
 
-def _strengths(
-    terms: Sequence[DecayTerm], ps: list[Tensor], places: Sequence[int], mask: Mask | None, workspace: Workspace
-) -> list[list[Tensor]]:
-    mask = mask and mask.settled(workspace)
-    return [_strength(term, ps, places, mask, workspace, f"strength {n}") for n, term in enumerate(terms)]
+def difference(ops: Ops, xs: list[Tensor], minus: list[Tensor]) -> list[Tensor]:
+    """x − minus, apart from both; of bf16 and fp16 in float32, where it is not rounded to 8 or 11 bits again."""
+    if xs[0].dtype in LOW:
+        xs, minus = ops.copies(xs, torch.float32), ops.copies(minus, torch.float32)
+    return ops.sub(xs, minus)
 
 
-def _strength(
-    term: DecayTerm,
-    ps: list[Tensor],
-    places: Sequence[int],
-    mask: Mask | None,
-    workspace: Workspace,
-    use: str = "strength 0",
-) -> list[Tensor]:
-    """rate · mask · d(p), in temporaries of the size of the block. mask: settled."""
-    rate = factor(term.rate, places, ps)
-    if term.cautious:
-        assert mask is not None, "a cautious pull needs a mask"
-        ps = masked(ps, mask.us, term.sign * mask.sign, workspace, f"masked {use}")
-        if term.ord == 2:  # in place: a temporary less in the cache is worth more than an operation less
-            workspace.apply_("mul", ps, rate)
-            return ps
-    return strength(ps, term.ord, rate, workspace, use)
+def _is_product(exponent: float) -> bool:
+    """Whether |p|^exponent is computed as |p|·|p|·...; of more factors that loses digits."""
+    return float(exponent).is_integer() and 2 <= exponent <= 8
 
 
-def _bent(terms: Sequence[DecayTerm], params: list[Tensor]) -> tuple[DecayTerm, ...]:
-    return tuple(replace(term, rate=fitted(term.rate, params)) for term in terms)
+def _steady_pow_(x: Tensor, exponent: float) -> None:
+    """x ← x^exponent, each element with the same bits wherever it stands.
 
-
-def fitted(rate: Rate, params: list[Tensor]) -> Rate:
-    """The rate where `params` are and in the dtype that they are computed in."""
-    if not isinstance(rate, Tensor) or not params:
-        return rate
-    return rate.to(params[0].device, torch.float32 if params[0].dtype in LOW else params[0].dtype)
-
-
-def factor(rate: Rate | None, places: Sequence[int], like: list[Tensor]) -> Any:
-    """A rate in the form that foreach takes: a number, a 0-d tensor of the dtype of `like`, or one such for each tensor."""
-    if not isinstance(rate, Tensor):
-        return rate
-    rate = rate.to(like[0].device, like[0].dtype)
-    if rate.dim() == 0:
-        return rate
-    stretch = rate[places[0] : places[-1] + 1].unbind()
-    return [stretch[place - places[0]] for place in places]
-
-
-def _number(rate: Rate, places: Sequence[int], like: Tensor) -> Tensor:
-    """A rate as a tensor in the dtype that `like` is computed in; one by tensor as those at `places`."""
-    if not isinstance(rate, Tensor):
-        return torch.full((), rate, dtype=torch.float32 if like.dtype in LOW else like.dtype, device=like.device)
-    return rate if rate.dim() == 0 else torch.stack([rate[place] for place in places])
+    On a CPU, torch computes whole vectors with one algorithm and the rest of a tensor with another that rounds differently;
+    a tensor cut elsewhere has its rest elsewhere. Padded to whole vectors, there is no rest.
+    """
+    if x.device.type != "cpu":
+        x.pow_(exponent)
+        return
+    flat = x.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % _WHOLE_VECTORS), value=1.0)
+    for piece in padded.split(_POW_PIECE):
+        piece.pow_(exponent)
+    x.copy_(padded[: flat.numel()].view_as(x))

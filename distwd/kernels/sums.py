@@ -1,73 +1,65 @@
-"""Local partial sums of many tensors, in float64, without a copy of them."""
+"""Sums, maxima and counts of many local tensors, in float64, without a copy of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..metrics.metric import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic
-from .blocks import block_size, blocks, is_large, small_size
+from .blocks import Ops, Workspace, block_size, blocks, is_large, small_size
 from .compile import TOGETHER, TRACED, compiled
 from .formulas import difference
-from .joined import can_be_joined, joined
-from .workspace import Workspace
 
-# A compiled sum reads a tensor in so many stretches at once: with one it waits for memory most of the time. (From eight on torch
-# would take them for a dimension of a loop, and read one after the other.)
+# A compiled sum reads a tensor in so many stretches at once: with one it waits for memory most of the time. (From eight on
+# torch would take them for a dimension of a loop, and read one after the other.)
 STRETCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """One number that every rank can compute over its own elements, and that combines over ranks.
+
+    kind: "sum" Σx · "power" Σ|x|^p · "count" number of non-zeros · "max" max|x| · "min" min|x|.
+    p: the exponent of a "power".
+    """
+
+    kind: str
+    p: float = 1.0
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether ranks combine by adding; else by the extremum."""
+        return self.kind not in ("max", "min")
+
+    @property
+    def identity(self) -> float:
+        """What a rank without elements contributes."""
+        return math.inf if self.kind == "min" else 0.0
+
+    def combine(self, values: Tensor) -> Tensor:
+        """The statistic of all, of which the last dimension of `values` holds the statistics of parts."""
+        if self.is_sum:
+            return values.sum(-1)
+        return values.amax(-1) if self.kind == "max" else values.amin(-1)
+
+    @property
+    def of_zeros(self) -> float | None:
+        """What elements that count as zero contribute, where that is not nothing."""
+        if self.kind == "min":
+            return 0.0
+        return math.inf if self.kind == "power" and self.p < 0 else None
+
+
+SUM, ABS, SQUARE = Statistic("sum"), Statistic("power", 1.0), Statistic("power", 2.0)
+COUNT, MAX, MIN = Statistic("count"), Statistic("max"), Statistic("min")
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 where the device has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def local_statistics(
-    tensors: Sequence[Tensor],
-    statistics: Iterable[Statistic],
-    workspace: Workspace | None = None,
-    minus: Sequence[Tensor] = (),
-) -> dict[Statistic, Tensor]:
-    """Each moment over all elements of `tensors` (one device), as a 0-d float64 tensor there.
-
-    A NaN anywhere makes every moment NaN. Without elements a moment is its identity. scratch: where blocks are worked on.
-    minus: measure the differences to these; empty: none.
-    """
-    workspace, ordered = workspace or Workspace(), _ordered(statistics)
-    parts: dict[Statistic, list[Tensor]] = {statistic: [] for statistic in ordered}
-    together = TOGETHER if workspace.compiles else 0
-    measured = (tensors, minus) if minus else (tensors,)
-    # A sum is a few operations; but what is large the compiler does in one.
-    for _, lists in blocks(*measured, together=together, few_operations=not workspace.compiles):
-        for values in _of_tensors(lists, ordered, workspace):
-            for statistic, value in zip(ordered, values, strict=True):
-                parts[statistic].append(value[0])
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return {
-        statistic: combine(values or [identity(statistic, device)], statistic) for statistic, values in parts.items()
-    }
-
-
-def statistics_of_each(
-    tensors: Sequence[Tensor], minus: Sequence[Tensor], statistics: Iterable[Statistic], workspace: Workspace
-) -> dict[Statistic, Tensor]:
-    """`local_moments` of every single one of `tensors`, [tensors] each; they have one device and equally many elements, not none."""
-    numel, device, ordered = tensors[0].numel(), tensors[0].device, _ordered(statistics)
-    found: dict[Statistic, list[Tensor]] = {statistic: [] for statistic in ordered}
-    if len(tensors) == 1 or numel > small_size(device, few_operations=not workspace.compiles):
-        for number, tensor in enumerate(tensors):
-            for statistic, value in local_statistics([tensor], ordered, workspace, minus[number : number + 1]).items():
-                found[statistic].append(value.view(1))
-    else:
-        rows = block_size(device) // numel
-        for start in range(0, len(tensors), rows):
-            some, less = tensors[start : start + rows], minus[start : start + rows]
-            values = _of_block(some, less, statistics=ordered, rows=len(some), workspace=workspace)
-            for statistic, value in zip(ordered, values, strict=True):
-                found[statistic].append(value)
-    return {statistic: torch.cat(values) for statistic, values in found.items()}
 
 
 def identity(statistic: Statistic, device: torch.device) -> Tensor:
@@ -76,123 +68,129 @@ def identity(statistic: Statistic, device: torch.device) -> Tensor:
 
 
 def combine(values: list[Tensor], statistic: Statistic) -> Tensor:
-    """One 0-d number out of several of the same moment."""
-    if len(values) == 1:
-        return values[0]
-    return _combined(torch.stack(values), statistic)
+    """One 0-d number out of several of the same statistic."""
+    return values[0] if len(values) == 1 else statistic.combine(torch.stack(values))
 
 
-def _combined(values: Tensor, statistic: Statistic) -> Tensor:
-    """The moment of all of which the last dimension holds the moments of parts."""
-    if statistic.is_sum:
-        return values.sum(-1)
-    return values.amax(-1) if statistic == MAX else values.amin(-1)
+def local_statistics(
+    tensors: Sequence[Tensor],
+    statistics: Iterable[Statistic],
+    workspace: Workspace | None = None,
+    minus: Sequence[Tensor] = (),
+) -> dict[Statistic, Tensor]:
+    """Each statistic over all elements of `tensors` (− minus), as a 0-d float64 tensor on their device.
+
+    tensors: local tensors of one device, any float dtypes.
+    workspace: where blocks are worked on; None: a new one.
+    minus: what is subtracted, of the shapes of `tensors`; empty: nothing.
+
+    A NaN anywhere makes every statistic NaN. Without elements a statistic is its identity.
+    """
+    workspace, ordered = workspace or Workspace(), tuple(statistics)
+    found: list[list[Tensor]] = [[] for _ in ordered]
+    compiles = workspace.compiles
+    measured = (tensors, minus) if minus else (tensors,)
+    # A sum is a few operations; but what is large the compiler does in one.
+    for _, pieces in blocks(*measured, together=TOGETHER if compiles else 0, few_operations=not compiles):
+        parts = []
+        if compiles and is_large(pieces[0]):
+            ends = [piece.numel() // STRETCHES * STRETCHES for piece in pieces[0]]
+            even = [[piece[:end] for piece, end in zip(some, ends, strict=True)] for some in pieces]
+            parts.append(compiled(_traced, ordered, len(ends))(*even))
+            # What the stretches leave over: a few elements of each tensor.
+            rest = [[piece[end:] for piece, end in zip(some, ends, strict=True)] for some in pieces]
+            pieces = tuple([piece for piece in some if piece.numel()] for some in rest)
+        if pieces[0]:
+            workspace.begin_block()
+            parts.append(_of_rows(workspace, ordered, 1, *pieces))
+        for part in parts:
+            for values, value in zip(found, part, strict=True):
+                values.append(value[0])
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return {
+        statistic: combine(values or [identity(statistic, device)], statistic)
+        for statistic, values in zip(ordered, found, strict=True)
+    }
 
 
-def _ordered(statistics: Iterable[Statistic]) -> tuple[Statistic, ...]:
-    """The sum first: the others leave absolute values behind."""
-    return tuple(sorted(statistics, key=lambda statistic: statistic != SUM))
+def statistics_of_each(
+    tensors: Sequence[Tensor], minus: Sequence[Tensor], statistics: Iterable[Statistic], workspace: Workspace
+) -> dict[Statistic, Tensor]:
+    """`local_statistics` of every single one of `tensors`, [tensors] each.
 
-
-def _of_tensors(
-    lists: Sequence[list[Tensor]], statistics: tuple[Statistic, ...], workspace: Workspace
-) -> Iterator[list[Tensor]]:
-    """The moments of a block, [1] each; where they are compiled, those of what the stretches leave over come after them."""
-    if not (workspace.compiles and is_large(lists[0])):
-        yield _of_block(*lists, statistics=statistics, rows=1, workspace=workspace)
-        return
-    ends = [piece.numel() // STRETCHES * STRETCHES for piece in lists[0]]
-    even = [[piece[:end] for piece, end in zip(pieces, ends, strict=True)] for pieces in lists]
-    yield compiled(_traced, statistics, len(ends))(*even)
-    over = [[piece[end:] for piece, end in zip(pieces, ends, strict=True) if piece.numel() > end] for pieces in lists]
-    if over[0]:
-        yield _of_block(*over, statistics=statistics, rows=1, workspace=workspace)
+    tensors: local tensors of one device and dtype with equally many elements, not none. The rest as in `local_statistics`.
+    """
+    numel, device, ordered = tensors[0].numel(), tensors[0].device, tuple(statistics)
+    found: list[list[Tensor]] = [[] for _ in ordered]
+    if len(tensors) == 1 or numel > small_size(device, few_operations=not workspace.compiles):
+        for number, tensor in enumerate(tensors):
+            of_one = local_statistics([tensor], ordered, workspace, minus[number : number + 1])
+            for values, statistic in zip(found, ordered, strict=True):
+                values.append(of_one[statistic].view(1))
+    else:
+        # Many small tensors: each is a row of a block, and a block is a few operations.
+        num_rows = block_size(device) // numel
+        for start in range(0, len(tensors), num_rows):
+            some, less = list(tensors[start : start + num_rows]), list(minus[start : start + num_rows])
+            workspace.begin_block()
+            for values, value in zip(found, _of_rows(workspace, ordered, len(some), some, less), strict=True):
+                values.append(value)
+    return {statistic: torch.cat(values) for statistic, values in zip(ordered, found, strict=True)}
 
 
 def _traced(statistics: tuple[Statistic, ...], num: int, *lists: list[Tensor]) -> list[Tensor]:
-    """The moments over `num` tensors (minus as many others, if there is a second list), each [1]."""
+    """The statistics over `num` large tensors (minus as many others, if there is a second list), each [1], for the compiler."""
     each = [
-        _of_block(*([one[place].view(STRETCHES, -1)] for one in lists), statistics=statistics, rows=1, workspace=TRACED)
-        for place in range(num)
+        _of_rows(TRACED, statistics, 1, *([some[place].view(STRETCHES, -1)] for some in lists)) for place in range(num)
     ]
     return [
-        _combined(torch.cat(rows), statistic).view(1)
+        statistic.combine(torch.cat(rows)).view(1)
         for statistic, rows in zip(statistics, zip(*each, strict=True), strict=True)
     ]
 
 
-def _of_block(
-    pieces: Sequence[Tensor],
-    minus: Sequence[Tensor] = (),
-    *,
-    statistics: Sequence[Statistic],
-    rows: int,
-    workspace: Workspace,
+def _of_rows(
+    ops: Ops, statistics: Sequence[Statistic], num_rows: int, pieces: list[Tensor], minus: Sequence[Tensor] = ()
 ) -> list[Tensor]:
-    """Each moment, [rows], of `pieces` (− minus); a row is equally many elements of them."""
+    """Each statistic of each row, [num_rows], of a block of `pieces` (− minus); a row is equally many elements of them."""
     if minus:
-        pieces = _differences(pieces, minus, workspace)
-    signed = SUM in statistics
-    x = _widened(pieces, signed, workspace)
-    if workspace is not TRACED:
-        return [_of_row(x.view(rows, -1), statistic, signed, workspace) for statistic in statistics]
-    # Stretches beside each other: each element with those at its place in the others, and then along them.
-    return [
-        _combined(_of_row(x.view(1, STRETCHES, -1), statistic, signed, workspace), statistic)
-        for statistic in statistics
-    ]
-
-
-def _differences(new: Sequence[Tensor], old: Sequence[Tensor], workspace: Workspace) -> list[Tensor]:
-    """new − old, of many small tensors as one."""
-    if can_be_joined(new) and can_be_joined(old):  # both or none
-        new, old = (
-            [joined(some, use, workspace, some[0].dtype)[0]] for use, some in (("joined new", new), ("joined old", old))
-        )
-    return difference(list(new), list(old), workspace)
-
-
-def _widened(pieces: Sequence[Tensor], signed: bool, workspace: Workspace) -> Tensor:
-    """All elements of `pieces` in float64, flat: squares and powers taken in float32 would overflow, vanish, and round.
-
-    signed: as they are; else their absolute values, taken where that costs least.
-    """
-    if len(pieces) == 1:
-        return _one_widened(pieces[0], signed, workspace)
-    dtype, wide = pieces[0].dtype, wide_dtype(pieces[0].device)
-    # torch joins many tensors fast only where it need not convert them.
-    dtype = dtype if all(piece.dtype == dtype for piece in pieces) else wide
-    flat, is_own = joined(pieces, "narrow", workspace, dtype)
-    if is_own:
-        return _one_widened(flat, signed, workspace)
-    if not signed:
-        flat.abs_()
-    return flat if dtype == wide else workspace.copies("float64", [flat], wide)[0]
-
-
-def _one_widened(piece: Tensor, signed: bool, workspace: Workspace) -> Tensor:
-    wide = wide_dtype(piece.device)
-    if signed:
-        return workspace.copies("float64", [piece], wide)[0]
-    if workspace is TRACED:  # a compiled loop has half as many float32 as float64 to take the absolute value of
-        return workspace.copies("float64", workspace.make("abs", "narrow", [piece]), wide)[0]
-    return workspace.copies("float64", [piece], wide)[0].abs_()
-
-
-def _of_row(x: Tensor, statistic: Statistic, signed: bool, workspace: Workspace) -> Tensor:
-    """The moment of each row, [rows]; leaves anything in `x`. signed: whether `x` is not absolute values already."""
-    if statistic == SUM:
-        return x.sum(1)
-    if statistic == SQUARE:
-        # Not by `dot`, which adds up as it comes: `sum` goes by halves, and a variance needs its digits.
-        return workspace.make("mul", "power", [x], x)[0].sum(1)
-    if statistic == COUNT:
-        # A NaN is not zero; adding 0·(Σx − Σx) would hide infinities, so it is asked for by name.
-        return torch.where(x.isnan().any(1), torch.nan, torch.count_nonzero(x, 1).to(x.dtype))
-    if signed:
-        x.abs_()
-    if statistic == ABS:
-        return x.sum(1)
-    if statistic in (MAX, MIN):
-        return x.amax(1) if statistic == MAX else x.amin(1)
-    return workspace.make("pow", "power", [x], statistic.p)[0].sum(1)
+        pieces = difference(ops, pieces, list(minus))
+    # All elements in float64, flat: squares and powers taken in float32 would overflow, vanish, and round. Where no sum needs
+    # their signs, they are absolute values, taken where that costs least.
+    is_signed, wide = SUM in statistics, wide_dtype(pieces[0].device)
+    if isinstance(ops, Workspace) and len(pieces) > 1:
+        # torch joins many tensors fast only where it need not convert them.
+        dtype = pieces[0].dtype if all(piece.dtype == pieces[0].dtype for piece in pieces) else wide
+        x = ops.joined(pieces, dtype)
+        if not is_signed:
+            x.abs_()
+        if dtype != wide:
+            (x,) = ops.copies([x], wide)
+    elif ops is TRACED and not is_signed:
+        # A compiled loop has half as many float32 as float64 to take the absolute value of.
+        (x,) = ops.copies(ops.abs(pieces), wide)
+    else:
+        (x,) = ops.copies(pieces, wide)
+        if not is_signed:
+            x.abs_()
+    # Where it is traced, stretches lie beside each other: first each element with those at its place in the others (over
+    # dimension 1), and then along them.
+    x = x.view(1, STRETCHES, -1) if ops is TRACED else x.view(num_rows, -1)
+    found = []
+    for statistic in statistics:
+        if statistic == SUM:
+            value = x.sum(1)
+        elif statistic == SQUARE:
+            # Not by `dot`, which adds up as it comes: `sum` goes by halves, and a variance needs its digits.
+            value = ops.mul([x], [x])[0].sum(1)
+        elif statistic == COUNT:
+            # A NaN is not zero; adding 0·(Σx − Σx) would hide infinities, so it is asked for by name.
+            value = torch.where(x.isnan().any(1), torch.nan, torch.count_nonzero(x, 1).to(x.dtype))
+        else:
+            magnitudes = ops.abs([x])[0] if is_signed else x
+            if statistic in (MAX, MIN):
+                value = magnitudes.amax(1) if statistic == MAX else magnitudes.amin(1)
+            else:
+                value = (magnitudes if statistic == ABS else ops.pow([magnitudes], statistic.p)[0]).sum(1)
+        found.append(statistic.combine(value) if ops is TRACED else value)
+    return found

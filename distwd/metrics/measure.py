@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.sums import combine, identity, local_statistics, statistics_of_each, wide_dtype
-from ..kernels.workspace import Workspace
+from ..kernels.blocks import Workspace
+from ..kernels.sums import COUNT, SUM, Statistic, combine, identity, local_statistics, statistics_of_each, wide_dtype
 from ..sharding.collectives import max_over_ranks, sum_over_ranks
 from ..sharding.world import World
-from .metric import COUNT, SUM, Metric, Statistic
+from .metric import Metric
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -10,44 +10,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
+from ..kernels.sums import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic
 
 # What a metric may be taken of, and over which parameters.
 SOURCES = ("update", "grad", "params")
 SCOPES = ("all", "group", "tensor")
 
-Statistics = Mapping["Statistic", Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Statistic:
-    """One number that every rank can compute over its own elements, and that combines over ranks.
-
-    kind: "sum" Σx · "power" Σ|x|^p · "count" number of non-zeros · "max" max|x| · "min" min|x|.
-    """
-
-    kind: str
-    p: float = 1.0
-
-    @property
-    def is_sum(self) -> bool:
-        """Whether ranks combine by adding; else by the extremum."""
-        return self.kind not in ("max", "min")
-
-    @property
-    def identity(self) -> float:
-        """What a rank without elements contributes."""
-        return math.inf if self.kind == "min" else 0.0
-
-    @property
-    def of_zeros(self) -> float | None:
-        """What elements that count as zero contribute, where that is not nothing."""
-        if self.kind == "min":
-            return 0.0
-        return math.inf if self.kind == "power" and self.p < 0 else None
-
-
-SUM, ABS, SQUARE = Statistic("sum"), Statistic("power", 1.0), Statistic("power", 2.0)
-COUNT, MAX, MIN = Statistic("count"), Statistic("max"), Statistic("min")
+Statistics = Mapping[Statistic, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.blocks import ZeroPool
 from ..kernels.formulas import DecayTerm
-from ..kernels.zeros import ZeroPool
 from ..sharding.local import local_tensor
 from ..step.step import Batch, PendingUpdate
 from .base import GradientOptimizer
@@ -42,7 +42,7 @@ def own_decay(cls: type[torch.optim.Optimizer], terms: Sequence[DecayTerm]) -> f
     if cls not in KNOWS_DECOUPLED or len(terms) != 1:
         return None
     (term,) = terms
-    return term.before_lr if term.is_linear and isinstance(term.before_lr, (int, float)) else None
+    return term.before_lr if term.is_l2 and isinstance(term.before_lr, (int, float)) else None
 
 
 class ElementwiseOptimizer(GradientOptimizer):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..checks import check_nonnegative, check_ord
 from ..kernels.apply import apply_
+from ..kernels.blocks import Workspace
 from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW
-from ..kernels.workspace import Workspace
 from ..sharding.local import local_tensor
 from ..sharding.params import entries_of
 from ..sharding.pieces import check_tensor

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import PlanError
+from ..kernels.blocks import Workspace
 from ..kernels.compile import check_compiler
-from ..kernels.tally import Tally
-from ..kernels.workspace import Workspace
 from ..metrics.metric import Measure
 from ..metrics.plan import Plan
 from ..metrics.plan_cache import PlanCache, PlanOptions
@@ -24,7 +23,7 @@ from .coefficients import Coefficients
 from .phases import Schedule
 from .rounding import Rounding
 from .state import KeptNumbers
-from .step import Step
+from .step import Step, Tally
 from .transform import BoundTransform
 
 

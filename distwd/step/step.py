@@ -9,12 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.apply import add_terms, apply_, count, differences
+from ..kernels.apply import add_terms, apply_, differences
+from ..kernels.blocks import Workspace
 from ..kernels.formulas import DecayTerm, Mask, Rate
 from ..kernels.stochastic import LOW, RandomBits, RandomStream
 from ..kernels.sums import wide_dtype
-from ..kernels.tally import Tally
-from ..kernels.workspace import Workspace
 from ..metrics.measure import Source, sources_of
 from ..sharding.local import local_like, local_tensor
 from ..sharding.params import NamedParam
@@ -70,6 +69,27 @@ class PendingUpdate:
         """Make the difference `tensors` − `minus` a tensor of its own, before one of the two changes."""
         if self.minus is not None:
             self.tensors, self.is_owned, self.minus = differences(self.tensors, self.minus), True, None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts the elements that were written, and those that have the value that they would have without the decay.
+
+    The counts stay on the device.
+    """
+
+    num_written: int = 0
+    unchanged: list[Tensor] = field(default_factory=list)
+
+    def add(self, written: list[Tensor], without: list[Tensor]) -> None:
+        """Compare what was written with what would have been."""
+        for one, other in zip(written, without, strict=True):
+            self.num_written += one.numel()
+            self.unchanged.append((one == other).sum())
+
+    def share(self) -> Tensor:
+        """Unchanged / written, 0-d float32."""
+        return torch.stack(self.unchanged).sum() / self.num_written
 
 
 @dataclass(slots=True)
@@ -142,22 +162,35 @@ class Batch:
 
     def apply_(self, terms: Sequence[DecayTerm], with_update: bool = False) -> None:
         """Write to the parameters:  p ← p − Σ terms(p), and − u too if asked. Then u is zeros where it is ours."""
-        pending = self.pending
+        pending, random_bits = self.pending, self.random_bits
+        tensors, factor = (pending.tensors, pending.factor) if with_update else (None, 1.0)
+        clear = with_update and pending.is_owned
+        without = None
+        if self.tally is not None and terms:
+            # The same write with the same random bits, but without the decay, on copies.
+            without = [param.clone() for param in self.params]
+            if tensors is not None:
+                spent = [tensor.clone() for tensor in tensors] if clear else tensors
+                apply_(without, [], spent, factor, workspace=self.workspace, random_bits=random_bits, clear=clear)
         apply_(
             self.params,
             terms,
-            pending.tensors if with_update else None,
-            pending.factor if with_update else 1.0,
+            tensors,
+            factor,
             pending.mask,
             workspace=self.workspace,
-            random_bits=self.random_bits,
-            tally=self.tally,
-            clear=with_update and pending.is_owned,
+            random_bits=random_bits,
+            clear=clear,
         )
+        if self.tally is not None and without is not None:
+            self.tally.add(self.params, without)
 
     def count_unchanged(self) -> None:
-        """Count what the terms leave unchanged where an optimizer does them itself; nothing is written."""
-        count(self.params, self.terms, self.tally, self.workspace)
+        """Count what the terms leave unchanged where an optimizer does them itself: as if they were written alone."""
+        if self.tally is not None:
+            copies = [param.clone() for param in self.params]
+            apply_(copies, self.terms, workspace=self.workspace)
+            self.tally.add(copies, self.params)
 
     def materialize(self) -> None:
         """Make the pending update plain tensors, with scale, sign and terms in them."""

@@ -1,4 +1,4 @@
-"""Small tensors that are worked on as one: nothing but the number of calls may change."""
+"""Small tensors that share a block: nothing but the number of calls may change."""
 
 from __future__ import annotations
 
@@ -9,22 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distwd import LR, Adam, CautiousWeightDecay, Chain, Wrap
 from distwd.kernels import apply as writing
-from distwd.kernels.buffers import BufferPool
+from distwd.kernels.blocks import Workspace, ZeroPool
 from distwd.kernels.formulas import DecayTerm, Mask
-from distwd.kernels.joined import joined, spread_
-from distwd.kernels.workspace import Workspace
-from distwd.kernels.zeros import ZeroPool
 from distwd.metrics.measure import Request, Source, measure
 from distwd.metrics.metric import parse_metric
 from distwd.metrics.plan import Plan
-
-SHAPES = {
-    "alike": [(4, 6)] * 5,
-    "of equal rows": [(4, 6), (1, 6), (9, 6)],
-    "vectors": [(5,), (3,), (64,)],
-    "of many kinds": [(4, 6), (7,), (), (2, 3, 5), (1,)],
-}
-by_shapes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 
 
 def made(shapes: list[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -32,74 +21,11 @@ def made(shapes: list[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torc
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def in_a_row(tensors: list[Tensor]) -> list[Tensor]:
-    """The same values, one after the other in one storage."""
-    parts = torch.cat([tensor.reshape(-1) for tensor in tensors]).split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
-# --- joining --------------------------------------------------------------------------------------------------------
-
-
-@by_shapes
-def test_what_is_joined_is_a_copy_in_order_and_is_spread_again(shapes):
-    pieces = made(shapes)
-    before = [piece.clone() for piece in pieces]
-    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
-    assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in before])) and not is_own
-    flat.mul_(2)
-    assert same(pieces, before)
-    spread_(pieces, flat)
-    assert same(pieces, [2 * piece for piece in before])
-
-
-@by_shapes
-def test_what_lies_in_a_row_is_joined_without_a_copy(shapes):
-    pieces = in_a_row(made(shapes))
-    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
-    assert is_own and flat.numel() == sum(piece.numel() for piece in pieces)
-    flat.zero_()
-    assert not any(piece.any() for piece in pieces)
-
-
-def test_not_in_a_row_are_gaps_other_orders_other_strides_and_other_dtypes():
-    base = torch.arange(64.0)
-    float64s = torch.arange(8, dtype=torch.float64)
-    cases = {
-        "a gap": [base[:8], base[16:24]],
-        "backwards": [base[8:16], base[:8]],
-        "overlapping": [base[:8], base[4:12]],
-        "transposed": [base[:8].view(2, 4).t(), base[8:16].view(4, 2)],
-        "other dtypes": [float64s[:4], float64s[4:].view(torch.float32)],
-    }
-    for name, pieces in cases.items():
-        flat, is_own = joined(pieces, name, Workspace(), pieces[0].dtype)
-        assert not is_own, name
-        assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in pieces])), name
-
-
-def test_neighbours_in_memory_of_other_storages_are_copied():
-    base = torch.arange(16.0)
-    memory = base.numpy()
-    pieces = [torch.from_numpy(memory[:8]), torch.from_numpy(memory[8:])]  # a storage for each
-    assert pieces[1].data_ptr() == pieces[0].data_ptr() + pieces[0].nbytes
-    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
-    assert not is_own and torch.equal(flat, base)
-
-
-def test_of_a_negated_view_in_a_row_the_values_count_and_not_the_memory():
-    base = torch.arange(1.0, 9.0)
-    pieces = [base[:4], torch._neg_view(base[4:])]
-    flat, is_own = joined(pieces, "use", Workspace(), torch.float32)
-    assert not is_own
-    assert flat.tolist() == [1, 2, 3, 4, -5, -6, -7, -8]
-
-
-def test_fake_tensors_are_not_asked_where_they_lie(recwarn):
+def test_a_step_runs_on_fake_tensors(recwarn):
     with FakeTensorMode():
         chain = Chain([torch.nn.Parameter(torch.ones(3)) for _ in range(4)], Adam(), CautiousWeightDecay(0.1), LR(1e-3))
         for group in chain.param_groups:
@@ -123,14 +49,12 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("row", [False, True], ids=["apart", "in a row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", TERMS)
-def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
+def test_together_and_one_by_one_give_the_same_bits(name, dtype):
     shapes = [(37, 5), (3, 5), (64, 5), (1, 5), (200, 5)]
     params, updates = made(shapes, 1, dtype), made(shapes, 2, dtype)
     updates[0][:10] = 0.0  # where nothing is to be decayed
-    updates = in_a_row(updates) if row else updates
     alone, their_updates = ([one.clone() for one in some] for some in (params, updates))
     scratch = Workspace()
     writing.apply_(params, TERMS[name], updates, -1.0, Mask(updates), workspace=scratch, clear=True)
@@ -144,26 +68,6 @@ def test_together_and_one_by_one_give_the_same_bits(name, dtype, row):
         writing.apply_([param], terms, [update], -1.0, Mask([update]), workspace=scratch, clear=True)
     assert same(params, alone)
     assert not any(update.any() for update in updates)
-
-
-@pytest.mark.parametrize(
-    ("side", "dtype", "name", "number"),
-    [
-        (8, torch.float32, "cautious", 4),
-        (8, torch.bfloat16, "linear", 4),  # widened, and narrowed again
-        (8, torch.float32, "linear", None),
-        (8, torch.float32, "order 1", None),
-        (8, torch.float32, "by tensor", None),
-        (80, torch.float32, "cautious", None),
-    ],
-)
-def test_small_tensors_are_joined_where_there_are_many_operations(side, dtype, name, number, monkeypatch):
-    calls = []
-    monkeypatch.setattr(writing, "spread_", lambda *args: calls.append(len(args[0])) or spread_(*args))
-    params, updates = (made([(side, side)] * 4, seed, dtype) for seed in range(2))
-    terms = [*TERMS.get(name, [DecayTerm(0.1)])]
-    writing.apply_(params, terms, updates, mask=Mask(updates), workspace=Workspace(), clear=True)
-    assert calls == ([] if number is None else [number])
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["narrow first", "wide first"])
@@ -226,28 +130,16 @@ def test_state_that_others_have_made_a_plain_dict_is_filled_again():
 # --- zeros ----------------------------------------------------------------------------------------------------------
 
 
-def test_zeros_of_small_parameters_lie_in_a_row_and_have_the_strides_of_the_parameters():
+def test_zeros_have_the_strides_of_the_parameters():
     params = made([(4, 6), (7,), (400, 400), (2, 3, 4, 5), (4, 3, 1, 1)])
     params[3:] = [param.to(memory_format=torch.channels_last) for param in params[3:]]
     zeros = ZeroPool().take([3, 5, 6, 9, 7], params)
-    assert joined(zeros[:2], "use", Workspace(), torch.float32)[1]
     assert [zero.shape for zero in zeros] == [param.shape for param in params]
     assert [zero.stride() for zero in zeros] == [param.stride() for param in params]
     assert not any(zero.any() for zero in zeros)
 
 
-def test_buffers_of_what_is_more_than_memory_or_on_another_device_are_of_its_own_kind_and_in_no_row():
-    class Special(Tensor):
-        pass
-
-    special, plain = (one.as_subclass(Special) for one in made([(4,), (4,)])), made([(4,), (4,)])
-    buffers = BufferPool().take(range(4), [*special, *plain])
-    assert [type(buffer) for buffer in buffers] == [Special, Special, Tensor, Tensor]
-    elsewhere = BufferPool().take([0, 1], [torch.empty(4, device="meta")] * 2)
-    assert [buffer.storage_offset() for buffer in buffers + elsewhere] == [0, 0, 0, 4, 0, 0]
-
-
-def test_zeros_in_a_row_are_no_views_of_one_another():
+def test_zeros_are_no_views_of_one_another():
     """An optimizer that is differentiated may write to what was made without autograd, but not to views that were."""
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
     chain = Chain(params, Adam(differentiable=True), CautiousWeightDecay(0.1), LR(0.1))
