@@ -147,6 +147,7 @@ def update_(ops: Ops, write: Write, numbers: Numbers, lists: Sequence[list[Tenso
     mask = write.mask_of(ops, lists)
     # All terms before the first write: `ts` may be `ps`, and each term is of the parameter before the step.
     decays = [decay(ops, kind, rate, ps, mask) for kind, rate in zip(write.kinds, numbers.rates, strict=True)]
+    # L2 decay is a factor, as in torch's AdamW: another rounding than p − rate·p, and no temporary.
     if numbers.keep is not None:
         ops.mul_(ts, numbers.keep)
     for one in decays:
@@ -198,7 +199,7 @@ def decay(ops: Ops, kind: TermKind, rate: Operand, ps: list[Tensor], mask: Mask 
             for _ in range(int(exponent) - 2):
                 ops.mul_(powers, magnitudes)
         else:
-            powers = magnitudes
+            powers = magnitudes  # in place, since nothing else needs them
             for power in powers:
                 _steady_pow_(power, exponent)
         ops.mul_(powers, found)
@@ -228,6 +229,7 @@ def with_terms(
             # With one rounding, as torch's own optimizers add their weight_decay to the gradient.
             result = ops.add(result, ps, alpha=term.sign * rate)
         else:
+            # `add` and not `add_`: the first result may be `us` itself, which may be another's.
             result = ops.add(result, decay(ops, term.kind, rate, ps, mask), alpha=term.sign)
     return result
 

@@ -86,8 +86,8 @@ def local_statistics(
 
     A NaN anywhere makes every statistic NaN. Without elements a statistic is its identity.
     """
-    workspace, ordered = workspace or Workspace(), tuple(statistics)
-    found: list[list[Tensor]] = [[] for _ in ordered]
+    workspace, wanted = workspace or Workspace(), tuple(statistics)
+    found: list[list[Tensor]] = [[] for _ in wanted]
     compiles = workspace.compiles
     measured = (tensors, minus) if minus else (tensors,)
     # A sum is a few operations; but what is large the compiler does in one.
@@ -96,20 +96,20 @@ def local_statistics(
         if compiles and is_large(pieces[0]):
             ends = [piece.numel() // STRETCHES * STRETCHES for piece in pieces[0]]
             even = [[piece[:end] for piece, end in zip(some, ends, strict=True)] for some in pieces]
-            parts.append(compiled(_traced, ordered, len(ends))(*even))
+            parts.append(compiled(_traced, wanted, len(ends))(*even))
             # What the stretches leave over: a few elements of each tensor.
             rest = [[piece[end:] for piece, end in zip(some, ends, strict=True)] for some in pieces]
             pieces = tuple([piece for piece in some if piece.numel()] for some in rest)
         if pieces[0]:
             workspace.begin_block()
-            parts.append(_of_rows(workspace, ordered, 1, *pieces))
+            parts.append(_of_rows(workspace, wanted, 1, *pieces))
         for part in parts:
             for values, value in zip(found, part, strict=True):
                 values.append(value[0])
     device = tensors[0].device if tensors else torch.device("cpu")
     return {
         statistic: combine(values or [identity(statistic, device)], statistic)
-        for statistic, values in zip(ordered, found, strict=True)
+        for statistic, values in zip(wanted, found, strict=True)
     }
 
 
@@ -120,12 +120,12 @@ def statistics_of_each(
 
     tensors: local tensors of one device and dtype with equally many elements, not none. The rest as in `local_statistics`.
     """
-    numel, device, ordered = tensors[0].numel(), tensors[0].device, tuple(statistics)
-    found: list[list[Tensor]] = [[] for _ in ordered]
+    numel, device, wanted = tensors[0].numel(), tensors[0].device, tuple(statistics)
+    found: list[list[Tensor]] = [[] for _ in wanted]
     if len(tensors) == 1 or numel > small_size(device, few_operations=not workspace.compiles):
         for number, tensor in enumerate(tensors):
-            of_one = local_statistics([tensor], ordered, workspace, minus[number : number + 1])
-            for values, statistic in zip(found, ordered, strict=True):
+            of_one = local_statistics([tensor], wanted, workspace, minus[number : number + 1])
+            for values, statistic in zip(found, wanted, strict=True):
                 values.append(of_one[statistic].view(1))
     else:
         # Many small tensors: each is a row of a block, and a block is a few operations.
@@ -133,9 +133,9 @@ def statistics_of_each(
         for start in range(0, len(tensors), num_rows):
             some, less = list(tensors[start : start + num_rows]), list(minus[start : start + num_rows])
             workspace.begin_block()
-            for values, value in zip(found, _of_rows(workspace, ordered, len(some), some, less), strict=True):
+            for values, value in zip(found, _of_rows(workspace, wanted, len(some), some, less), strict=True):
                 values.append(value)
-    return {statistic: torch.cat(values) for statistic, values in zip(ordered, found, strict=True)}
+    return {statistic: torch.cat(values) for statistic, values in zip(wanted, found, strict=True)}
 
 
 def _traced(statistics: tuple[Statistic, ...], num: int, *lists: list[Tensor]) -> list[Tensor]:
