@@ -94,7 +94,7 @@ class Chain(torch.optim.Optimizer):
             key: bound.transform.defaults[name] for bound in self._transforms for name, key in bound.keys.items()
         }
         super().__init__(normalised_groups(params, group), {**defaults, **self._rounding.defaults})
-        self._runner.check_compiler()
+        self._runner.check()
         self._initialize()
 
     def _make_runner(self) -> None:

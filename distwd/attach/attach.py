@@ -177,8 +177,7 @@ class Attachment:
             track_unchanged=track_unchanged,
             compiles=compile,
         )
-        self._runner.check_compiler()
-        self._runner.check_defaults()
+        self._runner.check()
         in_step = [rule for rule in rules if rule.target != "closure"]
         waits = coupling != "gradient" and bool(in_step) and needs_update(in_step, optimizers)
         # Rules that need no metric share nothing: each optimizer is decayed in its own hooks, whatever the others do.

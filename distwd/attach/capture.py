@@ -172,7 +172,7 @@ class SnapshotCapture:
                         batch.terms,
                         batch.pending.mask,
                         workspace=batch.workspace,
-                        random_bits=batch.random_bits,
+                        random_bits=batch.next_bits(),
                     )
                     if tally is not None and without is not None:
                         tally.add(params, without)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..step.step import Batch
+from ..step.step import WaitingOptimizer
 from ..step.transform import BoundTransform
 from .state import borrow_state, commit_state, has_state, initial_state
 
@@ -43,13 +43,8 @@ class InnerOptimizer:
         return {**self.inner.defaults, **self.bound.settings(group), **extra, "params": params}
 
 
-class GradientOptimizer(InnerOptimizer, ABC):
-    """A wrapped optimizer that is stepped with gradients.
-
-    reads_params: whether what it does may depend on the values of the parameters.
-    """
-
-    reads_params: ClassVar[bool]
+class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
+    """A wrapped optimizer that is stepped with gradients."""
 
     def has_state(self, param: Tensor) -> bool:
         """Whether the chain holds state of this optimizer for `param`."""
@@ -70,21 +65,6 @@ class GradientOptimizer(InnerOptimizer, ABC):
     @abstractmethod
     def _example(self, param: Tensor) -> Tensor:
         """A tensor like what the optimizer will step on for `param`."""
-
-    @abstractmethod
-    def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Those whose parameters it may step itself, with their scales and terms."""
-
-    @abstractmethod
-    def step(self, batches: Sequence[Batch]) -> None:
-        """Write terms and update to the parameters."""
-
-    @abstractmethod
-    def update(self, batches: Sequence[Batch]) -> None:
-        """Put the optimizer's update into `batch.pending`; the parameters stay."""
-
-    def note_cleared(self, batches: Sequence[Batch]) -> None:
-        """The updates of `batches` have been written; the tensors that were ours hold zeros now."""
 
     def _run(self, groups: list[dict[str, Any]], steps_on: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Run the inner step on groups of its own; steps_on: (tensor that is stepped, parameter whose state is used)."""

@@ -139,12 +139,13 @@ class Coefficients:
         if measured:
             like = next(iter(measured.values()))
         else:
-            some = step.trainable(index)[:1]
+            # It only keeps: its numbers are computed where the group's parameters are.
+            some = _trainable(step, index)[:1]
             device = local_tensor(step.entries[some[0]].tensor).device if some else torch.device("cpu")
             like = torch.zeros(1, dtype=wide_dtype(device), device=device)
 
         kept: dict[str, Tensor] = {}
-        positions = step.trainable(index) if begins else []
+        positions = _trainable(step, index) if begins else []
         entries = [step.entries[position] for position in positions]
         is_shared = scope != "tensor"
         for name, values in self._kept.read(bound, settings, entries, like.device, is_shared).items():
@@ -187,7 +188,7 @@ class Coefficients:
         dtype = self._plan().result_dtype if asks else torch.float32
         return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, dtype)
 
-    def rate(self, bound: BoundTransform, step: Step, batch: Batch, settings: Mapping[str, Any]) -> Rate:
+    def rate(self, bound: BoundTransform, batch: Batch, settings: Mapping[str, Any]) -> Rate:
         """λ for an absolute rule; else the coefficient, as a float64 tensor: one number, or one for each parameter."""
         known = self._last.get(bound.label, {}).get(batch.group_index)
         if known is None or bound.transform.is_absolute(settings):
@@ -216,7 +217,7 @@ class Coefficients:
             shown = {name: now.get(name, value) for name, value in known.numbers.items()}
             self._last[bound.label][index] = replace(known, numbers=shown)
 
-            positions = step.trainable(index)
+            positions = _trainable(step, index)
             entries = [step.entries[position] for position in positions]
             if not entries:
                 continue  # this rank has nowhere to keep them
@@ -280,6 +281,11 @@ def _sharing_key(bound: BoundTransform, settings: Mapping[str, Any], asks: Mappi
     except TypeError:
         return None
     return key
+
+
+def _trainable(step: Step, group: int) -> list[int]:
+    """The positions of a group's parameters that require a gradient: only these have numbers of their own."""
+    return [i for i, entry in enumerate(step.entries) if entry.group == group and entry.tensor.requires_grad]
 
 
 def _as_slots(bound: BoundTransform, what: str, value: Any, like: Tensor) -> Tensor:

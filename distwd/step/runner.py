@@ -62,7 +62,7 @@ class StepRunner:
         self._coefficients = Coefficients(lambda: self.plans.plan or self.plan, self.kept)
         self._tallies: dict[int, Tally] = {}
         self._checked: tuple[Any, ...] | None = None  # the parameters that were looked at, where no plan is needed
-        self._now: Params | None = None
+        self.now = Params((), (), frozenset())  # what the step under way goes by
         self._schedules: tuple[Schedule, Schedule] = (Schedule(()), Schedule(()))
         self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
@@ -83,16 +83,14 @@ class StepRunner:
         world = self.plans.world
         return sum(schedule.num_collectives(world) for schedule in self._schedule(self.params.read()))
 
-    def check_compiler(self) -> None:
-        """Raise ValueError if torch.compile is asked for and does not work here."""
-        if self._compiles:
-            for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
-                check_compiler(device)
-
-    def check_defaults(self) -> None:
-        """Raise ValueError, naming rule and method, for what a rule asks for by its defaults and cannot have."""
+    def check(self) -> None:
+        """Raise ValueError for what can be known to fail before a step: what rules ask for, and torch.compile."""
         for bound in (*self.in_closure, *self.in_step):
             bound.asks(bound.settings({}))
+        if self._compiles:
+            # Found out now, and not in the first step, after the model has been sharded and loaded.
+            for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
+                check_compiler(device)
 
     def audit(self) -> str:
         """What is decayed, by how much, and by which rule."""
@@ -136,17 +134,8 @@ class StepRunner:
 
     def read(self) -> Params:
         """The parameters and groups as they are now; what a step goes by until they are read again."""
-        self._now = self.params.read()
-        return self._now
-
-    @property
-    def now(self) -> Params:
-        """The parameters and groups that this step goes by."""
-        return self._now or self.read()
-
-    def end(self) -> None:
-        """No step is under way any more."""
-        self._now = None
+        self.now = self.params.read()
+        return self.now
 
     def new_step(self, inner_optimizers: Mapping[int, Any], **settings: Any) -> Step:
         """A step of the gradients as they are now; settings: what only a Step for an external optimizer has."""
@@ -155,7 +144,7 @@ class StepRunner:
             params.entries,
             params.groups,
             params.active,
-            self._coefficients,
+            self._coefficients.rate,
             inner_optimizers,
             self._workspace,
             **settings,
@@ -167,11 +156,12 @@ class StepRunner:
                 batch.tally = tallies[batch.group_index]
         return step
 
-    def run(self, step: Step) -> None:
-        """Let every transform act on the step, measuring before the first that needs it."""
-        self._run(step, self.in_step, self._schedules[0])
+    def run(self, step: Step, is_closure: bool = False) -> None:
+        """Let every transform act on the step, measuring before the first that needs it.
 
-    def _run(self, step: Step, transforms: Sequence[BoundTransform], schedule: Schedule) -> None:
+        is_closure: whether it is an evaluation of a closure, in which the rules with target="closure" act.
+        """
+        transforms, schedule = (self.in_closure if is_closure else self.in_step), self._schedules[is_closure]
         phases = {phase.position: phase for phase in schedule.phases}
         self._coefficients.begin()
         for position, bound in enumerate(transforms):
@@ -184,6 +174,7 @@ class StepRunner:
     def finish(self, step: Step, groups: Sequence[dict[str, Any]]) -> None:
         """The step has been written, for these groups: counters and kept numbers move on."""
         self._rounding.count(groups)
+        # By identity: two groups may be equal.
         ids = set(map(id, groups))
         indices = frozenset(index for index, group in enumerate(step.groups) if id(group) in ids)
         for bound in (*self.in_closure, *self.in_step):
@@ -210,7 +201,7 @@ class StepRunner:
                 raise
             if self.in_closure:
                 with torch.no_grad():
-                    self._run(self.new_step({}), self.in_closure, self._schedules[1])
+                    self.run(self.new_step({}), is_closure=True)
             return loss
 
         return evaluate

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,13 +45,17 @@ class PendingUpdate:
 
     @property
     def is_unscaled(self) -> bool:
-        """Whether the scale is the number 1. (A tensor is never known to be 1 without reading it.)"""
+        """Whether the scale is the number 1."""
+        # A tensor is never known to be 1: reading it would wait for the device.
         return not isinstance(self.scale, Tensor) and self.scale == 1
 
     @property
     def factor(self) -> Rate:
         """What `tensors` (− `minus`) must be multiplied by."""
-        scale = self.scale if self.applied_lr is None else self.scale * reciprocal(self.applied_lr)
+        scale = self.scale
+        if (lr := self.applied_lr) is not None:
+            # An update over a learning rate of 0 is taken as 0: it moves nothing, and is not NaN.
+            scale = scale * (torch.where(lr == 0, 0.0, 1 / lr) if isinstance(lr, Tensor) else 1 / lr if lr else 0.0)
         return -scale if self.is_negated else scale
 
     @property
@@ -60,8 +65,9 @@ class PendingUpdate:
 
     def scale_by(self, lr: Rate) -> None:
         """u ← lr·u."""
+        # By identity: an equal number from another place is another learning rate.
         if lr is self.applied_lr:
-            self.applied_lr = None  # multiplied by already
+            self.applied_lr = None
         else:
             self.scale = self.scale * lr
 
@@ -128,9 +134,8 @@ class Batch:
         """Whether the parameters are bf16 or fp16."""
         return self.params[0].dtype in LOW
 
-    @property
-    def random_bits(self) -> RandomBits | None:
-        """The random bits of the next write to the parameters."""
+    def next_bits(self) -> RandomBits | None:
+        """The random bits of the next write to the parameters; every write has bits of its own."""
         return None if self.random_stream is None else self.random_stream.next()
 
     @property
@@ -162,7 +167,7 @@ class Batch:
 
     def apply_(self, terms: Sequence[DecayTerm], with_update: bool = False) -> None:
         """Write to the parameters:  p ← p − Σ terms(p), and − u too if asked. Then u is zeros where it is ours."""
-        pending, random_bits = self.pending, self.random_bits
+        pending, random_bits = self.pending, self.next_bits()
         tensors, factor = (pending.tensors, pending.factor) if with_update else (None, 1.0)
         clear = with_update and pending.is_owned
         without = None
@@ -196,6 +201,7 @@ class Batch:
         """Make the pending update plain tensors, with scale, sign and terms in them."""
         self.pending.subtract_now()
         pending = self.pending
+        # Gradients and parameters are not ours to write to.
         out = pending.tensors if pending.is_owned else [torch.empty_like(u) for u in pending.tensors]
         add_terms(pending.tensors, self.params, self.terms, pending.factor, out, pending.mask, workspace=self.workspace)
         self.is_absorbed = self.is_absorbed or bool(self.terms)
@@ -205,29 +211,28 @@ class Batch:
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
-class WaitingOptimizer(Protocol):
-    """An optimizer that the chain has come to. It has not run yet: what comes after it decides how it is run."""
+class WaitingOptimizer(ABC):
+    """An optimizer that the chain has come to. It has not run yet: what comes after it decides how it is run.
 
-    reads_params: bool
+    reads_params: whether what it does may depend on the values of the parameters.
+    """
 
-    def update(self, batches: Sequence[Batch]) -> None:
-        """Put the optimizer's update, times each batch's scale, into `batch.pending`; the parameters stay."""
+    reads_params: ClassVar[bool]
 
+    @abstractmethod
     def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Those whose parameters it may step itself, with their scales and terms."""
 
+    @abstractmethod
     def step(self, batches: Sequence[Batch]) -> None:
         """Write terms and update to the parameters."""
 
+    @abstractmethod
+    def update(self, batches: Sequence[Batch]) -> None:
+        """Put the optimizer's update, times each batch's scale, into `batch.pending`; the parameters stay."""
+
     def note_cleared(self, batches: Sequence[Batch]) -> None:
         """The updates of `batches` have been written; the tensors that were ours hold zeros now."""
-
-
-class Rates(Protocol):
-    """Where a rule learns its rate for a batch (see coefficients.py)."""
-
-    def rate(self, bound: Any, step: Step, batch: Batch, settings: Mapping[str, Any]) -> Rate:
-        """The coefficient of the rule: a number, a 0-d tensor, or one for each parameter of the batch."""
 
 
 class Step:
@@ -236,7 +241,7 @@ class Step:
     entries: all parameters of the optimizer, in order.
     groups: all param groups.
     active_groups: indices of the groups that this step is of; the others are as if they had no parameters.
-    rates: tells a rule its rate.
+    rate_of: tells a rule its coefficient for a batch (`Coefficients.rate`).
     inner_optimizers: the wrapped optimizers, by the index of their transform.
     workspace: where blocks are worked on.
 
@@ -252,8 +257,8 @@ class Step:
         entries: Sequence[NamedParam],
         groups: Sequence[dict[str, Any]],
         active_groups: frozenset[int],
-        rates: Rates,
-        inner_optimizers: Mapping[int, Any],
+        rate_of: Callable[..., Rate],
+        inner_optimizers: Mapping[int, WaitingOptimizer],
         workspace: Workspace,
         *,
         only: Collection[int] | None = None,
@@ -263,7 +268,7 @@ class Step:
     ) -> None:
         """only: indices of the groups to make batches of; None: all active ones. Metrics still are over all of them."""
         self.entries, self.groups, self.active_groups = entries, groups, active_groups
-        self.rates, self.inner_optimizers, self.workspace = rates, inner_optimizers, workspace
+        self.rate_of, self.inner_optimizers, self.workspace = rate_of, inner_optimizers, workspace
         self.grad_scale, self.found_inf, self.decays_gradients = grad_scale, found_inf or {}, decays_gradients
         self.waiting: WaitingOptimizer | None = None
         self.old: Mapping[int, Tensor] = {}
@@ -271,12 +276,14 @@ class Step:
         found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
         for position, entry in enumerate(entries):
             param, group = entry.tensor, entry.group
+            # A parameter without a gradient is left alone, by torch's optimizers too.
             if (gradient := param.grad) is None or group not in active_groups:
                 continue
             if only is not None and group not in only:
                 continue
             check_gradient(entry.name, gradient)
             local = local_tensor(param)
+            # What foreach takes in one list: one device, one dtype; and one group, for its settings.
             key = (group, local.device, local.dtype)
             if (batch := found.get(key)) is None:
                 grads: list[Tensor] = []
@@ -287,22 +294,12 @@ class Step:
             batch.params.append(local)
             batch.grads.append(local_like(gradient, param))
         self.batches = list(found.values())
-        self._trainable: dict[int, list[int]] | None = None
-
-    def trainable(self, group: int) -> list[int]:
-        """The positions of a group's parameters that require a gradient."""
-        if self._trainable is None:
-            self._trainable = {}
-            for position, entry in enumerate(self.entries):
-                if entry.tensor.requires_grad:
-                    self._trainable.setdefault(entry.group, []).append(position)
-        return self._trainable.get(group, [])
 
     # --- what transforms ask ---------------------------------------------------------------------
 
     def rate(self, bound: Any, batch: Batch, settings: Mapping[str, Any], on_gradients: bool) -> Rate:
         """The rate of a rule; on_gradients: whether its term will be added to gradients."""
-        rate = self.rates.rate(bound, self, batch, settings)
+        rate = self.rate_of(bound, batch, settings)
         if self.grad_scale is not None and on_gradients:
             rate = rate * self.grad_scale  # the optimizer will divide the sum by it
         found_inf = self.found_inf.get(batch.group_index)
@@ -311,23 +308,23 @@ class Step:
     def tensors_for(self, of: str) -> list[Source]:
         """What a metric of `of` is taken of. Parameters without a gradient are missing in all but "params"."""
         if of == "params":
-            return sources_of([self._old_local(position, entry) for position, entry in enumerate(self.entries)])
+            # All of them, with a gradient or without, as they were when the step began.
+            locals_: list[Tensor | None] = []
+            for position, entry in enumerate(self.entries):
+                is_active = entry.group in self.active_groups
+                old = self.old.get(position)
+                locals_.append(None if not is_active else local_tensor(entry.tensor) if old is None else old)
+            return sources_of(locals_)
         if of == "grad":
             return [Source(batch.index, batch.grads) for batch in self.batches]
         self._run_waiting()
         for batch in self.batches:
+            # Decay that stands before the rule is part of the update that it sees.
             if batch.terms:
                 batch.materialize()
         # A scale or a difference needs no tensor of its own: it is applied where the update is summed.
         pending = [(batch.index, batch.pending) for batch in self.batches]
         return [Source(index, update.tensors, update.minus or (), update.factor) for index, update in pending]
-
-    def _old_local(self, position: int, entry: NamedParam) -> Tensor | None:
-        """A local parameter as the step began; None for those of groups that this step is not of."""
-        if entry.group not in self.active_groups:
-            return None
-        old = self.old.get(position)
-        return local_tensor(entry.tensor) if old is None else old
 
     # --- what transforms do ----------------------------------------------------------------------
 
@@ -353,7 +350,7 @@ class Step:
             if waits or any(batch.terms for batch in self.batches):
                 self.materialize()
             for batch in self.batches:
-                batch.pending.subtract_now()
+                batch.pending.subtract_now()  # the difference may be to the parameters themselves
         elif self.waiting is not None or any(not batch.is_materialized for batch in self.batches):
             # An update that has gone on from the gradients must not see what is written to them now.
             self.materialize()
@@ -383,13 +380,6 @@ class Step:
 
 
 # --- numbers that may be tensors -------------------------------------------------------------------------------------
-
-
-def reciprocal(lr: Rate) -> Rate:
-    """1/lr; 0 at lr 0, where an update over lr is taken as 0."""
-    if isinstance(lr, Tensor):
-        return torch.where(lr == 0, 0.0, 1 / lr)
-    return 1 / lr if lr else 0.0
 
 
 def zero_where(flag: Tensor, rate: Rate) -> Tensor:
