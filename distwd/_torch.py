@@ -103,12 +103,6 @@ def padding_of_shard(tensor: Tensor) -> int:
 # --- modules and tensors --------------------------------------------------------------------------------------------
 
 
-def child_modules(module: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
-    """The children of a module, by name, a shared one under each of its names."""
-    # Waits for: named_children(remove_duplicate=False).
-    return module._modules.items()
-
-
 def write_count(tensor: Tensor) -> int:
     """A number that grows with each write to a tensor."""
     # Waits for: a public version counter.
