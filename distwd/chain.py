@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .metrics.plan import Plan
-from .metrics.plan_cache import PlanOptions
+from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
 from .optimizers.init_step import FirstStep

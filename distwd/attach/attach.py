@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from .. import _torch
 from ..checks import check_choice
-from ..metrics.plan import Plan
-from ..metrics.plan_cache import PlanOptions
+from ..metrics.plan import Plan, PlanOptions
 from ..optimizers.init_step import mark_if_no_params
 from ..optimizers.lr import LR
 from ..optimizers.state import NO_PARAMS_KEY, without_mark

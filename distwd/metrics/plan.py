@@ -1,8 +1,8 @@
-"""The plan: who holds which piece of every parameter, and which rank owns it. And numbers about sharded tensors."""
+"""The plan: who holds which piece of every parameter, and which rank owns it; how it is kept, and metrics by it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .._torch import layout_spec
+from ..errors import CollectiveError, PlanError
 from ..sharding.build import BuildArgs, build
 from ..sharding.explain import explain_change
 from ..sharding.layout import Layout, check_layout
@@ -19,7 +20,7 @@ from ..sharding.local import local_like
 from ..sharding.params import NamedParam, entries_of
 from ..sharding.pieces import Piece
 from ..sharding.tables import plan_table
-from ..sharding.world import World
+from ..sharding.world import World, check_group
 from .measure import Request, measure, sources_of
 from .metric import parse_metric
 
@@ -199,6 +200,86 @@ def _stamp(tensor: Tensor) -> Any:
     """What must not change as long as a plan is to hold."""
     # A DTensor keeps its spec object as long as nothing changes, so a comparison is one of identity.
     return layout_spec(tensor) if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
+
+
+# --- a plan over time ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Which ranks hold the model, and how: the arguments `group`, `layout` and `check_replicas`, checked."""
+
+    group: dist.ProcessGroup | None = None
+    layout: Layout = field(default_factory=dict)
+    check_replicas: bool = True
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, layout: Layout | None, check_replicas: bool) -> PlanOptions:
+        """Raises ValueError for what is not a group or a layout."""
+        if group is not None:
+            check_group(group)
+        check_layout(layout or {})
+        return cls(group, layout or {}, check_replicas)
+
+
+class PlanCache:
+    """Keeps one plan. All ranks build it together, and build it anew together.
+
+    options: which ranks hold the model, and how.
+    with_offsets: whether the plan must know where pieces that are only counted begin in their whole.
+    """
+
+    def __init__(self, options: PlanOptions, with_offsets: bool = False) -> None:
+        self.options = options
+        self.plan: Plan | None = None
+        self._with_offsets = with_offsets
+        self._key: Hashable = None
+        self._has_published = False
+
+    @property
+    def world(self) -> World:
+        """The ranks as they are now."""
+        return World.of(self.options.group)
+
+    def fits(self, entries: tuple[NamedParam, ...], key: Hashable = None) -> bool:
+        """Whether the plan is there, and is of these parameters; key: what else it must have been built for."""
+        return self.plan is not None and self.plan.fits(entries) and (key is None or self._key == key)
+
+    def build(self, entries: tuple[NamedParam, ...], rules: str, key: Hashable) -> Plan:
+        """Build the plan together with the other ranks.
+
+        rules: a text that must be the same on every rank.
+        key: what makes the plan fit, besides the parameters.
+        """
+        if self.plan is not None:
+            # The others go on with the old plan unless they come here too: an exchange that they do not expect would
+            # pair up with whatever collective they are in.
+            self.plan.meet_to_rebuild(entries, rules)
+            self.plan = None
+        options = self.options
+        self.plan = build_plan(
+            entries, options.group, options.layout, options.check_replicas, rules, self._with_offsets
+        )
+        self._key = key
+        return self.plan
+
+    def publish(self, error: Exception) -> None:
+        """Leave the reason for ranks that will wait for this one in vain."""
+        # All ranks know of a PlanError already, and a CollectiveError comes of waiting for another rank.
+        store = None if self.plan is None else self.plan.world.error_store
+        if store is not None and not isinstance(error, (PlanError, CollectiveError)):
+            store.publish(f"{type(error).__name__}: {error}")
+            self._has_published = True
+
+    def clear_published(self) -> None:
+        """A step is tried again: what was published about the last one is past."""
+        store = None if self.plan is None else self.plan.world.error_store
+        if self._has_published and store is not None:
+            store.clear()
+        self._has_published = False
+
+
+# --- without a plan of one's own -----------------------------------------------------------------------------------
 
 
 def global_metric(

@@ -14,8 +14,7 @@ from ..errors import PlanError
 from ..kernels.blocks import Workspace
 from ..kernels.compile import check_compiler
 from ..metrics.metric import Measure
-from ..metrics.plan import Plan
-from ..metrics.plan_cache import PlanCache, PlanOptions
+from ..metrics.plan import Plan, PlanCache, PlanOptions
 from ..sharding.params import ParamList, Params
 from ..sharding.pieces import check_tensor
 from .audit import audit
