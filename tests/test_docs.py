@@ -173,15 +173,15 @@ def test_a_program_prints_what_its_page_shows(worlds, block):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_path_in_the_text_exists(page):
-    """`launch/test.sh`, `distwd/plan/`, docs/pages/laws.md: what the text points at is there."""
+    """`launch/test.sh`, `distwd/sharding/`, docs/pages/laws.md: what the text points at is there."""
     paths = re.findall(r"(?<![\w/.-])((?:launch|docs|tests|distwd)/[\w./-]*\w/?)", page.read_text(encoding="utf-8"))
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 # --- every refusal has its entry ----------------------------------------------------------------------------------------
 
-REFUSING = [*sorted((ROOT / "distwd/plan").glob("*.py"))]
-REFUSING += [ROOT / "distwd" / name for name in ("layout.py", "param_groups.py", "world.py", "metrics/reduce.py")]
+REFUSING = [*sorted((ROOT / "distwd/sharding").glob("*.py"))]
+REFUSING += [ROOT / "distwd" / name for name in ("groups/param_groups.py", "metrics/plan.py", "metrics/replica_check.py")]
 
 
 def template_of(node: ast.expr | None) -> str:
@@ -196,7 +196,7 @@ def template_of(node: ast.expr | None) -> str:
 
 
 def messages_of(path: Path) -> set[str]:
-    """What a file raises, and the problems that sharding/explain.py describes."""
+    """What a file raises, and what sharding/explain.py says is the problem."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
     found = [template_of(call.args[0]) for call in raised if call.args]
