@@ -178,6 +178,18 @@ def test_a_path_in_the_text_exists(page):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def test_the_architecture_page_has_a_line_for_every_module():
+    tree = blocks_of(ROOT / "docs/pages/house.md")[0].code
+    shown, room = set(), ""
+    for indent, name, slash in re.findall(r"^( +)(\w+(?:\.py)?)(/?)", tree, re.MULTILINE):
+        if slash:
+            room = f"{name}/"
+        elif name.endswith(".py"):
+            shown.add(name if len(indent) == 2 else room + name)
+    modules = {path.relative_to(ROOT / "distwd").as_posix() for path in (ROOT / "distwd").rglob("*.py")}
+    assert shown == {name for name in modules if not name.endswith(("/__init__.py", "_version.py"))}
+
+
 # --- every refusal has its entry ----------------------------------------------------------------------------------------
 
 REFUSING = [*sorted((ROOT / "distwd/sharding").glob("*.py"))]
