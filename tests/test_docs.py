@@ -193,7 +193,9 @@ def test_the_architecture_page_has_a_line_for_every_module():
 # --- every refusal has its entry ----------------------------------------------------------------------------------------
 
 REFUSING = [*sorted((ROOT / "distwd/sharding").glob("*.py"))]
-REFUSING += [ROOT / "distwd" / name for name in ("groups/param_groups.py", "metrics/plan.py", "metrics/replica_check.py")]
+REFUSING += [
+    ROOT / "distwd" / name for name in ("groups/param_groups.py", "metrics/plan.py", "metrics/replica_check.py")
+]
 
 
 def template_of(node: ast.expr | None) -> str:
