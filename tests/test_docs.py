@@ -210,7 +210,7 @@ def template_of(node: ast.expr | None) -> str:
 
 
 def messages_of(path: Path) -> set[str]:
-    """What a file raises, and what sharding/explain.py says is the problem."""
+    """What a file raises, and the problems that sharding/explain.py describes."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
     found = [template_of(call.args[0]) for call in raised if call.args]
