@@ -1,4 +1,4 @@
-"""Renders the library's docstrings, which are prose, formulas and doctests, as Markdown: a griffe extension.
+"""A griffe extension that renders the library's docstrings (prose, formulas and doctests) as Markdown.
 
 A paragraph of lines such as `params: what torch.optim takes` becomes a list, an example becomes a block of code.
 """
@@ -11,10 +11,12 @@ from typing import Any
 import griffe
 
 ITEM = re.compile(r"^(\*{0,2}[a-z]\w*(?:, \w+)*): ")  # not "Source: ...", which is prose
+# `measures(settings): ...`, below a line of prose that introduces it
+METHOD = re.compile(r"^ *([a-z]\w*\([\w, ]*\)): ")
 
 
 class Prose(griffe.Extension):
-    """Rewrites every docstring once, when it has been read."""
+    """Rewrites every docstring, once, when griffe has read it."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
@@ -30,9 +32,9 @@ def _block(block: str) -> str:
         return f"```pycon\n{block}\n```"
     lines: list[str] = []
     for line in block.split("\n"):
-        item = ITEM.match(line)
+        item = ITEM.match(line) or METHOD.match(line)
         if item:
-            # A list has to be parted from the line of prose before it.
+            # Markdown needs an empty line between prose and the list that follows it.
             if lines and not lines[-1].startswith(("- ", "  ")):
                 lines.append("")
             lines.append(f"- `{item[1]}`: {line[item.end() :]}")
