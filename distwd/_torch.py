@@ -100,6 +100,10 @@ def padding_of_shard(tensor: Tensor) -> int:
     return padding
 
 
+# Tensors that are memory and nothing else, by their very type: a subclass may have no address, or hold something other
+# than its elements. (Nothing private, but torch has no word for it.)
+ORDINARY = (Tensor, nn.Parameter)
+
 # --- modules and tensors --------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..kernels.blocks import ORDINARY, ZeroPool
+from ..kernels.blocks import ZeroPool
 from ..kernels.stochastic import LOW
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
@@ -74,7 +74,7 @@ class ZeroProxyCapture:
     @staticmethod
     def works_on(local: Tensor) -> bool:
         """Whether zeros can stand for a local parameter: a plain tensor, in a dtype that holds −lr·u well."""
-        return type(local) in ORDINARY and local.dtype not in LOW
+        return type(local) in _torch.ORDINARY and local.dtype not in LOW
 
     def begin(self) -> None:
         """No optimizer has stepped yet. A step that was broken off has left nothing but proxies."""

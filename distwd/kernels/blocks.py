@@ -14,10 +14,6 @@ from torch import Tensor
 
 from .._torch import is_in_dispatch_mode
 
-# Tensors that are memory and nothing else, by their very type: a subclass may have no address, or hold something other
-# than its elements.
-ORDINARY = (Tensor, torch.nn.Parameter)
-
 # Elements in a block. On a CPU, what several operations in a row touch should stay in the cache; but every operation ends
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
 # count, and small enough that its temporaries do not either.

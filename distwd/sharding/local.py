@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 
-from .._torch import local_part
-
-# Tensors that are memory and nothing else. By type, not isinstance: a subclass may hold anything.
-_PLAIN = (Tensor, Parameter)
+from .._torch import ORDINARY, local_part
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -20,7 +16,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """
     # Plain tensors are told apart first: to look for an attribute that a tensor does not have takes longer than all the
     # rest.
-    if type(tensor) in _PLAIN:
+    if type(tensor) in ORDINARY:
         return tensor
     # The attribute is read anew in every step and never cached, so a parameter may be given other storage at any time.
     local = local_part(tensor) if isinstance(tensor, DTensor) else tensor
@@ -40,7 +36,7 @@ def local_like(tensor: Tensor, param: Tensor) -> Tensor:
     optimizers do implicitly. That is a collective, on every rank of the mesh: the only one outside of collectives.py.
     Its ranks agree, since placements are the same on all ranks of a mesh. With equal placements nothing is sent.
     """
-    if type(tensor) in _PLAIN:
+    if type(tensor) in ORDINARY:
         return tensor
     if isinstance(tensor, DTensor) and isinstance(param, DTensor) and tensor.placements != param.placements:
         tensor = tensor.redistribute(placements=param.placements)
