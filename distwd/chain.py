@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
@@ -113,7 +112,6 @@ class Chain(torch.optim.Optimizer):
         self._inner_optimizers: dict[int, GradientOptimizer] = {}
         self._closure_optimizer: ClosureOptimizer | None = None
         self._known: tuple[NamedParam, ...] | None = None  # the parameters whose state has begun
-        self._checked: dict[tuple[int, int], dict[str, Any]] = {}
 
     # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
 
@@ -121,7 +119,7 @@ class Chain(torch.optim.Optimizer):
         """Add a group, as torch does. Raises ValueError, with nothing added, for settings that a transform cannot use."""
         settings = {**self.defaults, **param_group}
         for bound in self._transforms:
-            bound.check(bound.settings(settings))
+            bound.read(settings)
         is_complete = self._known is not None  # not while the base class adds the first groups
         if is_complete:
             self._follow_params(self._runner.params.read().entries)
@@ -208,7 +206,6 @@ class Chain(torch.optim.Optimizer):
 
     @step_method
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
-        self._check_settings()
         if not self._inner_optimizers and self._closure_optimizer is None:
             self._make_inner_optimizers()
         runner = self._runner
@@ -240,18 +237,6 @@ class Chain(torch.optim.Optimizer):
         runner.finish(step, self.param_groups)
         self._has_stepped = True
         return loss
-
-    def _check_settings(self) -> None:
-        """Refuse bad settings that were put into a group by hand. Looks closely only at those that are new."""
-        for index, group in enumerate(self.param_groups):
-            for bound in self._transforms:
-                # A tensor was checked when it came with the constructor or its group; reading it here would synchronise.
-                numbers = {
-                    name: 0.0 if isinstance(value, Tensor) else value for name, value in bound.settings(group).items()
-                }
-                if self._checked.get((index, bound.index)) != numbers:
-                    bound.check(numbers)
-                    self._checked[index, bound.index] = numbers
 
     # --- state -------------------------------------------------------------------------------------------------------
 

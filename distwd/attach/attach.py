@@ -346,7 +346,7 @@ class Attachment:
             refuse_under_scaler(self._optimizers, self._rules, self._coupling, self._needs_updates)
         for each in self._optimizers:
             check_groups(each, self._coupling)
-        write_keys(self._runner.read().groups, self._defaults)
+        write_keys(self._runner.params.groups, self._defaults)
         self._runner.prepare()
         self._is_init_step, self._is_in_joint_step = False, True
         self._just_stepped.clear()

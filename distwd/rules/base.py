@@ -112,8 +112,8 @@ class Rule(Transform):
 
     def apply(self, step: Step, bound: BoundTransform) -> None:
         """Add a decay term to every batch; for another target than "update", write it now."""
-        settings = [bound.settings(batch.group) for batch in step.batches]
-        cautious = [self.is_cautious(own) for own in settings]
+        settings = [step.settings[bound.index, batch.group_index] for batch in step.batches]
+        cautious = [self.is_cautious(own.values) for own in settings]
         if any(cautious) and (self.target != "update" or any(batch.terms for batch in step.batches)):
             # A mask is taken of the update at this place, so what is pending has to be in it.
             step.materialize()
@@ -122,15 +122,15 @@ class Rule(Transform):
 
         on_gradients = self.target in ("grad", "closure") or (self.target == "update" and step.decays_gradients)
         for batch, own, is_cautious in zip(step.batches, settings, cautious, strict=True):
-            rate = step.rate(bound, batch, own, on_gradients)
+            rate = step.rate(bound, batch, on_gradients)
             if is_cautious:
                 # Where the learning rate is 0 the update is 0, whatever its mask is taken of.
                 scale = batch.pending.scale
                 rate = zero_where(scale == 0, rate) if isinstance(scale, Tensor) else rate if scale else 0.0
             # A term that comes while the update is not scaled yet will be scaled by exactly what scales the update.
             # Only a λ that the rule leaves as it is may be handed to an optimizer, in place of the term.
-            before_lr = own["weight_decay"] if batch.pending.is_unscaled and self.is_absolute(own) else None
-            ord = float(own.get("ord", 2))
+            before_lr = own.values["weight_decay"] if batch.pending.is_unscaled and own.is_absolute else None
+            ord = float(own.values.get("ord", 2))
             self._add(batch, DecayTerm(rate, ord, is_cautious, bound.sign(batch.group), before_lr))
 
     def _add(self, batch: Batch, term: DecayTerm) -> None:

@@ -19,7 +19,7 @@ from ..sharding.local import local_tensor
 from .phases import Phase
 from .state import COUNT, KeptNumbers
 from .step import Batch, Step
-from .transform import BoundTransform
+from .transform import BoundTransform, GroupSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +103,12 @@ class Coefficients:
         found: dict[int, Coefficient] = {}
         shared: dict[Any, Coefficient] = {}
         for index in sorted(step.active_groups):
-            settings = bound.settings(step.groups[index])
-            if bound.transform.is_absolute(settings):
+            settings = step.settings[bound.index, index]
+            if settings.is_absolute:
                 continue
-            asks = bound.asks(settings)
-            names = self._kept.names(bound, settings)
-            key = _sharing_key(bound, settings, asks)
-            if names or key is None or key not in shared:
-                found[index] = self._evaluate_group(bound, step, index, settings, asks)
+            key = _sharing_key(bound, settings)
+            if key is None or key not in shared:
+                found[index] = self._evaluate_group(bound, step, index, settings)
                 if key is not None:
                     shared[key] = found[index]
             else:
@@ -122,10 +120,9 @@ class Coefficients:
         kept = self._last.get(bound.label, {}) if len(step.active_groups) < len(step.groups) else {}
         self._last[bound.label] = {i: old for i, old in kept.items() if i not in step.active_groups} | found
 
-    def _evaluate_group(
-        self, bound: BoundTransform, step: Step, index: int, settings: dict[str, Any], asks: Mapping[str, Measure]
-    ) -> Coefficient:
-        transform, begins = bound.transform, bound.transform.keeps(settings)
+    def _evaluate_group(self, bound: BoundTransform, step: Step, index: int, settings: GroupSettings) -> Coefficient:
+        """Give a rule its numbers for one group, and check what it answers."""
+        asks, begins = settings.asks, settings.keeps
         # All numbers come at the finest scope that the rule asks for.
         scope = max((ask.scope for ask in asks.values()), key=SCOPES.index, default="all")
         measured: dict[str, Tensor] = {}
@@ -148,7 +145,7 @@ class Coefficients:
         positions = _trainable(step, index) if begins else []
         entries = [step.entries[position] for position in positions]
         is_shared = scope != "tensor"
-        for name, values in self._kept.read(bound, settings, entries, like.device, is_shared).items():
+        for name, values in self._kept.read(bound, begins, entries, like.device, is_shared).items():
             if scope == "tensor":
                 # Slots of parameters that other ranks hold stay NaN: nobody here asks for them.
                 slots = self._slots().index(positions, like.device)
@@ -165,10 +162,10 @@ class Coefficients:
         # Tensors among the settings as the numbers are: on their device, in float64.
         given = {
             name: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
-            for name, value in settings.items()
+            for name, value in settings.values.items()
         }
         own = {name: kept[name] for name in begins}
-        answer = transform.coefficient(given, measured, own)  # type: ignore[attr-defined]
+        answer = bound.transform.coefficient(given, measured, own)  # type: ignore[attr-defined]
         new: dict[str, Tensor] = {}
         if begins:
             if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
@@ -188,12 +185,9 @@ class Coefficients:
         dtype = self._plan().result_dtype if asks else torch.float32
         return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, dtype)
 
-    def rate(self, bound: BoundTransform, batch: Batch, settings: Mapping[str, Any]) -> Rate:
-        """λ for an absolute rule; else the coefficient, as a float64 tensor: one number, or one for each parameter."""
-        known = self._last.get(bound.label, {}).get(batch.group_index)
-        if known is None or bound.transform.is_absolute(settings):
-            decay: Rate = settings["weight_decay"]
-            return decay
+    def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
+        """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter of the batch."""
+        known = self._last[bound.label][batch.group_index]
         value = known.value.to(wide_dtype(known.value.device))
         if known.scope == "tensor":
             return value[self._slots().index(batch.index, value.device)]
@@ -268,19 +262,17 @@ class Coefficients:
         return next(iter(shown.values())) if is_one else shown
 
 
-def _sharing_key(bound: BoundTransform, settings: Mapping[str, Any], asks: Mapping[str, Measure]) -> Any:
+def _sharing_key(bound: BoundTransform, settings: GroupSettings) -> Any:
     """What two groups must have in common to share a coefficient; None if that cannot be told."""
     names = bound.transform.coefficient_settings
-    read = settings if names is None else {name: settings[name] for name in names}
-    key = (
-        tuple(asks.items()),
-        tuple((name, id(value) if isinstance(value, Tensor) else value) for name, value in read.items()),
-    )
-    try:
-        hash(key)
-    except TypeError:
+    # Kept numbers are a group's own.
+    if settings.keeps or (
+        names is None and not all(isinstance(v, (int, float, str, Tensor)) for v in settings.values.values())
+    ):
         return None
-    return key
+    read = sorted(settings.values) if names is None else sorted(names)
+    values = [settings.values[name] for name in read]
+    return tuple(settings.asks.items()), tuple(id(value) if isinstance(value, Tensor) else value for value in values)
 
 
 def _trainable(step: Step, group: int) -> list[int]:

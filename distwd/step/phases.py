@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..metrics.measure import num_collectives
 from ..metrics.metric import Measure
@@ -33,8 +32,10 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     @classmethod
-    def of(cls, transforms: Sequence[BoundTransform], groups: Sequence[Mapping[str, Any]]) -> Schedule:
-        """A metric may be measured from the moment its tensors are final until its rule acts.
+    def of(cls, transforms: Sequence[BoundTransform], asks: Mapping[int, Iterable[Measure]]) -> Schedule:
+        """The schedule of these transforms; asks: what each asks for over all groups, by its index.
+
+        A metric may be measured from the moment its tensors are final until its rule acts.
 
         So a phase is opened as late as its first rule allows, and whatever can be measured by then joins it: the fewest
         points that stab all intervals.
@@ -44,12 +45,11 @@ class Schedule:
         update_is_gradient = True
         opened: list[tuple[int, list[tuple[int, Measure]]]] = []
         for position, bound in enumerate(transforms):
-            # Over all groups, each measure once, in the order of the groups.
-            asks = dict.fromkeys(ask for group in groups for ask in bound.asks(bound.settings(group)).values())
-            for ask in asks:
+            for ask in dict.fromkeys(asks[bound.index]):  # each once
                 if not opened or opened[-1][0] < final_since[ask.of]:
                     opened.append((position, []))
                 opened[-1][1].append((bound.index, ask))
+            # From here on it is another tensor, or has other values.
             changes = bound.transform.changes
             if "grad" in changes and update_is_gradient:
                 final_since["update"] = position + 1

@@ -23,7 +23,7 @@ from .phases import Schedule
 from .rounding import Rounding
 from .state import KeptNumbers
 from .step import Step, Tally
-from .transform import BoundTransform
+from .transform import BoundTransform, GroupSettings
 
 
 class StepRunner:
@@ -61,8 +61,11 @@ class StepRunner:
         self._coefficients = Coefficients(lambda: self.plans.plan or self.plan, self.kept)
         self._tallies: dict[int, Tally] = {}
         self._checked: tuple[Any, ...] | None = None  # the parameters that were looked at, where no plan is needed
-        self.now = Params((), (), frozenset())  # what the step under way goes by
+        # What the step under way goes by.
+        self.now = Params((), (), frozenset())
+        self._settings: dict[tuple[int, int], GroupSettings] = {}  # by (index of the transform, index of the group)
         self._schedules: tuple[Schedule, Schedule] = (Schedule(()), Schedule(()))
+        self._scheduled: Any = None  # the settings that the schedules are of
         self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
     # --- outside of a step -----------------------------------------------------------------------
@@ -74,18 +77,19 @@ class StepRunner:
         if self.plans.fits(params.entries):
             assert self.plans.plan is not None
             return self.plans.plan
-        return self._build(params, self._schedule(params))
+        return self._build(params, self._schedule(params, self._read_settings(params)))
 
     @property
     def phases(self) -> int:
         """All-reduces per step, and per evaluation of a closure."""
-        world = self.plans.world
-        return sum(schedule.num_collectives(world) for schedule in self._schedule(self.params.read()))
+        world, params = self.plans.world, self.params.read()
+        schedules = self._schedule(params, self._read_settings(params))
+        return sum(schedule.num_collectives(world) for schedule in schedules)
 
     def check(self) -> None:
         """Raise ValueError for what can be known to fail before a step: what rules ask for, and torch.compile."""
         for bound in (*self.in_closure, *self.in_step):
-            bound.asks(bound.settings({}))
+            bound.read({})
         if self._compiles:
             # Found out now, and not in the first step, after the model has been sharded and loaded.
             for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
@@ -114,7 +118,9 @@ class StepRunner:
         """
         self.plans.clear_published()
         params = self.read()
-        schedules = self._schedules = self._schedule(params)
+        if self._scheduled is not self._settings:
+            self._schedules, self._scheduled = self._schedule(params, self._settings), self._settings
+        schedules = self._schedules
         measures = any(schedule.phases for schedule in schedules)
         if measures:
             self._check_asks([ask for schedule in schedules for ask in schedule.asks], params)
@@ -132,8 +138,14 @@ class StepRunner:
         return params
 
     def read(self) -> Params:
-        """The parameters and groups as they are now; what a step goes by until they are read again."""
+        """The parameters, groups and settings as they are now; what a step goes by until they are read again."""
         self.now = self.params.read()
+        settings = self._read_settings(self.now)
+        is_known = len(settings) == len(self._settings) and all(
+            self._settings.get(key) is value for key, value in settings.items()
+        )
+        if not is_known:
+            self._settings = settings
         return self.now
 
     def new_step(self, inner_optimizers: Mapping[int, Any], **settings: Any) -> Step:
@@ -143,6 +155,7 @@ class StepRunner:
             params.entries,
             params.groups,
             params.active,
+            self._settings,
             self._coefficients.rate,
             inner_optimizers,
             self._workspace,
@@ -207,8 +220,23 @@ class StepRunner:
 
     # --- its parts -------------------------------------------------------------------------------
 
-    def _schedule(self, params: Params) -> tuple[Schedule, Schedule]:
-        return Schedule.of(self.in_step, params.groups), Schedule.of(self.in_closure, params.groups)
+    def _read_settings(self, params: Params) -> dict[tuple[int, int], GroupSettings]:
+        """The settings of every transform in every group; those that have not changed are the same objects as before."""
+        return {
+            (bound.index, index): bound.read(group, self._settings.get((bound.index, index)))
+            for bound in (*self.in_closure, *self.in_step)
+            for index, group in enumerate(params.groups)
+        }
+
+    def _schedule(self, params: Params, settings: Mapping[tuple[int, int], GroupSettings]) -> tuple[Schedule, Schedule]:
+        """The phases of a step, and of an evaluation of a closure."""
+        asks = {
+            bound.index: [
+                ask for index in range(len(params.groups)) for ask in settings[bound.index, index].asks.values()
+            ]
+            for bound in (*self.in_closure, *self.in_step)
+        }
+        return Schedule.of(self.in_step, asks), Schedule.of(self.in_closure, asks)
 
     def _build(self, params: Params, schedules: tuple[Schedule, Schedule]) -> Plan:
         rules = " | ".join(map(str, schedules)) + self._rounding.words
@@ -223,12 +251,11 @@ class StepRunner:
     def _check_asks(self, asks: Sequence[tuple[int, Measure]], params: Params) -> None:
         """Raise ValueError where a rule asks for a metric that this step cannot have; on every rank, since all step alike."""
         labels = {bound.index: bound.label for bound in (*self.in_closure, *self.in_step)}
-        is_alone = self.plans.world.size == 1
         is_in_backward = _torch.is_in_backward()
         # DeepSpeed's ZeRO-3 numbers its tensors. It shows one at a time, so the first of a group is all.
         is_piecewise = any(hasattr(param, "ds_id") for group in params.groups for param in group["params"][:1])
         for index, ask in asks:
-            if is_in_backward and (ask.scope == "all" or not is_alone):
+            if is_in_backward and (ask.scope == "all" or self.plans.world.size > 1):
                 raise ValueError(IN_BACKWARD.format(label=labels[index]))
             if len(params.active) < len(params.groups) and ask.scope == "all":
                 shown, of = len(params.active), len(params.groups)

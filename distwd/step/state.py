@@ -53,9 +53,9 @@ class KeptNumbers:
         """Whether the transform with this index may keep numbers."""
         return any(bound.index == index for bound in self._transforms)
 
-    def names(self, bound: BoundTransform, settings: Mapping[str, Any]) -> dict[str, float]:
-        """What a rule keeps under these settings, with the number that each begins with (of a metric: 0 until then)."""
-        keeps = bound.transform.keeps(settings)
+    @staticmethod
+    def names(keeps: Mapping[str, float | Measure]) -> dict[str, float]:
+        """The numbers that a rule keeps, with what each begins with (of a metric: 0 until then)."""
         found = {name: 0.0 if isinstance(begins, Measure) else float(begins) for name, begins in keeps.items()}
         return found | ({COUNT: 0.0} if any(isinstance(begins, Measure) for begins in keeps.values()) else {})
 
@@ -69,7 +69,7 @@ class KeptNumbers:
         missing: set[str] = set()
         for bound in self._transforms:
             for index, group in enumerate(groups):
-                names = self.names(bound, bound.settings(group))
+                names = self.names(bound.transform.keeps(bound.settings(group)))
                 for entry in entries if names else ():
                     param = entry.tensor
                     if entry.group != index or not param.requires_grad or param.is_meta or not self._may_keep(param):
@@ -91,7 +91,7 @@ class KeptNumbers:
     def read(
         self,
         bound: BoundTransform,
-        settings: Mapping[str, Any],
+        keeps: Mapping[str, float | Measure],
         entries: Sequence[NamedParam],
         device: torch.device,
         is_shared: bool,
@@ -102,7 +102,7 @@ class KeptNumbers:
         """
         wide = wide_dtype(device)
         found: dict[str, Tensor] = {}
-        for name, begins in self.names(bound, settings).items():
+        for name, begins in self.names(keeps).items():
             key = f"{bound.state_prefix}_{name}"
             values = [self._state_of(entry.tensor).get(entry.tensor, {}).get(key) for entry in entries]
             if is_shared and values:

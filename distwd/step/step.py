@@ -241,6 +241,7 @@ class Step:
     entries: all parameters of the optimizer, in order.
     groups: all param groups.
     active_groups: indices of the groups that this step is of; the others are as if they had no parameters.
+    settings: the `GroupSettings` of every transform in every group, by (index of the transform, index of the group).
     rate_of: tells a rule its coefficient for a batch (`Coefficients.rate`).
     inner_optimizers: the wrapped optimizers, by the index of their transform.
     workspace: where blocks are worked on.
@@ -257,6 +258,7 @@ class Step:
         entries: Sequence[NamedParam],
         groups: Sequence[dict[str, Any]],
         active_groups: frozenset[int],
+        settings: Mapping[tuple[int, int], Any],
         rate_of: Callable[..., Rate],
         inner_optimizers: Mapping[int, WaitingOptimizer],
         workspace: Workspace,
@@ -268,6 +270,7 @@ class Step:
     ) -> None:
         """only: indices of the groups to make batches of; None: all active ones. Metrics still are over all of them."""
         self.entries, self.groups, self.active_groups = entries, groups, active_groups
+        self.settings = settings
         self.rate_of, self.inner_optimizers, self.workspace = rate_of, inner_optimizers, workspace
         self.grad_scale, self.found_inf, self.decays_gradients = grad_scale, found_inf or {}, decays_gradients
         self.waiting: WaitingOptimizer | None = None
@@ -297,9 +300,10 @@ class Step:
 
     # --- what transforms ask ---------------------------------------------------------------------
 
-    def rate(self, bound: Any, batch: Batch, settings: Mapping[str, Any], on_gradients: bool) -> Rate:
+    def rate(self, bound: Any, batch: Batch, on_gradients: bool) -> Rate:
         """The rate of a rule; on_gradients: whether its term will be added to gradients."""
-        rate = self.rate_of(bound, batch, settings)
+        own = self.settings[bound.index, batch.group_index]
+        rate = own.values["weight_decay"] if own.is_absolute else self.rate_of(bound, batch)
         if self.grad_scale is not None and on_gradients:
             rate = rate * self.grad_scale  # the optimizer will divide the sum by it
         found_inf = self.found_inf.get(batch.group_index)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..metrics.metric import Measure
 from .step import Step
 
@@ -58,6 +60,22 @@ class Transform(ABC):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GroupSettings:
+    """A transform's hyperparameters in one param group, and what follows from them.
+
+    values: the hyperparameters by name.
+    asks: all metrics that it needs, by name.
+    keeps: what its kept numbers begin with, by name.
+    is_absolute: whether its rate is λ as it stands.
+    """
+
+    values: dict[str, Any]
+    asks: Mapping[str, Measure]
+    keeps: Mapping[str, float | Measure]
+    is_absolute: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class BoundTransform:
     """A transform of one optimizer: where it stands, and which group keys hold its hyperparameters.
 
@@ -79,34 +97,47 @@ class BoundTransform:
     lr_key: str | None = None
     state_prefix: str = ""
 
-    def check(self, settings: Mapping[str, Any]) -> None:
-        """Raise ValueError if the transform cannot work with these settings."""
-        self.transform.check(settings)
-        self.asks(settings)
-
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The transform's hyperparameters as this param group has them now."""
         # A group may lack a key: the checkpoint of an optimizer that had no decay yet replaces the attached one's groups.
         return {**self.transform.defaults, **{name: group[key] for name, key in self.keys.items() if key in group}}
 
+    def read(self, group: Mapping[str, Any], known: GroupSettings | None = None) -> GroupSettings:
+        """The hyperparameters of a param group, checked, and what follows from them.
+
+        known: what was read in the last step; returned as it is if nothing has changed.
+        Raises ValueError, naming transform and method, for what the transform cannot work with.
+        """
+        values = self.settings(group)
+        # By identity first: two tensors cannot be compared without reading them.
+        if known is not None and all(
+            value is known.values[name] or (not isinstance(value, Tensor) and value == known.values[name])
+            for name, value in values.items()
+        ):
+            return known
+        if known is None:
+            self.transform.check(values)
+        else:
+            # Tensors were checked when they came with the constructor or their group; reading one in a step would wait.
+            self.transform.check({name: 0.0 if isinstance(v, Tensor) else v for name, v in values.items()})
+        asks, keeps = self._asks(values)
+        return GroupSettings(values, asks, keeps, self.transform.is_absolute(values))
+
     def sign(self, group: Mapping[str, Any]) -> int:
         """−1 if an optimizer behind it maximizes: that ascends the update, so decay must be subtracted from it."""
         return math.prod(-1 if group.get(key, False) else 1 for key in self.maximize_keys)
 
-    def asks(self, settings: Mapping[str, Any]) -> dict[str, Measure]:
-        """All metrics that it needs under these settings: those of `measures`, and those that kept numbers begin with.
-
-        Raises ValueError, naming the transform and the method, for what is no Measure.
-        """
-        found: dict[str, Mapping[str, Any]] = {}
-        for method in ("measures", "keeps"):
+    def _asks(self, values: Mapping[str, Any]) -> tuple[dict[str, Measure], Mapping[str, float | Measure]]:
+        """All metrics that it needs, those that kept numbers begin with included; and what it keeps. Checked."""
+        found: list[Mapping[str, Any]] = []
+        for method in (self.transform.measures, self.transform.keeps):
             try:
-                found[method] = getattr(self.transform, method)(settings)
+                found.append(method(values))
             except ValueError as error:  # of Measure, which does not know who asks
-                raise ValueError(f"{self.label}.{method}: {error}") from error
-            if not isinstance(found[method], Mapping):
-                raise ValueError(f"{self.label}.{method} must return a dict by name, not {found[method]!r}")
-        measures, keeps = found["measures"], found["keeps"]
+                raise ValueError(f"{self.label}.{method.__name__}: {error}") from error
+            if not isinstance(found[-1], Mapping):
+                raise ValueError(f"{self.label}.{method.__name__} must return a dict by name, not {found[-1]!r}")
+        measures, keeps = found
         for name, measure in measures.items():
             if not isinstance(measure, Measure):
                 raise ValueError(
@@ -120,7 +151,7 @@ class BoundTransform:
                     f"{self.label}.keeps: {name!r} begins as {begins!r}; it must be a number or a Measure, under a name "
                     "without dots that `measures` does not use, and not 'num_steps'"
                 )
-        return {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}
+        return {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}, keeps
 
 
 def bind(
