@@ -200,12 +200,13 @@ class Chain(torch.optim.Optimizer):
         """
         return self._runner.stats()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS."""
-        return self._take_step(closure)
-
     @step_method
-    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        closure: evaluates the model anew and returns the loss; needed for target="closure" and for LBFGS.
+        Returns what the closure returns; None without one.
+        """
         if not self._inner_optimizers and self._closure_optimizer is None:
             self._make_inner_optimizers()
         runner = self._runner

@@ -234,7 +234,7 @@ class PlanCache:
         self.plan: Plan | None = None
         self._with_offsets = with_offsets
         self._key: Hashable = None
-        self._has_published = False
+        self.has_published = False
 
     @property
     def world(self) -> World:
@@ -269,14 +269,14 @@ class PlanCache:
         store = None if self.plan is None else self.plan.world.error_store
         if store is not None and not isinstance(error, (PlanError, CollectiveError)):
             store.publish(f"{type(error).__name__}: {error}")
-            self._has_published = True
+            self.has_published = True
 
     def clear_published(self) -> None:
         """A step is tried again: what was published about the last one is past."""
         store = None if self.plan is None else self.plan.world.error_store
-        if self._has_published and store is not None:
+        if self.has_published and store is not None:
             store.clear()
-        self._has_published = False
+        self.has_published = False
 
 
 # --- without a plan of one's own -----------------------------------------------------------------------------------

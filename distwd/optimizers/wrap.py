@@ -53,6 +53,7 @@ class Wrap(Transform):
                 f"{name} inside a chain has weight_decay 0; put WeightDecay({decay!r}) before it (coupled) or behind it (decoupled)"
             )
         self.optimizer_class, self.optimizer_name, self.kwargs = optimizer_class, name, kwargs
+        self.evaluates_closure = needs_closure(optimizer_class)  # itself, as LBFGS does
         # What the chain decides, as far as the class knows it.
         known = inspect.signature(optimizer_class).parameters
         self._fixed = {key: value for key, value in (("lr", 1.0), ("weight_decay", 0.0)) if key in known}
@@ -60,11 +61,6 @@ class Wrap(Transform):
         example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self._fixed})
         hidden = {*self._fixed, "decoupled_weight_decay"}
         self.defaults = {key: value for key, value in example.defaults.items() if key not in hidden}
-
-    @property
-    def evaluates_closure(self) -> bool:
-        """Whether the optimizer evaluates the closure itself, as LBFGS does."""
-        return needs_closure(self.optimizer_class)
 
     def inner_optimizer(self, bound: BoundTransform, chain: torch.optim.Optimizer, suffix: str) -> InnerOptimizer:
         """The optimizer that does the work for one chain; suffix: of its state keys."""

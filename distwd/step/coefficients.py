@@ -145,7 +145,8 @@ class Coefficients:
         positions = _trainable(step, index) if begins else []
         entries = [step.entries[position] for position in positions]
         is_shared = scope != "tensor"
-        for name, values in self._kept.read(bound, begins, entries, like.device, is_shared).items():
+        stored = self._kept.read(bound, begins, entries, like.device, is_shared) if begins else {}
+        for name, values in stored.items():
             if scope == "tensor":
                 # Slots of parameters that other ranks hold stay NaN: nobody here asks for them.
                 slots = self._slots().index(positions, like.device)

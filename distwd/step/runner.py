@@ -13,7 +13,6 @@ from .. import _torch
 from ..errors import PlanError
 from ..kernels.blocks import Workspace
 from ..kernels.compile import check_compiler
-from ..metrics.metric import Measure
 from ..metrics.plan import Plan, PlanCache, PlanOptions
 from ..sharding.params import ParamList, Params
 from ..sharding.pieces import check_tensor
@@ -66,6 +65,7 @@ class StepRunner:
         self._settings: dict[tuple[int, int], GroupSettings] = {}  # by (index of the transform, index of the group)
         self._schedules: tuple[Schedule, Schedule] = (Schedule(()), Schedule(()))
         self._scheduled: Any = None  # the settings that the schedules are of
+        self._computing: set[int] = set()  # indices of transforms that compute a coefficient
         self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
     # --- outside of a step -----------------------------------------------------------------------
@@ -116,14 +116,16 @@ class StepRunner:
         This is the only place of a step that reads groups and settles the schedule. Where metrics are needed it is done
         together with the other ranks.
         """
-        self.plans.clear_published()
+        if self.plans.has_published:
+            self.plans.clear_published()
         params = self.read()
         if self._scheduled is not self._settings:
             self._schedules, self._scheduled = self._schedule(params, self._settings), self._settings
+            self._computing = {index for (index, _), own in self._settings.items() if not own.is_absolute}
         schedules = self._schedules
         measures = any(schedule.phases for schedule in schedules)
         if measures:
-            self._check_asks([ask for schedule in schedules for ask in schedule.asks], params)
+            self._check_asks(params)
         if measures or (self._rounding.is_stochastic and self.plans.options.layout):
             # A step that builds the plan talks and reads anyway; one that finds it built costs no more than those after it.
             if self.plans.plan is None and measures and self.plans.options.check_replicas:
@@ -161,7 +163,8 @@ class StepRunner:
             self._workspace,
             **settings,
         )
-        self._rounding.begin(step.entries, step.batches, lambda: self.plan)
+        if self._rounding.is_stochastic:
+            self._rounding.begin(step.entries, step.batches, lambda: self.plan)
         if self._tracks:
             tallies = {batch.group_index: Tally() for batch in step.batches}
             for batch in step.batches:
@@ -175,22 +178,27 @@ class StepRunner:
         """
         transforms, schedule = (self.in_closure if is_closure else self.in_step), self._schedules[is_closure]
         phases = {phase.position: phase for phase in schedule.phases}
-        self._coefficients.begin()
+        if self._computing:
+            self._coefficients.begin()
         for position, bound in enumerate(transforms):
             if position in phases:
                 self._coefficients.measure(phases[position], step)
-            self._coefficients.evaluate(bound, step)
+            if bound.index in self._computing:
+                self._coefficients.evaluate(bound, step)
             bound.transform.apply(step, bound)
-        self._rounding.warn(step.batches, on_gradients=step.decays_gradients)
+        if any(batch.is_low for batch in step.batches):
+            self._rounding.warn(step.batches, on_gradients=step.decays_gradients)
 
     def finish(self, step: Step, groups: Sequence[dict[str, Any]]) -> None:
         """The step has been written, for these groups: counters and kept numbers move on."""
-        self._rounding.count(groups)
+        if self._rounding.is_stochastic:
+            self._rounding.count(groups)
         # By identity: two groups may be equal.
         ids = set(map(id, groups))
         indices = frozenset(index for index, group in enumerate(step.groups) if id(group) in ids)
         for bound in (*self.in_closure, *self.in_step):
-            self._coefficients.keep(bound, step, indices)
+            if bound.index in self._computing:
+                self._coefficients.keep(bound, step, indices)
         if self._tracks:
             self._tallies |= {batch.group_index: batch.tally for batch in step.batches if batch.tally is not None}
 
@@ -248,16 +256,19 @@ class StepRunner:
                 self.params.forget()  # the others have not come: a change of the groups may be taken back
             raise
 
-    def _check_asks(self, asks: Sequence[tuple[int, Measure]], params: Params) -> None:
+    def _check_asks(self, params: Params) -> None:
         """Raise ValueError where a rule asks for a metric that this step cannot have; on every rank, since all step alike."""
         labels = {bound.index: bound.label for bound in (*self.in_closure, *self.in_step)}
         is_in_backward = _torch.is_in_backward()
         # DeepSpeed's ZeRO-3 numbers its tensors. It shows one at a time, so the first of a group is all.
         is_piecewise = any(hasattr(param, "ds_id") for group in params.groups for param in group["params"][:1])
-        for index, ask in asks:
+        is_partial = len(params.active) < len(params.groups)
+        if not (is_in_backward or is_partial or is_piecewise):
+            return
+        for index, ask in (ask for schedule in self._schedules for ask in schedule.asks):
             if is_in_backward and (ask.scope == "all" or self.plans.world.size > 1):
                 raise ValueError(IN_BACKWARD.format(label=labels[index]))
-            if len(params.active) < len(params.groups) and ask.scope == "all":
+            if is_partial and ask.scope == "all":
                 shown, of = len(params.active), len(params.groups)
                 raise ValueError(_IN_PARTS.format(label=labels[index], shown=shown, all=of))
             if is_piecewise:
