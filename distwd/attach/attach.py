@@ -282,6 +282,8 @@ class Attachment:
         return has_stepped and param.grad is not None
 
     def _create_kept(self, is_loaded: bool = False) -> None:
+        if not self._runner.kept.keeps_any:
+            return
         params = self._runner.params.read()
         self._runner.kept.create(params.entries, params.groups, is_loaded)
 

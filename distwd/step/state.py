@@ -46,6 +46,7 @@ class KeptNumbers:
     ) -> None:
         # Most rules keep nothing, and then a step shall not even ask.
         self._transforms = [bound for bound in transforms if type(bound.transform).keeps is not Transform.keeps]
+        self.keeps_any = bool(self._transforms)
         self._state_of, self._may_keep = state_of, may_keep
         self._has_warned = False
 
