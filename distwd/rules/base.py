@@ -71,6 +71,7 @@ class Rule(Transform):
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError for settings that the rule cannot work with."""
+        # A rule of one's own may compute its coefficient from anything, but then it has to.
         if "weight_decay" in settings:
             check_nonnegative("weight_decay", settings["weight_decay"])
         elif type(self).coefficient is Rule.coefficient:
@@ -98,6 +99,7 @@ class Rule(Transform):
 
     @property
     def changes(self) -> frozenset[str]:  # type: ignore[override]
+        # By what phases know: a closure target changes the gradient of each evaluation.
         return frozenset({{"params_direct": "params", "closure": "grad"}.get(self.target, self.target)})
 
     def sources(self, settings: Mapping[str, Any]) -> set[str]:
@@ -106,6 +108,7 @@ class Rule(Transform):
         return {ask.of for ask in (*self.measures(settings).values(), *begins)}
 
     def is_absolute(self, settings: Mapping[str, Any]) -> bool:
+        # Whatever a subclass computes, nobody else may assume that it is λ.
         if type(self).coefficient is not Rule.coefficient:
             return False
         return not self.measures(settings) and not self.keeps(settings)
@@ -117,6 +120,7 @@ class Rule(Transform):
         if any(cautious) and (self.target != "update" or any(batch.terms for batch in step.batches)):
             # A mask is taken of the update at this place, so what is pending has to be in it.
             step.materialize()
+        # What is pending still has to see parameters and gradients as they were.
         if self.target != "update":
             step.read_before_write("params" if self.target == "params_direct" else "grad")
 
@@ -140,6 +144,7 @@ class Rule(Transform):
             batch.apply_([term])
             batch.written.append(term)
         else:
+            # To the gradient itself: what comes later in the chain, and `p.grad`, see it.
             pending = batch.pending.mask
             add_terms(batch.grads, batch.params, [term], 1.0, batch.grads, pending, workspace=batch.workspace)
 

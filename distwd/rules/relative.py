@@ -39,6 +39,7 @@ class RelativeWeightDecay(Rule):
     {'metric': tensor(4.), 'coefficient': tensor(0.4000)}
     """
 
+    # Groups that differ in `ord` or `cautious` alone share one coefficient, and `stats` shows one.
     coefficient_settings = frozenset({"weight_decay"})
     measured_as = "×"
 

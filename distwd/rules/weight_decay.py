@@ -116,17 +116,21 @@ def decay_weights_(
         )
     for decay in decays:
         check_nonnegative("weight_decay", decay)
+    # Everything is looked at before anything is written.
     seen: set[int] = set()
     for entry in entries:
         check_tensor(entry.name, entry.tensor)
         if id(entry.tensor) in seen:
             raise ValueError(f"{entry.name} is listed twice and would decay twice; pass every parameter once")
         seen.add(id(entry.tensor))
+    # With a default, every call would draw the same noise, and the decay would be biased.
     if seed is None and rounding == "stochastic":
         raise ValueError(
             "decay_weights_ with rounding='stochastic' needs a seed, and another at every call; pass seed="
         )
     rounds = Rounding(rounding, seed or 0, {}, "decay_weights_")
+    # What one call of the kernel can take: one device, one dtype, one number. A tensor is only equal to itself, since to
+    # compare it would be to read it.
     batches: dict[Any, list[int]] = {}
     for position, (entry, decay) in enumerate(zip(entries, decays, strict=True)):
         local = local_tensor(entry.tensor)

@@ -75,6 +75,8 @@ class Coefficients:
     def measure(self, phase: Phase, step: Step) -> None:
         """Take all metrics of a phase, with one reduction."""
         slots = self._slots()
+        # Several rules may ask for the same; it is measured once. Tensors are asked for once, too: an update that a rule
+        # asks for makes a waiting optimizer run.
         asks = list(dict.fromkeys(ask for _, ask in phase.asks))
         sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks)}
         requests = [Request(ask.parsed, sources[ask.of], ask.scope) for ask in asks]
@@ -102,6 +104,7 @@ class Coefficients:
         """Let a rule make its coefficients, one for each active group. An absolute rule has none: its rate is λ."""
         found: dict[int, Coefficient] = {}
         shared: dict[Any, Coefficient] = {}
+        # In order: on every rank the rule's functions see the groups alike.
         for index in sorted(step.active_groups):
             settings = step.settings[bound.index, index]
             if settings.is_absolute:
@@ -128,6 +131,7 @@ class Coefficients:
         measured: dict[str, Tensor] = {}
         for name, ask in asks.items():
             values = self._measured[bound.index, ask]
+            # Of a coarser scope: the number of all, or of this group, for each slot.
             if ask.scope != scope:
                 plan = self._plan()
                 num_slots = plan.num_groups if scope == "group" else plan.num_names
@@ -156,6 +160,7 @@ class Coefficients:
                 kept[name] = (values[0] if len(values) else torch.full_like(like[0], torch.nan)).expand(len(like))
         old = dict(kept)
         has_begun = kept.get(COUNT)
+        # By selection and not by reading the count: a number that begins as a metric is measured in every step.
         for name, begin in begins.items():
             if isinstance(begin, Measure) and has_begun is not None:
                 kept[name] = torch.where(has_begun > 0, kept[name], measured.pop(name))
@@ -167,6 +172,8 @@ class Coefficients:
         }
         own = {name: kept[name] for name in begins}
         answer = bound.transform.coefficient(given, measured, own)  # type: ignore[attr-defined]
+        # What a rule of one's own returns is checked before it can go wrong in silence: a missing name would keep its old
+        # value for ever, a wrong shape would broadcast.
         new: dict[str, Tensor] = {}
         if begins:
             if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
@@ -189,6 +196,7 @@ class Coefficients:
     def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
         """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter of the batch."""
         known = self._last[bound.label][batch.group_index]
+        # Rates are float64 until they meet the parameter's dtype: λ·lr·M is rounded once.
         value = known.value.to(wide_dtype(known.value.device))
         if known.scope == "tensor":
             return value[self._slots().index(batch.index, value.device)]
@@ -259,6 +267,7 @@ class Coefficients:
             else:
                 value = original[index if known.scope == "group" else 0]
                 shown[index] = value if name is None else value.to(known.dtype)
+        # Groups of equal settings share their numbers, and then there is one for all of them.
         is_one = len(originals) == 1 and all(known.scope == "all" for known in by_group.values())
         return next(iter(shown.values())) if is_one else shown
 

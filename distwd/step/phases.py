@@ -43,6 +43,7 @@ class Schedule:
         # "update" is the gradient itself until a transform makes it something else.
         final_since = {"update": 0, "grad": 0, "params": 0}
         update_is_gradient = True
+        # (position, asks). Looking at the last one is enough: its position is the largest, and asks only ever join it.
         opened: list[tuple[int, list[tuple[int, Measure]]]] = []
         for position, bound in enumerate(transforms):
             for ask in dict.fromkeys(asks[bound.index]):  # each once
@@ -51,6 +52,7 @@ class Schedule:
                 opened[-1][1].append((bound.index, ask))
             # From here on it is another tensor, or has other values.
             changes = bound.transform.changes
+            # While the update still is the gradient, a write to the gradient changes both.
             if "grad" in changes and update_is_gradient:
                 final_since["update"] = position + 1
             update_is_gradient = update_is_gradient and "update" not in changes

@@ -116,9 +116,11 @@ class StepRunner:
         This is the only place of a step that reads groups and settles the schedule. Where metrics are needed it is done
         together with the other ranks.
         """
+        # This rank raised in its last step and tries again: ranks that read its reason now would give up for nothing.
         if self.plans.has_published:
             self.plans.clear_published()
         params = self.read()
+        # By identity: `read` returns the same settings as long as nothing has changed.
         if self._scheduled is not self._settings:
             self._schedules, self._scheduled = self._schedule(params, self._settings), self._settings
             self._computing = {index for (index, _), own in self._settings.items() if not own.is_absolute}
@@ -126,6 +128,7 @@ class StepRunner:
         measures = any(schedule.phases for schedule in schedules)
         if measures:
             self._check_asks(params)
+        # A layout tells stochastic rounding only that there are pieces; where each begins comes with the plan.
         if measures or (self._rounding.is_stochastic and self.plans.options.layout):
             # A step that builds the plan talks and reads anyway; one that finds it built costs no more than those after it.
             if self.plans.plan is None and measures and self.plans.options.check_replicas:
@@ -133,6 +136,7 @@ class StepRunner:
             # Other metrics than before are other collectives: that, too, all ranks have to do together.
             if not self.plans.fits(params.entries, schedules):
                 self._build(params, schedules)
+        # Absolute rules need no plan: each rank looks at its own tensors, and only at those that are new.
         elif self._checked is not params.entries:
             for entry in params.entries:
                 check_tensor(entry.name, entry.tensor)
@@ -143,6 +147,7 @@ class StepRunner:
         """The parameters, groups and settings as they are now; what a step goes by until they are read again."""
         self.now = self.params.read()
         settings = self._read_settings(self.now)
+        # The same object as before, if it says the same: then nothing that was made of it has to be made anew.
         is_known = len(settings) == len(self._settings) and all(
             self._settings.get(key) is value for key, value in settings.items()
         )
@@ -166,6 +171,7 @@ class StepRunner:
         if self._rounding.is_stochastic:
             self._rounding.begin(step.entries, step.batches, lambda: self.plan)
         if self._tracks:
+            # One for each group, though a group may have several batches.
             tallies = {batch.group_index: Tally() for batch in step.batches}
             for batch in step.batches:
                 batch.tally = tallies[batch.group_index]
@@ -177,6 +183,7 @@ class StepRunner:
         is_closure: whether it is an evaluation of a closure, in which the rules with target="closure" act.
         """
         transforms, schedule = (self.in_closure if is_closure else self.in_step), self._schedules[is_closure]
+        # What is asked for was settled by `prepare`, so all ranks make the same collectives in the same order.
         phases = {phase.position: phase for phase in schedule.phases}
         if self._computing:
             self._coefficients.begin()
@@ -186,6 +193,7 @@ class StepRunner:
             if bound.index in self._computing:
                 self._coefficients.evaluate(bound, step)
             bound.transform.apply(step, bound)
+        # Only bf16 and fp16 lose a small decay to rounding.
         if any(batch.is_low for batch in step.batches):
             self._rounding.warn(step.batches, on_gradients=step.decays_gradients)
 
@@ -214,6 +222,7 @@ class StepRunner:
 
         def evaluate() -> Any:
             try:
+                # We are inside of no_grad, and the closure calls backward.
                 with torch.enable_grad():
                     loss = closure()
             except Exception as error:
@@ -248,6 +257,7 @@ class StepRunner:
 
     def _build(self, params: Params, schedules: tuple[Schedule, Schedule]) -> Plan:
         rules = " | ".join(map(str, schedules)) + self._rounding.words
+        # All ranks must mean the same metrics and the same noise, so this text is part of the exchange.
         had_plan = self.plans.plan is not None
         try:
             return self.plans.build(params.entries, rules, schedules)
@@ -262,6 +272,7 @@ class StepRunner:
         is_in_backward = _torch.is_in_backward()
         # DeepSpeed's ZeRO-3 numbers its tensors. It shows one at a time, so the first of a group is all.
         is_piecewise = any(hasattr(param, "ds_id") for group in params.groups for param in group["params"][:1])
+        # DeepSpeed's ZeRO-1 and 2 show one group at a time.
         is_partial = len(params.active) < len(params.groups)
         if not (is_in_backward or is_partial or is_piecewise):
             return

@@ -81,6 +81,7 @@ class KeptNumbers:
                         if key not in state:
                             state[key] = torch.full((), begins, dtype=torch.float32, device=local_tensor(param).device)
                             missing.add(bound.label)
+        # A run that adds such a rule to an old checkpoint is legal, but nobody shall take the numbers for resumed ones.
         if is_loaded and missing and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -105,7 +106,9 @@ class KeptNumbers:
         found: dict[str, Tensor] = {}
         for name, begins in self.names(keeps).items():
             key = f"{bound.state_prefix}_{name}"
+            # Without making an entry: an optimizer begins its state only where there is none.
             values = [self._state_of(entry.tensor).get(entry.tensor, {}).get(key) for entry in entries]
+            # Under `attach` some parameters may have no state yet; any that has it tells the shared number.
             if is_shared and values:
                 values = [next((value for value in values if value is not None), None)]
             known = [
@@ -130,6 +133,7 @@ class KeptNumbers:
                     continue
                 state, device = self._state_of(param).setdefault(param, {}), local_tensor(param).device
                 target = state.get(key)
+                # A parameter that had no room for it in earlier steps gets it now, with the value that the others have.
                 if target is None:
                     target = state[key] = torch.zeros((), dtype=torch.float32, device=device)
                 if is_shared:
@@ -140,6 +144,7 @@ class KeptNumbers:
                         continue
                 targets.append(target)
                 parts.append(value[0 if is_shared else place].to(device, torch.float32))
+            # foreach raises on empty lists.
             if targets:
                 torch._foreach_copy_(targets, parts)
 
@@ -151,6 +156,7 @@ class KeptNumbers:
                 state = states.get(entry.tensor, {})
                 for key in [key for key in state if str(key).startswith(f"{bound.state_prefix}_")]:
                     del state[key]
+                # An entry that was there for our numbers alone: an optimizer without state had none.
                 if entry.tensor in states and not state:
                     del states[entry.tensor]
 

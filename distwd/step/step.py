@@ -149,6 +149,8 @@ class Batch:
         if len(kept) == len(self.index):
             return self
         grads = [self.grads[number] for number in kept]
+        # A list of its own for the gradients, and the same one for the pending update: that they are one tells that nothing
+        # has changed them.
         return replace(
             self,
             index=[self.index[number] for number in kept],
@@ -163,6 +165,7 @@ class Batch:
     def scale_by(self, lr: Rate) -> None:
         """Multiply everything that is pending by a learning rate."""
         self.pending.scale_by(lr)
+        # Terms are scaled as the update is, so decay behind the optimizer and before `LR` is decoupled and × lr.
         self.terms = [term.scaled(lr) for term in self.terms]
 
     def apply_(self, terms: Sequence[DecayTerm], with_update: bool = False) -> None:
@@ -304,8 +307,9 @@ class Step:
         """The rate of a rule; on_gradients: whether its term will be added to gradients."""
         own = self.settings[bound.index, batch.group_index]
         rate = own.values["weight_decay"] if own.is_absolute else self.rate_of(bound, batch)
+        # A fused optimizer under a GradScaler divides what it is given by the scale.
         if self.grad_scale is not None and on_gradients:
-            rate = rate * self.grad_scale  # the optimizer will divide the sum by it
+            rate = rate * self.grad_scale
         found_inf = self.found_inf.get(batch.group_index)
         return rate if found_inf is None else zero_where(found_inf, rate)
 
@@ -344,12 +348,14 @@ class Step:
         """
         self._run_waiting()
         for batch in self.batches:
+            # What is plain already is not copied.
             if not batch.is_materialized or (exact and batch.pending.is_negated):
                 batch.materialize()
 
     def read_before_write(self, target: str) -> None:
         """Before someone writes to "params" or "grad": whatever still has to read them as they are reads them now."""
         if target == "params":
+            # Terms are of the parameters as they are now, and so may the waiting optimizer's step be.
             waits = self.waiting is not None and self.waiting.reads_params
             if waits or any(batch.terms for batch in self.batches):
                 self.materialize()
@@ -374,11 +380,13 @@ class Step:
                 waiting.update(rest)
         for batch in rest:
             batch.apply_(batch.terms, with_update=True)
+        # Zeros that have been cleared while they were in the cache need not be cleared again in the next step.
         for inner in self.inner_optimizers.values():
             inner.note_cleared(rest)
 
     def _run_waiting(self) -> None:
         if self.waiting is not None:
+            # Not waiting any more before it runs: if it raises, the step is over.
             waiting, self.waiting = self.waiting, None
             waiting.update(self.batches)
 

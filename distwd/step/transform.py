@@ -115,6 +115,7 @@ class BoundTransform:
             for name, value in values.items()
         ):
             return known
+        # The first time also the values of tensors: at construction, or with a group that is added.
         if known is None:
             self.transform.check(values)
         else:
@@ -162,6 +163,7 @@ def bind(
     keys: the group keys of each, where the optimizer's groups are not ours to lay out (`attach`).
     state_suffix: what keeps the state keys of two attachments apart.
     """
+    # All keys first: what stands behind a transform decides how it is bound.
     keys_taken: set[str] = set()
     labels_taken: set[str] = set()
     bound_keys: list[Mapping[str, str]] = []
@@ -177,7 +179,9 @@ def bind(
     for index, transform in enumerate(transforms):
         # A rule with target="closure" acts before all optimizers, wherever it stands.
         first_behind = 0 if transform.target == "closure" else index + 1
+        # Each optimizer that maximizes ascends what it is given: two of them descend again.
         maximize = [own["maximize"] for own in bound_keys[first_behind:] if "maximize" in own]
+        # The learning rate behind it that scales exactly what is pending here; another optimizer in between would not.
         lr_key = None
         for other, own in zip(transforms[index + 1 :], bound_keys[index + 1 :], strict=True):
             if not other.is_linear or "lr" in own:
@@ -202,6 +206,7 @@ def _coupling(transform: Transform, behind: Sequence[Transform], keys: Sequence[
     }
     if transform.target in by_target:
         return by_target[transform.target]
+    # The nearest optimizer behind a rule sees its decay as a gradient, whatever scales the update later.
     for other in behind:
         if other.optimizer_name:
             return f"before {other.optimizer_name}"
@@ -219,6 +224,7 @@ def with_current_values(
 ) -> dict[str, Any]:
     """A state dict whose groups lack some of `keys`, with the values that the optimizer's groups have now."""
     saved = state_dict["param_groups"]
+    # Groups that the optimizer does not have are left as they are: torch refuses them, with its own words.
     filled = [
         {**group, **{key: now[key] for key in keys if key in now and key not in group}}
         for now, group in zip(groups, saved, strict=False)
