@@ -383,11 +383,14 @@ class Attachment:
         self.overrides.restore(has_stepped=True)
         mark_if_no_params(optimizer)
         is_complete = self._joint.is_complete
-        if not self._is_init_step:
-            self._has_stepped = self._has_stepped or is_complete
-            self._strategy.after(optimizer, args[0], is_complete)
-        if is_complete:
-            self._joint.end()
+        try:
+            if not self._is_init_step:
+                self._has_stepped = self._has_stepped or is_complete
+                self._strategy.after(optimizer, args[0], is_complete)
+        finally:
+            # Also where the decay has failed: then all steps are undone, and the next one is the first again.
+            if is_complete:
+                self._joint.end()
         # Many optimizers begin their state in their first step, and only then there is room for kept numbers.
         self._create_kept()
         if not self._joint.is_open:
