@@ -137,8 +137,10 @@ class Chain(torch.optim.Optimizer):
         if has_mark:
             mark_initialized(self.state, [])
         restore_kept(self, kept)
-        params = self._runner.params.read()
-        self._runner.kept.create(params.entries, params.groups, is_loaded=True)
+        if any(self._runner.kept.is_kept_by(bound.index) for bound in self._transforms):
+            # What the checkpoint lacks begins anew. The optimizers' state too, and first: Adam begins its own only while
+            # a parameter has none, and would not see that a kept number is not its.
+            self._initialize(is_loaded=True)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: groups, and state by the position of the parameter."""
@@ -251,15 +253,18 @@ class Chain(torch.optim.Optimizer):
                 self._inner_optimizers[bound.index] = inner
 
     @torch.inference_mode(False)  # or no step outside could ever write to the state
-    def _initialize(self) -> None:
-        """Make all state now, wrapped optimizers' and kept numbers, so that every rank has every key from the start."""
+    def _initialize(self, is_loaded: bool = False) -> None:
+        """Make all state now, wrapped optimizers' and kept numbers, so that every rank has every key from the start.
+
+        is_loaded: whether a checkpoint has just been loaded.
+        """
         if not self._inner_optimizers:
             self._make_inner_optimizers()
         params = self._runner.params.read()
         members = [(group, param) for group in self.param_groups for param in group["params"]]
         for inner in self._inner_optimizers.values():
             inner.initialize(members)
-        self._runner.kept.create(params.entries, params.groups)
+        self._runner.kept.create(params.entries, params.groups, is_loaded)
         if self._closure_optimizer is None and all(
             inner.keeps_no_more(self.param_groups) for inner in self._inner_optimizers.values()
         ):

@@ -6,10 +6,10 @@ import contextlib
 
 import pytest
 import torch
-from distwd.step.group_keys import attachments_on
 from torch._dynamo.utils import counters
 
 from distwd import LR, Adam, CautiousWeightDecay, Chain, RelativeWeightDecay, WeightDecay, Wrap, attach
+from distwd.attach.overrides import attachments_on
 from tests import wire
 from tests.one_process import fp32_parameters
 from tests.runs import differing, grads_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import _torch
 from ..checks import check_choice
 from ..metrics.plan import Plan, PlanOptions
-from ..optimizers.init_step import mark_if_no_params
+from ..optimizers.init_step import FirstStep, mark_if_no_params
 from ..optimizers.lr import LR
 from ..optimizers.state import NO_PARAMS_KEY, without_mark
 from ..rules.base import Rule
@@ -47,19 +47,31 @@ def attach(
     track_unchanged: bool = False,
     compile: bool = False,
 ) -> Attachment:
-    """Add decay to an optimizer that exists, through its own step hooks.
+    """Add decay to an optimizer that exists, through its own step hooks:  p ← p − lr·λ·d(p),  d(p) = sign(p)·|p|^(ord−1).
 
-    coupling: "gradient": g ← g + λ·d(p), before the optimizer; "lr": p ← p − lr·λ·d(p), AdamW's; "none": p ← p − λ·d(p).
-        λ is `weight_decay`, times the metric for a relative rule; d(p) is of the parameter before the step. Each equals
-        the `Chain` with the rules at that place; norm_input="update" then is what the optimizer did to the parameters,
-        over lr for "lr".
-    optimizer: any torch optimizer with step hooks, its own weight_decay 0; or several of one model that are stepped once
+    λ is the rule's `weight_decay`, times the metric for a relative rule. d(p) is of the parameter before the step.
+
+    optimizer: any torch optimizer with step hooks, its own weight_decay 0. Or several of one model that are stepped once
         each, in any order, and share one metric and one collective. (Under a GradScaler, which may skip one and not the
         others: numbers of the parameters, and of the updates of fused ones.)
-    decays: rules; λ is kept in the groups' key `distwd_weight_decay`, read at every step, and saved with them.
-    group, layout, check_replicas: as for `Chain`. rounding, seed: as for `Chain`, of what distwd itself writes to bf16 and
-        fp16 parameters: the decay. How the optimizer rounds its own step, it has done already. track_unchanged, compile: as for `Chain`.
-    named_parameters: names, where the optimizer was built without.
+    decays: rules, per step. λ is the key `distwd_weight_decay` of the optimizer's param groups: it is read at every step,
+        and saved with them.
+    coupling: how the decay meets the learning rate. Each equals the `Chain` with the rules at that place.
+        "lr" (AdamW's): p ← p − lr·λ·d(p). norm_input="update" then is what the optimizer did to the parameters, over lr.
+        "none": p ← p − λ·d(p). The update is what the optimizer did.
+        "gradient": g ← g + λ·d(p), before the optimizer. The update is the gradient.
+    group: the ranks that together hold the model, as for `Chain`.
+    layout: who holds what, where no DTensor tells, as for `Chain`.
+    named_parameters: (name, tensor) pairs, where the optimizer was built without names.
+    check_replicas: whether copies are compared, as for `Chain`.
+    rounding: "nearest" or "stochastic", as for `Chain`, of what distwd itself writes to bf16 and fp16 parameters: the
+        decay. How the optimizer rounds its own step, it has done already.
+    seed: an integer, the same on every rank.
+    track_unchanged: as for `Chain`.
+    compile: as for `Chain`.
+
+    Parameters: any float dtype and sharding that the optimizer itself can step.
+    Returns the `Attachment`, whose `remove()` takes the decay off again.
     Raises ValueError if the optimizer decays already or has no step hooks (a wrapper: attach to what it wraps);
     PlanError at the first step as `Chain`.
     Source: the couplings are those of torch.optim.Adam, torch.optim.AdamW and Loshchilov & Hutter, arXiv 1711.05101.
@@ -101,35 +113,14 @@ class ExternalOptimizer(Transform):
         """Nothing: what it did, or what it will see, is in the step already."""
 
 
-class Strategy(Protocol):
-    """When the rules act: before the optimizer's step (`WriteBefore`), or after it (`UpdateCapture`)."""
-
-    def begin(self, optimizer: Optimizer) -> None:
-        """The first optimizer of a joint step is about to step."""
-
-    def proxy_of(self, optimizer: Optimizer) -> Optimizer | None:
-        """What steps in the place of `optimizer`; None: it steps itself."""
-
-    def before(self, optimizer: Optimizer, is_first: bool) -> None:
-        """The gradients of `optimizer` are there, and it steps next; is_first: of its joint step."""
-
-    def after(self, optimizer: Optimizer, stepped: Optimizer) -> None:
-        """`optimizer` has stepped, or what has `stepped` in its place."""
-
-    def complete(self, optimizer: Optimizer) -> None:
-        """All optimizers of a joint step have stepped; `optimizer` was the last."""
-
-    def abort(self) -> None:
-        """A step was broken off."""
-
-    def forget(self) -> None:
-        """Let go of all memory."""
-
-
 class Attachment:
-    """Decay that `attach` has added to one or several optimizers.
+    """Decay that `attach` has added to one or several optimizers; made by `attach`.
 
-    `plan`, `phases`, `stats()` and `print` as of `Chain`; `remove()` takes the decay off again. Made by `attach`.
+    plan: who holds what.
+    phases: collectives per step.
+    stats(): the last numbers of its rules.
+    print(attachment): what is decayed, by how much and by which rule.
+    remove(): takes the decay off again.
 
     >>> import torch
     >>> from distwd import RelativeWeightDecay, attach
@@ -159,16 +150,36 @@ class Attachment:
         validate_optimizers(optimizers, rules, coupling)
         self._optimizers, self._rules, self._coupling = list(optimizers), tuple(rules), coupling
         self._rounding = Rounding(rounding, seed, options.layout, *unused_keys(optimizers, 1, f"distwd_{KEY}"))
-        # The keys with which λ lies in the optimizers' groups, and the values of groups that have none yet.
-        keys = unused_keys(optimizers, len(rules))
-        decaying = [(key, rule) for key, rule in zip(keys, rules, strict=True) if "weight_decay" in rule.defaults]
-        self._defaults = {key: rule.defaults["weight_decay"] for key, rule in decaying} | self._rounding.defaults
+        # The keys with which λ lies in the optimizers' groups, and the values of groups that have none yet. Of a rule's
+        # hyperparameters only `weight_decay` has a key: a schedule needs it, and the groups are not ours to fill.
+        rule_keys = [
+            {"weight_decay": key} if "weight_decay" in rule.defaults else {}
+            for rule, key in zip(rules, unused_keys(optimizers, len(rules)), strict=True)
+        ]
+        decays = {
+            key: rule.defaults[name] for rule, own in zip(rules, rule_keys, strict=True) for name, key in own.items()
+        }
+        self._defaults = decays | self._rounding.defaults
         self.keys = list(self._defaults)
-        transforms = self._bind(keys)
+
+        # The chain that this attachment is equal to: rules before the optimizer ("gradient"), between it and its lr
+        # ("lr"), or behind both ("none"). The update is scaled by the optimizer already; LR scales the decay alike.
+        external: list[tuple[Transform, dict[str, str]]] = [(ExternalOptimizer(), {"maximize": "maximize"})]
+        lr: list[tuple[Transform, dict[str, str]]] = [(LR(1.0), {"lr": "lr"})] if coupling == "lr" else []
+        own_rules: list[tuple[Transform, dict[str, str]]] = list(zip(rules, rule_keys, strict=True))
+        ordered = own_rules + external if coupling == "gradient" else external + own_rules + lr
+        # A second attachment keeps numbers under keys of its own in the optimizers' state, as it has group keys of its own.
+        others = {other.state_suffix for optimizer in optimizers for other in attachments_on(optimizer)}
+        suffixes = ["", *(f"_attachment_{number}" for number in range(1, len(others) + 1))]
+        self.state_suffix = next(suffix for suffix in suffixes if suffix not in others)
+        transforms = bind([transform for transform, _ in ordered], [keys for _, keys in ordered], self.state_suffix)
 
         self._runner = StepRunner(
             transforms,
-            ParamList(self._shown_groups, named_parameters or ()),
+            ParamList(
+                lambda: [group for optimizer in self._optimizers for group in optimizer.param_groups],
+                named_parameters or (),
+            ),
             options,
             self._rounding,
             state_of=self._state_of,
@@ -177,29 +188,48 @@ class Attachment:
             compiles=compile,
         )
         self._runner.check()
+
+        # When the rules act: behind the optimizer where they look at what it did, else before it, which costs no copy.
+        # (Rules with target="closure" act in the closure in any case.)
         in_step = [rule for rule in rules if rule.target != "closure"]
-        waits = coupling != "gradient" and bool(in_step) and needs_update(in_step, optimizers)
+        self._needs_updates = coupling != "gradient" and bool(in_step) and needs_update(in_step, optimizers)
         # Rules that need no metric share nothing: each optimizer is decayed in its own hooks, whatever the others do.
         each_alone = len(optimizers) == 1 or not any(rule.sources(rule.defaults) for rule in rules)
         self.overrides = Overrides()
-        self._joint = JointStep(self._runner, optimizers, each_alone, waits)
-        self._needs_updates = waits
-        self._strategy: Strategy
-        if waits:
+        self._joint = JointStep(self._runner, optimizers, each_alone, self._needs_updates)
+        self._strategy: WriteBefore | UpdateCapture
+        if self._needs_updates:
             at_once = any(rule.target == "params_direct" for rule in in_step)
             self._strategy = UpdateCapture(self._runner, self._joint, coupling, at_once)
         else:
             self._strategy = WriteBefore(self._runner, self._joint, coupling, self.overrides)
 
+        self._first_step = FirstStep(self._runner)
         self._is_init_step = False
-        self._is_in_joint_step = False  # whether a joint step has begun, and no post hook has come yet
+        self._has_raised = False  # whether a joint step has begun, and no post hook has come yet
         self._has_stepped = False
         self._just_stepped: set[int] = set()  # optimizers whose post hook has come in this joint step
         self._depth: dict[int, int] = {}  # of steps within steps, by optimizer
         self._loaded: dict[int, dict[int, State]] = {}  # kept numbers of a state dict that is being loaded
-        write_keys(self._shown_groups(), self._defaults)
+        write_keys(self._runner.params.groups, self._defaults)
         self._create_kept()
-        self._handles = [handle for optimizer in optimizers for handle in self._hook(optimizer)]
+
+        # Hooks last: an optimizer that was refused is as it was.
+        self._handles: list[Any] = []
+        for optimizer in optimizers:
+            after = optimizer.register_step_post_hook(self._after)
+            # What two attachments change on an optimizer is put back in the opposite order.
+            _torch.run_first_after_step(optimizer, after)
+            self._handles += [
+                after,
+                optimizer.register_step_pre_hook(self._before),
+                # A state dict, and hence a checkpoint, shows the optimizer's own settings, also where a step has raised.
+                optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
+                optimizer.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
+                optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
+                optimizer.register_load_state_dict_pre_hook(self._before_load),
+                optimizer.register_load_state_dict_post_hook(self._after_load),
+            ]
 
     def remove(self) -> None:
         """Take the decay off: hooks, group keys, and whatever was changed for the length of a step."""
@@ -207,12 +237,15 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        # The attachment itself may live on in a variable; the copies and gradients that it holds must not.
         self._strategy.forget()
-        groups = self._runner.params.read().groups
-        self._runner.kept.remove(self._runner.params.read().entries)
+        self._joint.end()
+        params = self._runner.params.read()
+        self._runner.kept.remove(params.entries)
         for optimizer in self._optimizers:
             optimizer.state.pop(NO_PARAMS_KEY, None)  # type: ignore[call-overload]
-        for group in groups:
+        # All groups, also those that DeepSpeed hides outside of their step.
+        for group in params.groups:
             for key in self.keys:
                 group.pop(key, None)
 
@@ -238,29 +271,7 @@ class Attachment:
     def __str__(self) -> str:
         return f"{self!r}\n{self._runner.audit()}"
 
-    # --- what it is attached to ------------------------------------------------------------------
-
-    def _shown_groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
-
-    def _bind(self, keys: Sequence[str]) -> tuple[BoundTransform, ...]:
-        """The rules around the optimizer: before it ("gradient"), between it and its lr ("lr"), or behind both ("none")."""
-        # Of a rule's hyperparameters only `weight_decay` is a key of the optimizer's groups.
-        rules: list[tuple[Transform, dict[str, str]]] = [
-            (rule, {"weight_decay": key} if "weight_decay" in rule.defaults else {})
-            for rule, key in zip(self._rules, keys, strict=True)
-        ]
-        external: list[tuple[Transform, dict[str, str]]] = [(ExternalOptimizer(), {"maximize": "maximize"})]
-        if self._coupling == "gradient":
-            ordered = rules + external
-        else:
-            # The update is scaled by the optimizer already; LR scales the decay alike.
-            lr: list[tuple[Transform, dict[str, str]]] = [(LR(1.0), {"lr": "lr"})]
-            ordered = external + rules + (lr if self._coupling == "lr" else [])
-        # A second attachment keeps numbers under keys of its own, as it has group keys of its own.
-        others = sum(len(attachments_on(optimizer)) for optimizer in self._optimizers[:1])
-        suffix = f"_attachment_{others}" if others else ""
-        return bind([transform for transform, _ in ordered], [own for _, own in ordered], suffix)
+    # --- numbers that rules keep in the optimizers' state ------------------------------------------
 
     def _state_of(self, param: Tensor) -> Any:
         """The `state` of the optimizer that holds `param`."""
@@ -289,123 +300,120 @@ class Attachment:
 
     # --- hooks -----------------------------------------------------------------------------------
 
-    def _hook(self, optimizer: Optimizer) -> list[Any]:
-        after = optimizer.register_step_post_hook(self._after)
-        # What two attachments change on an optimizer is put back in the opposite order.
-        _torch.run_first_after_step(optimizer, after)
-        return [
-            after,
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
-            optimizer.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
-            optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
-        ]
-
     @step_method
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Act before the optimizer's step, or at its first evaluation of the closure, when the gradients are there."""
-        if self._is_nested(optimizer):
+        """Pre hook: act before the optimizer's step, or at its first evaluation of the closure, when gradients are there."""
+        if self._depth.get(id(optimizer), 0) and self._is_nested(optimizer):
+            self._depth[id(optimizer)] += 1
             return None
-        is_first = self._joint.is_begun_by(optimizer)
+        self._depth[id(optimizer)] = 1
+
+        is_first = self._joint.join(optimizer, self._has_raised)
         if is_first:
-            self._begin_joint_step(optimizer)
+            # A step that has raised never comes to its post hook: what it has changed is put back now.
+            self._restore()
+            if not self._joint.each_alone:
+                refuse_under_scaler(self._optimizers, self._rules, self._coupling, self._needs_updates)
+            for each in self._optimizers:
+                check_groups(each, self._coupling)
+            write_keys(self._runner.params.groups, self._defaults)
+            self._runner.prepare()
+            self._is_init_step, self._has_raised = False, True
+            self._just_stepped.clear()
         else:
             self._runner.read()
         self._joint.enter(optimizer)
+
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if is_first:
-            self._is_init_step = self._joint.is_init_step(optimizer, closure is not None)
+            self._is_init_step = self._first_step.is_init_step_of(optimizer, closure is not None)
+            if self._is_init_step:
+                # Checkpoint code steps each optimizer alone, so it is no part of a joint step.
+                self._joint.end()
         if closure is None and self._runner.in_closure:
             raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
-        proxy = self._strategy.proxy_of(optimizer)
+        proxy = self._strategy.begin(optimizer, is_first)
         if closure is None and proxy is None:
-            self._act_before(optimizer, is_first)
+            self._act(optimizer, is_first)
             return None
 
-        # A proxy asks for its gradients by a closure when it steps: hooks that come after this one may still change them.
+        # With a closure the gradients of now are stale: Lightning clears and computes them in it. A proxy gets a closure
+        # too, and asks for its gradients when it steps: hooks that come after this one may still change them.
         evaluate_model = self._runner.decaying(closure or (lambda: None))
         has_acted = False
 
         def evaluate() -> Any:
             nonlocal has_acted
             loss = evaluate_model()
-            if not has_acted:
+            # LBFGS evaluates many times; the first evaluation counts. The closure may have called `remove()`: then nothing
+            # would put back what is changed here.
+            if not has_acted and self._handles:
                 has_acted = True
-                self._act_before(optimizer, is_first)
+                self._act(optimizer, is_first)
             return loss
 
+        # The closure goes where the caller has put it: accelerate passes it by position, Lightning by keyword.
         stepped = proxy or optimizer
         if "closure" in kwargs:
             return (stepped, *args[1:]), {**kwargs, "closure": evaluate}
         return (stepped, evaluate, *args[2:]), kwargs
 
-    def _begin_joint_step(self, optimizer: Optimizer) -> None:
-        self._restore()
-        self._joint.begin(optimizer, has_raised=self._is_in_joint_step)
-        if not self._joint.each_alone:
-            refuse_under_scaler(self._optimizers, self._rules, self._coupling, self._needs_updates)
-        for each in self._optimizers:
-            check_groups(each, self._coupling)
-        write_keys(self._runner.params.groups, self._defaults)
-        self._runner.prepare()
-        self._is_init_step, self._is_in_joint_step = False, True
-        self._just_stepped.clear()
-        self._strategy.begin(optimizer)
-
     @step_method
-    def _act_before(self, optimizer: Optimizer, is_first: bool) -> None:
-        if self._is_init_step:
-            if self._has_stepped:
-                self._runner.measure_only(self._joint.new_step(optimizer))
-            return
-        self._joint.note_gradients(optimizer)
-        self._strategy.before(optimizer, is_first)
+    def _act(self, optimizer: Optimizer, is_first: bool) -> None:
+        """The gradients of `optimizer` are there, and it steps next. A step method too, since the optimizer calls it."""
+        if not self._is_init_step:
+            self._joint.note_gradients(optimizer)
+            self._strategy.act(optimizer, is_first)
+        elif self._has_stepped:
+            # An optimizer without state at lr 0 looks so on one rank alone; the others may train, and wait for its part.
+            self._runner.measure_only(self._joint.new_step(optimizer))
 
     @step_method
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Post hook: put back what was changed for the step, and act if the rules have waited for it."""
         depth = self._depth.get(id(optimizer), 1)
-        self._depth[id(optimizer)] = depth - 1
-        if depth > 1:
+        # Where an inner step has raised, and the outer one has gone on, the depth is one too many.
+        if depth > 1 and self._is_nested(optimizer):
+            self._depth[id(optimizer)] = depth - 1
             return
-        self._is_in_joint_step = False
+        self._depth[id(optimizer)] = 0
+
+        self._has_raised = False
         self._just_stepped.add(id(optimizer))
-        if not self._is_init_step:
-            self._strategy.after(optimizer, args[0])
-        mark_if_no_params(optimizer)
         self.overrides.restore(has_stepped=True)
-        if self._joint.is_complete():
-            self._has_stepped = self._has_stepped or not self._is_init_step
+        mark_if_no_params(optimizer)
+        is_complete = self._joint.is_complete
+        try:
             if not self._is_init_step:
-                self._strategy.complete(optimizer)
-            self._joint.end()
+                self._has_stepped = self._has_stepped or is_complete
+                self._strategy.after(optimizer, args[0], is_complete)
+        finally:
+            # Also where the decay has failed: then all steps are undone, and the next one is the first again.
+            if is_complete:
+                self._joint.end()
+        # Many optimizers begin their state in their first step, and only then there is room for kept numbers.
         self._create_kept()
-        if self._joint.is_complete() or not self._joint.is_open:
+        if not self._joint.is_open:
             self._just_stepped.clear()
 
     def _is_nested(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer's own step has called this step: a subclass that calls `super().step()`.
+        """Whether a step of the optimizer itself has called this one: a subclass whose step calls `super().step()`.
 
-        torch wraps `step` once for every class, so hooks run for both.
+        torch wraps `step` once for every class, so hooks run for both. The stack is searched, and only where the last step
+        has not come to its post hook: whether that one still runs, or has raised, nothing else tells.
         """
-        if self._depth.get(id(optimizer), 0):
-            # Its last step has not come to the post hook. Either that step still runs, or it has raised: the stack tells.
-            wrapper = type(optimizer).step.__code__  # the same code for every class
-            steps = 0
-            frame: FrameType | None = _torch.calling_frame()
-            while frame is not None:
-                steps += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
-                frame = frame.f_back
-            if steps > 1:
-                self._depth[id(optimizer)] += 1
-                return True
-        self._depth[id(optimizer)] = 1
-        return False
+        wrapper = type(optimizer).step.__code__  # the same code for every class
+        num_steps = 0
+        frame: FrameType | None = _torch.calling_frame()
+        while frame is not None:
+            num_steps += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
+            frame = frame.f_back
+        return num_steps > 1
 
     def _restore(self) -> None:
+        """Put back what is changed for the length of a step; the next optimizer of a joint step measures anew."""
         self.overrides.restore(has_stepped=False)
-        self._strategy.abort()
+        self._joint.shared = None
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loaded[id(optimizer)] = kept_in(state_dict)

@@ -9,7 +9,7 @@ import torch
 from ..optimizers.elementwise import own_decay
 from ..optimizers.state import like_whole
 from ..step.runner import StepRunner
-from ..step.step import Batch, Step, zero_where
+from ..step.step import Step, zero_where
 from .joint import JointStep
 from .overrides import Overrides
 
@@ -19,77 +19,74 @@ Optimizer = torch.optim.Optimizer
 class WriteBefore:
     """Rules that need not know what the optimizer will do: those before it, and absolute ones around elementwise optimizers.
 
+    runner: runs the rules.
+    joint: the steps that belong together.
     coupling: "gradient": the optimizer sees g + λ·d(p) as its gradient. "lr", "none": the parameters are decayed.
+    overrides: where what is changed for the length of a step is noted.
     """
 
     def __init__(self, runner: StepRunner, joint: JointStep, coupling: str, overrides: Overrides) -> None:
         self._runner, self._joint, self._coupling, self._overrides = runner, joint, coupling, overrides
-        self._step: Step | None = None
+        self._written: Step | None = None  # a step that is written, and whose optimizer has not stepped yet
 
-    def begin(self, optimizer: Optimizer) -> None:
-        """The first optimizer of a joint step is about to step."""
-        self._step = None
-
-    def proxy_of(self, optimizer: Optimizer) -> Optimizer | None:
-        """The optimizer steps itself."""
+    def begin(self, optimizer: Optimizer, is_first: bool) -> Optimizer | None:
+        """`optimizer` is about to step, by itself. Its gradients may not be there yet."""
+        self._written = None
         return None
 
-    def before(self, optimizer: Optimizer, is_first: bool) -> None:
-        """The gradients of `optimizer` are there, and it steps next."""
-        if is_first or self._step is None:
+    def act(self, optimizer: Optimizer, is_first: bool) -> None:
+        """Decay: the gradients of `optimizer` are there, and it steps next; is_first: of its joint step."""
+        decays_gradients = self._coupling == "gradient"
+        if is_first or self._joint.shared is None:
             # One step for all optimizers that step together: its metrics are over all of them.
-            self._step = self._joint.new_step(optimizer, decays_gradients=self._coupling == "gradient")
-            self._runner.run(self._step)
-        own = self._joint.batches_of(optimizer, self._step)
+            self._joint.shared = self._joint.new_step(optimizer, decays_gradients)
+            self._runner.run(self._joint.shared)
+        step = self._written = self._joint.shared
+        own_groups = set(map(id, optimizer.param_groups))
+        batches = [batch for batch in step.batches if id(batch.group) in own_groups]
+
         if not self._joint.each_alone:
-            self._apply_grad_scaler(optimizer, own)
-        if self._coupling == "gradient":
-            for batch in own:
+            # The step was made before this optimizer's scale and verdict were known: no term may act where a GradScaler
+            # skips the step. By selection on the device; reading the verdict would wait for it.
+            grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+            for batch in batches:
+                if decays_gradients and grad_scale is not None:
+                    batch.terms = [term.scaled(grad_scale) for term in batch.terms]
+                if found_inf is not None:
+                    batch.terms = [replace(term, rate=zero_where(found_inf, term.rate)) for term in batch.terms]
+
+        if decays_gradients:
+            for batch in batches:
                 if not batch.is_materialized:
                     batch.materialize()
+                # Where nothing decays, the optimizer sees the very tensors of `p.grad`.
                 if batch.pending.tensors is not batch.grads:
                     for param, update in zip(batch.whole, batch.pending.tensors, strict=True):
                         self._overrides.set_grad(param, like_whole(update, param))
-        else:
-            self._write_terms(optimizer, own)
+            return
 
-    def after(self, optimizer: Optimizer, stepped: Optimizer) -> None:
-        """The optimizer has stepped."""
-        if self._step is not None:
-            self._runner.finish(self._step, optimizer.param_groups)
-
-    def complete(self, optimizer: Optimizer) -> None:
-        """All optimizers of a joint step have stepped; `optimizer` was the last."""
-        self._step = None
-
-    def abort(self) -> None:
-        """A step was broken off."""
-        self._step = None
-
-    def forget(self) -> None:
-        """Let go of all memory."""
-        self._step = None
-
-    def _write_terms(self, optimizer: Optimizer, batches: list[Batch]) -> None:
-        """p ← p − Σ terms; or let the optimizer do it, if it knows that decay itself."""
-        # Its kernels round to the nearest, and a group's setting decays all of its parameters.
+        # The optimizer's own decay rounds to the nearest, and a group's setting decays all parameters of the group: it
+        # must not be used where one of them is rounded with random bits.
         stochastic = {id(batch.group) for batch in batches if batch.random_stream is not None}
         for batch in batches:
             group, decay = batch.group, None
+            # Its decay is scaled by lr, as "lr" is and "none" is not.
             if self._coupling == "lr" and id(group) not in stochastic:
                 decay = own_decay(type(optimizer), batch.terms)
             # Another attachment may have put its own decay there already; then this one is written.
             if decay is None or (id(group) not in self._overrides.groups and group["weight_decay"] != 0):
                 batch.apply_(batch.terms)
-                continue
-            batch.count_unchanged()
-            self._overrides.set_decay(group, decay)
+            else:
+                batch.count_unchanged()
+                self._overrides.set_decay(group, decay)
 
-    def _apply_grad_scaler(self, optimizer: Optimizer, batches: list[Batch]) -> None:
-        """Let no term act in a step that a GradScaler will skip; its verdict on this optimizer is known only now."""
-        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        for batch in batches:
-            if self._coupling == "gradient" and grad_scale is not None:
-                batch.terms = [term.scaled(grad_scale) for term in batch.terms]
-            if found_inf is not None:
-                batch.terms = [replace(term, rate=zero_where(found_inf, term.rate)) for term in batch.terms]
+    def after(self, optimizer: Optimizer, stepped: Optimizer, is_complete: bool) -> None:
+        """`optimizer` has stepped: counters and kept numbers move on, for a step that raises has not counted."""
+        # A hidden step writes nothing.
+        if self._written is not None:
+            self._runner.finish(self._written, optimizer.param_groups)
+            self._written = None
+
+    def forget(self) -> None:
+        """Let go of all memory."""
+        self._written = None

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..kernels.apply import apply_from_
 from ..kernels.blocks import BufferPool
 from ..kernels.formulas import Rate
+from ..kernels.stochastic import LOW
 from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
 from ..step.runner import StepRunner
@@ -27,6 +29,8 @@ class UpdateCapture:
     Which of the two serves a parameter depends on nothing but the parameter, its optimizer and the rules. So all its copies
     on other ranks go the same way, whatever those ranks hold beside it: the two round differently.
 
+    runner: runs the rules.
+    joint: the steps that belong together.
     coupling: "lr": the update is what the optimizer did over its learning rate; "none": what it did.
     decays_at_once: whether a rule changes the parameters before the step is written.
     """
@@ -34,33 +38,43 @@ class UpdateCapture:
     def __init__(self, runner: StepRunner, joint: JointStep, coupling: str, decays_at_once: bool) -> None:
         self._runner, self._joint = runner, joint
         self._over_lr, self._decays_at_once = coupling == "lr", decays_at_once
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all memory."""
         self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
         self._on_zeros: set[int] = set()  # positions of parameters whose update is learnt from zeros
         self._lrs: dict[int, Rate] = {}  # learning rates that optimizers have stepped with, by group
 
-    def begin(self, optimizer: Optimizer) -> None:
-        """The first optimizer of a joint step is about to step: copy what cannot be learnt otherwise."""
-        self._zero_proxies.begin()
-        self._on_zeros, self._lrs = set(), {}
-        copied = []
-        for each in [optimizer] if self._joint.each_alone else self._joint.optimizers:
-            uses_proxy = self._uses_proxy(each)
-            for position, entry in self._params_of(each):
-                if uses_proxy and self._zero_proxies.works_on(local_tensor(entry.tensor)):
-                    self._on_zeros.add(position)
-                else:
-                    copied.append((position, entry))
-        self._snapshot.take(copied)
+    def begin(self, optimizer: Optimizer, is_first: bool) -> Optimizer | None:
+        """`optimizer` is about to step; its gradients may not be there yet. Copy what cannot be learnt otherwise.
 
-    def proxy_of(self, optimizer: Optimizer) -> Optimizer | None:
-        """What steps in the place of `optimizer`, once it has been shown its gradients; None if that is the optimizer itself."""
+        is_first: whether it is the first of a joint step.
+        Returns what steps in its place, once it has been shown its gradients; None if the optimizer steps itself.
+        """
+        if is_first:
+            self._zero_proxies.begin()
+            self._on_zeros, self._lrs = set(), {}
+            copied = []
+            # All optimizers of a joint step at once: if the decay fails, the steps of all of them are undone.
+            for each in [optimizer] if self._joint.each_alone else self._joint.optimizers:
+                uses_proxy = self._uses_proxy(each)
+                for position, entry in self._params_of(each):
+                    local = local_tensor(entry.tensor)
+                    # Zeros are plain tensors, in a dtype that holds −lr·u well; bf16 and fp16 would round it again.
+                    if uses_proxy and type(local) in _torch.ORDINARY and local.dtype not in LOW:
+                        self._on_zeros.add(position)
+                    else:
+                        copied.append((position, entry))
+            self._snapshot.take(copied)
         return self._zero_proxies.proxy_of(optimizer) if self._uses_proxy(optimizer) else None
 
-    def before(self, optimizer: Optimizer, is_first: bool) -> None:
+    def act(self, optimizer: Optimizer, is_first: bool) -> None:
         """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones."""
         updated = []
         for position, entry in self._params_of(optimizer):
             if (grad := entry.tensor.grad) is not None:
+                # Refused now: behind the step it would be too late.
                 check_gradient(entry.name, grad)
                 if position in self._on_zeros:
                     updated.append((position, entry.tensor, local_tensor(entry.tensor)))
@@ -72,18 +86,24 @@ class UpdateCapture:
                 if (lr := group.get("lr")) is not None:
                     self._lrs[id(group)] = lr.clone() if isinstance(lr, Tensor) else lr
 
-    def after(self, optimizer: Optimizer, stepped: Optimizer) -> None:
-        """`optimizer` has stepped, or what has `stepped` in its place."""
+    def after(self, optimizer: Optimizer, stepped: Optimizer, is_complete: bool) -> None:
+        """`optimizer` has stepped. When all of the joint step have, run the rules on what they did, and write.
+
+        stepped: what has stepped in its place; itself where it has no proxy.
+        is_complete: whether it was the last one.
+        Raises ValueError if a hook has replaced the proxy. Where an error comes from the rules, all steps are undone.
+        """
         if self._uses_proxy(optimizer):
             self._zero_proxies.commit(optimizer, stepped)
-
-    def complete(self, optimizer: Optimizer) -> None:
-        """All optimizers of a joint step have stepped: run the rules on what they did, and write."""
+        if not is_complete:
+            return
         # A fused kernel has divided the gradients by the GradScaler's scale.
         step = self._joint.new_step(optimizer, is_unscaled=True)
         for batch in step.batches:
             if id(batch.group) in self._lrs:
                 batch.group = {**batch.group, "lr": self._lrs[id(batch.group)]}
+        # Each part of a batch is written in its own way. What had no gradient when the proxy stepped is in neither part:
+        # it has not been updated, whoever has put a gradient there since.
         on_zeros, rest = (
             [part for batch in step.batches if (part := batch.select(positions)).index]
             for positions in (self._zero_proxies.positions, self._snapshot.old)
@@ -94,15 +114,8 @@ class UpdateCapture:
             self._snapshot.adopted(step, rest, self._over_lr, self._decays_at_once),
         ):
             self._runner.run(step)
+        # Several optimizers count their steps together, here; one that shares nothing counts its own.
         self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
-
-    def abort(self) -> None:
-        """A step was broken off. What was captured is overwritten by the next one."""
-
-    def forget(self) -> None:
-        """Let go of all memory."""
-        self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
-        self._on_zeros, self._lrs = set(), {}
 
     def _uses_proxy(self, optimizer: Optimizer) -> bool:
         # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps at
@@ -125,7 +138,8 @@ class SnapshotCapture:
         self._buffers = BufferPool()
 
     def take(self, entries: Iterable[tuple[int, NamedParam]]) -> None:
-        """Copy the parameters of these (position, parameter) pairs, into the buffers of earlier snapshots where they fit."""
+        """Copy the parameters of these (position, parameter) pairs."""
+        # Into the buffers of earlier snapshots where they fit: a new buffer in each step costs more than the copy.
         found = [(position, local_tensor(entry.tensor)) for position, entry in entries]
         positions, locals_ = [position for position, _ in found], [local for _, local in found]
         copies = self._buffers.take(positions, locals_)
@@ -140,12 +154,15 @@ class SnapshotCapture:
 
     @contextmanager
     def adopted(self, step: Step, batches: Sequence[Batch], over_lr: bool, decays_at_once: bool) -> Iterator[None]:
-        """Make these batches of `step` what they would be if the optimizer had not written yet.
+        """Make batches what they would be if the optimizer had not written yet; write decay when the block has ended.
 
-        Their parameters are the old ones, their pending update is what it did (over lr, if asked). When the block has ended,
-        the terms, which are of the old parameters, are written to the new ones. decays_at_once: a rule changes the old
-        parameters themselves; then the whole step is written to those instead. Where the decay fails, as when another rank
-        has died, the optimizer's step is undone.
+        Their parameters are the old ones, and their pending update is what the optimizer did. The terms, which are of the
+        old parameters, are then written to the new ones. If the block raises, the optimizer's step is undone.
+
+        step: the step that the batches are of.
+        batches: those whose parameters were copied.
+        over_lr: whether the update is what the optimizer did over its learning rate.
+        decays_at_once: whether a rule changes the old parameters themselves; then the whole step is written to those.
         """
         try:
             step.old = self.old
@@ -159,10 +176,12 @@ class SnapshotCapture:
                 batch.pending = PendingUpdate(moved_to[-1], minus=batch.params, is_negated=True, applied_lr=lr)
             yield
             for batch, params in zip(batches, moved_to, strict=True):
+                # The new parameters hold the update, but not the decay that has gone into it or into the old ones.
                 if batch.is_absorbed or decays_at_once:
                     batch.apply_(batch.terms, with_update=True)
                     torch._foreach_copy_(params, batch.params)
                 else:
+                    # Without the decay nothing would be written here, so the parameters as they are tell what it changes.
                     tally = batch.tally if batch.terms else None
                     without = None if tally is None else [param.clone() for param in params]
                     # The optimizer's own write stays as it is, bit for bit.
@@ -177,6 +196,7 @@ class SnapshotCapture:
                     if tally is not None and without is not None:
                         tally.add(params, without)
         except Exception:
+            # Another rank has died, say. A step without its decay must not stay: whoever tries again would step twice.
             for position, old in self.old.items():
                 local_tensor(step.entries[position].tensor).copy_(old)
             raise

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..optimizers.init_step import FirstStep, is_init_step_of
 from ..rules.base import Rule
 from ..step.runner import StepRunner
-from ..step.step import Batch, Step
+from ..step.step import Step
 from .overrides import attachments_on
 
 Optimizer = torch.optim.Optimizer
@@ -27,17 +26,20 @@ class JointStep:
     skipped, too, where an optimizer has other gradients than when the last one stepped; but decay that waits for all
     updates can wait for those, whatever gradients they come from.
 
+    runner: runs the transforms.
     optimizers: all of the attachment.
     each_alone: whether they share nothing; then every step is a joint step of its own.
     needs_updates: whether the decay waits until all have stepped.
+    shared: the Step that the first optimizer has measured for all, where rules act before the optimizers; None: the next
+        optimizer measures.
     """
 
     def __init__(
         self, runner: StepRunner, optimizers: Sequence[Optimizer], each_alone: bool, needs_updates: bool
     ) -> None:
-        self.each_alone = each_alone
-        self._runner, self.optimizers, self._needs_updates = runner, optimizers, needs_updates
-        self._first_step = FirstStep(runner)
+        self.each_alone, self.optimizers = each_alone, optimizers
+        self.shared: Step | None = None
+        self._runner, self._needs_updates = runner, needs_updates
         self._found_inf: dict[int, Tensor | None] = {}  # of those that have stepped
         self._grads: dict[int, list[Tensor | None]] = {}  # all gradients, when the last one stepped
         self._updated: list[Tensor] = []  # parameters that have been updated
@@ -50,20 +52,28 @@ class JointStep:
         """Whether some optimizer has stepped, and another has not."""
         return not self.each_alone and bool(self._found_inf)
 
-    def is_begun_by(self, optimizer: Optimizer) -> bool:
-        """Whether a step of `optimizer` is the first of a joint step."""
-        if not self.is_open or id(optimizer) in self._found_inf or _scaler_states() is not self._scaler_states:
-            return True
-        then = self._grads.get(id(optimizer), [])
-        return not self._needs_updates and any(
-            new is not old for new, old in zip(_grads_of(optimizer), then, strict=False)
-        )
+    @property
+    def is_complete(self) -> bool:
+        """Whether all optimizers have stepped."""
+        return self.each_alone or len(self._found_inf) == len(self.optimizers)
 
-    def begin(self, optimizer: Optimizer, has_raised: bool) -> None:
-        """Nobody has stepped yet.
+    def join(self, optimizer: Optimizer, has_raised: bool) -> bool:
+        """Count a step of `optimizer` to the joint step that is open, or begin a new one.
 
-        Raises ValueError if the last joint step waits for updates, unless it was broken off by an error (`has_raised`).
+        has_raised: whether the last joint step was broken off by an error.
+        Returns whether a new one has begun.
+        Raises ValueError if the decay of the last one still waits for updates.
         """
+        scaler = None if self.each_alone else _scaler_of_this_step()
+        # A scaler has these only until its next update: the same object as long as that has not come.
+        scaler_states = None if scaler is None else _torch.scaler_states(scaler)
+        is_same = self.is_open and id(optimizer) not in self._found_inf and scaler_states is self._scaler_states
+        if is_same and not self._needs_updates:
+            # New gradients: the training loop has left out the optimizers that have not stepped, and has gone on.
+            then = self._grads.get(id(optimizer), [])
+            is_same = all(new is old for new, old in zip(_grads_of(optimizer), then, strict=False))
+        if is_same:
+            return False
         is_waiting = self.is_open and self._needs_updates and not has_raised
         self.end()
         if is_waiting:
@@ -71,10 +81,11 @@ class JointStep:
                 f"{type(optimizer).__name__} steps a second time before the others have stepped, but their decay depends on the "
                 "updates of all; step each once, or attach to each on its own"
             )
-        self._scaler_states = None if self.each_alone else _scaler_states()
+        self._scaler_states = scaler_states
+        return True
 
     def enter(self, optimizer: Optimizer) -> None:
-        """`optimizer` steps. A GradScaler's verdict on it is known now; on the others it may not be.
+        """`optimizer` steps, and nothing has been refused.
 
         Raises ValueError if what stepped before has lost its gradients: they tell which parameters were updated.
         """
@@ -84,6 +95,7 @@ class JointStep:
                 f"gradients were cleared before {type(optimizer).__name__} stepped, but decay of several optimizers depends on the "
                 "updates of all; call zero_grad when all have stepped"
             )
+        # A GradScaler unscales and judges one optimizer after the other. Its verdict on this one is known now.
         self._found_inf[id(optimizer)] = getattr(optimizer, "found_inf", None)
 
     def note_gradients(self, optimizer: Optimizer) -> None:
@@ -97,34 +109,26 @@ class JointStep:
             # The tensors, and not only their ids: a new gradient may come to lie where an old one was.
             self._grads = {id(each): _grads_of(each) for each in self.optimizers}
 
-    def is_complete(self) -> bool:
-        """Whether all optimizers have stepped."""
-        return self.each_alone or len(self._found_inf) == len(self.optimizers)
-
     def end(self) -> None:
         """The joint step is over: let go of its gradients."""
         self._found_inf, self._grads, self._updated, self._scaler_states = {}, {}, [], None
+        self.shared = None
 
     # --- what a step of them is ------------------------------------------------------------------
 
-    def is_init_step(self, optimizer: Optimizer, has_closure: bool) -> bool:
-        """Whether this is the hidden step of checkpoint code. It asks each optimizer alone: no part of a joint step."""
-        entries = self._runner.now.entries
-        found = is_init_step_of(optimizer, self._first_step, entries, has_closure)
-        if found:
-            self.end()
-        return found
-
     def new_step(self, optimizer: Optimizer, decays_gradients: bool = False, is_unscaled: bool = False) -> Step:
-        """A Step of the gradients as they are now: of this optimizer alone, or of all.
+        """A Step of the gradients as they are now: of this optimizer alone, or of all that step together.
 
+        decays_gradients: whether its terms are added to gradients.
         is_unscaled: whether the optimizer's kernel has divided the gradients by a GradScaler's scale already.
         """
         groups = self._runner.now.groups
         owner_of = {id(group): id(each) for each in self.optimizers for group in each.param_groups}
+        # Groups that are hidden now (DeepSpeed) belong to no optimizer, and those of optimizers that have not stepped
+        # yet have no verdict. Each optimizer applies its own when it steps.
         found_inf = {i: self._found_inf.get(owner_of.get(id(group), 0)) for i, group in enumerate(groups)}
-        grad_scale = getattr(optimizer, "grad_scale", None) if self.each_alone and not is_unscaled else None
         own = {index for index, group in enumerate(groups) if owner_of.get(id(group)) == id(optimizer)}
+        grad_scale = getattr(optimizer, "grad_scale", None) if self.each_alone and not is_unscaled else None
         return self._runner.new_step(
             {},
             only=own if self.each_alone else None,
@@ -132,11 +136,6 @@ class JointStep:
             found_inf=found_inf,
             decays_gradients=decays_gradients,
         )
-
-    def batches_of(self, optimizer: Optimizer, step: Step) -> list[Batch]:
-        """What a step holds of one optimizer."""
-        own = set(map(id, optimizer.param_groups))
-        return [batch for batch in step.batches if id(batch.group) in own]
 
 
 def refuse_under_scaler(
@@ -147,13 +146,17 @@ def refuse_under_scaler(
     It unscales and judges them one after the other. So metrics of gradients are not to be had together; nor is the update
     of an optimizer that it may pass over without a word. On every rank alike: all use a scaler, or none.
     """
+    # Fused optimizers carry the scale themselves, also where something else than a GradScaler's `step` has called them.
     uses_scaler = _scaler_of_this_step() is not None
     if not uses_scaler and not any(getattr(each, "grad_scale", None) is not None for each in optimizers):
         return
     sources = {of for rule in rules for of in rule.sources(rule.defaults)}
+    # Before the optimizer, "update" is the gradient, and so is what a mask compares with.
     of_gradients = "grad" in sources or (coupling == "gradient" and "update" in sources)
     of_gradients |= coupling == "gradient" and any(rule.is_cautious(rule.defaults) for rule in rules)
+    # Written for all optimizers when the first one steps, before the verdict on the others is known.
     at_once = any(rule.target != "update" for rule in rules)
+    # A scaler calls the step of an optimizer that skips by itself, and passes over all others: no hook runs then.
     is_unheard = needs_updates and not all(_torch.applies_grad_scaler(each) for each in optimizers)
     if of_gradients or at_once or is_unheard:
         what = (
@@ -167,10 +170,8 @@ def refuse_under_scaler(
 
 
 def _scaler_of_this_step() -> torch.amp.GradScaler | None:
-    """The GradScaler whose `step` has called the present step, if one has. It tells nobody, so the stack is asked.
-
-    Only where several optimizers share a metric.
-    """
+    """The GradScaler whose `step` has called the present step, if one has."""
+    # It leaves no trace on optimizers that are not fused, so the stack is searched; only where several share a metric.
     frame: FrameType | None = _torch.calling_frame()
     while frame is not None:
         if frame.f_code is torch.amp.GradScaler.step.__code__:
@@ -178,12 +179,6 @@ def _scaler_of_this_step() -> torch.amp.GradScaler | None:
             return scaler
         frame = frame.f_back
     return None
-
-
-def _scaler_states() -> Any:
-    """What a GradScaler has only until its next update: the same object as long as that has not come."""
-    scaler = _scaler_of_this_step()
-    return None if scaler is None else _torch.scaler_states(scaler)
 
 
 def _grads_of(optimizer: Optimizer) -> list[Tensor | None]:

@@ -17,19 +17,29 @@ KEY = "distwd_weight_decay"
 
 def attachments_on(optimizer: torch.optim.Optimizer) -> list[Any]:
     """The attachments that live in the step hooks of `optimizer`."""
+    # Nothing of ours is written on the optimizer: a copy or a pickle of it has no hooks, and then no attachment either.
     owners = (getattr(hook, "__self__", None) for hook in _torch.step_pre_hooks(optimizer))
     return [owner for owner in owners if isinstance(getattr(owner, "overrides", None), Overrides)]
 
 
 def unused_keys(optimizers: Sequence[torch.optim.Optimizer], count: int, key: str = KEY) -> list[str]:
-    """`count` group keys, called `key`, `key`_1, ..., that no other attachment of these optimizers uses."""
+    """`count` group keys, called `key`, `key`_1, ..., that no other attachment of these optimizers uses.
+
+    The same in every run that attaches the same rules in the same order, since checkpoints hold them.
+    """
     taken = {key for optimizer in optimizers for other in attachments_on(optimizer) for key in other.keys}
     names = (key if not number else f"{key}_{number}" for number in range(count + len(taken)))
     return [name for name in names if name not in taken][:count]
 
 
 def write_keys(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
-    """Give every group its own value of each key, where it has none yet. Raises ValueError for values that would not decay."""
+    """Give every group its own value of each key, where it has none yet.
+
+    groups: the param groups.
+    defaults: the values for groups without the key, by key.
+    Raises ValueError for values that would not decay.
+    """
+    # In every step, since others add groups, and replace them by those of a checkpoint.
     for key, default in defaults.items():
         for group in groups:
             check_number(key, group.setdefault(key, default))
@@ -60,7 +70,8 @@ class GradOverride:
 class Overrides:
     """Everything that is changed for the length of a step, and has to be put back.
 
-    groups: by identity of the group. grads: in order.
+    groups: changed settings, by identity of the group.
+    grads: changed gradients, in the order of the changes.
     """
 
     def __init__(self) -> None:
@@ -68,7 +79,12 @@ class Overrides:
         self.grads: list[GradOverride] = []
 
     def set_decay(self, group: dict[str, Any], weight_decay: float) -> None:
-        """Let the optimizer do a decoupled decay of its own in this group."""
+        """Let the optimizer do a decoupled decay of its own in this group.
+
+        group: a param group of Adam or one of its relatives.
+        weight_decay: λ, which the optimizer multiplies by the group's lr.
+        """
+        # Batches of several dtypes share a group; what the second found is not the group's own setting.
         if id(group) not in self.groups:
             own = {key: group[key] for key in ("weight_decay", "decoupled_weight_decay")}
             self.groups[id(group)] = GroupOverride(group, own)
@@ -87,6 +103,7 @@ class Overrides:
         for override in self.groups.values():
             override.group.update(override.settings)
         for each in self.grads:
+            # Before the step a new value there is somebody's own gradient (a second backward(), a clipping): it stays.
             is_untouched = has_stepped or _torch.write_count(each.shown) == each.written_at
             if each.param.grad is each.shown and is_untouched:
                 each.param.grad = each.own

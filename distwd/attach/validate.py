@@ -23,7 +23,7 @@ def list_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise ValueError("attach got no optimizer; pass one, or a list of those that step one model")
-    seen: dict[int, int] = {}
+    seen: dict[int, int] = {}  # by identity of the parameter, the optimizer that holds it
     for number, each in enumerate(optimizers):
         for group in getattr(each, "param_groups", ()):
             for param in group["params"]:
@@ -46,48 +46,46 @@ def validate_optimizers(optimizers: Sequence[Any], rules: Sequence[Any], couplin
                 f"{rule!r} is not a decay rule; attach takes rules only, and leaves the optimizer as it is"
             )
     for optimizer in optimizers:
-        _validate_optimizer(optimizer, rules, coupling)
+        name = type(optimizer).__name__
+        # Wrappers first: some are torch optimizers by class, and their hooks would never be called.
+        _refuse_wrapper(optimizer, name)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"attach takes a torch.optim.Optimizer, not {name}")
 
+        # Optimizers that step inside backward(), as far as they show it before the first step.
+        if hasattr(optimizer, "fused_backward"):
+            raise ValueError(
+                f"{name} changes the parameters inside its own `fused_backward`, and its step does nothing, so no hook would ever "
+                "decay; use its own weight_decay, or another optimizer"
+            )
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if any(optimizer in _torch.optimizers_in_backward(param) for param in params):
+            # An absolute rule needs nothing of other parameters, so it may act there.
+            for rule in rules:
+                if rule.sources(rule.defaults):
+                    raise ValueError(IN_BACKWARD.format(label=type(rule).__name__))
 
-def _validate_optimizer(optimizer: Any, rules: Sequence[Rule], coupling: str) -> None:
-    name = type(optimizer).__name__
-    # Wrappers first: some are torch optimizers by class, and their hooks would never be called.
-    _refuse_wrapper(optimizer, name)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"attach takes a torch.optim.Optimizer, not {name}")
-
-    # Optimizers that step inside backward(), as far as they show it before the first step.
-    if hasattr(optimizer, "fused_backward"):
-        raise ValueError(
-            f"{name} changes the parameters inside its own `fused_backward`, and its step does nothing, so no hook would ever "
-            "decay; use its own weight_decay, or another optimizer"
-        )
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if any(optimizer in _torch.optimizers_in_backward(param) for param in params):
-        for rule in rules:
-            if rule.sources(rule.defaults):
-                raise ValueError(IN_BACKWARD.format(label=type(rule).__name__))
-
-    if not getattr(type(optimizer).step, "hooked", False) or not _torch.has_step_hooks(optimizer):
-        raise ValueError(
-            f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
-        )
-    for index, group in enumerate(optimizer.param_groups):
-        decay = group.get("weight_decay")
-        if isinstance(decay, Tensor) and bool(decay != 0):  # read once, here
-            raise ValueError(_TWICE.format(index=index, decay=decay.item()))
-    check_groups(optimizer, coupling)
-    evaluates = needs_closure(type(optimizer)) and any(rule.target != "closure" for rule in rules)
-    if evaluates and coupling == "gradient":
-        raise ValueError(f"{name} evaluates the gradient itself, many times in a step; give the rule target='closure'")
+        # A class whose `step` torch has not wrapped would take our hooks, and never call them.
+        if not getattr(type(optimizer).step, "hooked", False) or not _torch.has_step_hooks(optimizer):
+            raise ValueError(
+                f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
+            )
+        for index, group in enumerate(optimizer.param_groups):
+            decay = group.get("weight_decay")
+            # Read once, here: in a step that would wait for the device.
+            if isinstance(decay, Tensor) and bool(decay != 0):
+                raise ValueError(_TWICE.format(index=index, decay=decay.item()))
+        check_groups(optimizer, coupling)
+        # LBFGS takes the gradients of its later evaluations as they are, so a decay of the first would stand alone.
+        evaluates = needs_closure(type(optimizer)) and any(rule.target != "closure" for rule in rules)
+        if evaluates and coupling == "gradient":
+            raise ValueError(
+                f"{name} evaluates the gradient itself, many times in a step; give the rule target='closure'"
+            )
 
 
 def _refuse_wrapper(optimizer: Any, name: str) -> None:
     """Refuse what only passes steps on to optimizers that it holds in an attribute: one, or a list or dict of them."""
-
-    def num_params(one: Any) -> int:
-        return sum(len(group["params"]) for group in getattr(one, "param_groups", ()))
-
     for key, value in getattr(optimizer, "__dict__", {}).items():
         held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
         held = list(held)
@@ -95,7 +93,11 @@ def _refuse_wrapper(optimizer: Any, name: str) -> None:
             continue
         if held == [value]:
             words = f"attach to the {type(value).__name__} in its `.{key}` instead"
-            if num_params(value) < num_params(optimizer):
+            # ZeroRedundancyOptimizer: positions of a part say nothing to other ranks, so the names have to come along.
+            num_held, num_own = (
+                sum(len(group["params"]) for group in getattr(one, "param_groups", ())) for one in (value, optimizer)
+            )
+            if num_held < num_own:
                 words += ", which holds this rank's parameters only: give it named_parameters=model.named_parameters()"
         else:
             words = f"attach to all {len(held)} optimizers in its `.{key}` together instead, attach([...], rule)"
@@ -104,9 +106,11 @@ def _refuse_wrapper(optimizer: Any, name: str) -> None:
 
 def check_groups(optimizer: torch.optim.Optimizer, coupling: str) -> None:
     """Raise ValueError if a group decays by itself, or has no lr to couple with. For every step, since groups change."""
+    # Of two attachments the first may have let the optimizer do its decay in this very step.
     overridden = {group for other in attachments_on(optimizer) for group in other.overrides.groups}
     for index, group in enumerate(optimizer.param_groups):
         decay = group.get("weight_decay")
+        # A scheduler or a checkpoint may have set it again. Tensors are not read in a step.
         if isinstance(decay, (int, float)) and decay != 0 and id(group) not in overridden:
             raise ValueError(_TWICE.format(index=index, decay=decay))
         if coupling == "lr" and group.get("lr") is None:
@@ -118,6 +122,7 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
 
     So it is where a rule looks at the update, or the optimizer may look at the parameters.
     """
+    # Lookahead in a step, trust ratios, fp32 copies: what an unknown optimizer reads must not be decayed before.
     if any(type(optimizer) not in ELEMENTWISE for optimizer in optimizers):
         return True
     return any(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import _torch
 from ..kernels.blocks import ZeroPool
-from ..kernels.stochastic import LOW
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
 from ..sharding.local import local_like
@@ -42,6 +41,7 @@ class ProxyOptimizer:
             if zero is param:
                 continue
             grad, zero.grad = zero.grad, None
+            # The zeros are kept for the next step, whose gradients may have the parameter's own dtype again.
             if grad is not None and grad.dtype != zero.dtype:
                 zero.grad_dtype = zero.dtype
         self.attributes, self.stepped = {}, []
@@ -63,27 +63,24 @@ class ZeroProxyCapture:
     @staticmethod
     def works_for(optimizer: Optimizer) -> bool:
         """Whether the optimizer does to zeros what it would do to the parameters."""
-        # A function of its own that is bound to it would know nothing of a copy, and of two attachments one may have
-        # changed its groups for this step.
+        # A method that somebody has bound to this one optimizer would not act on a copy of it.
         if type(optimizer) not in ELEMENTWISE or _torch.overrides_init_group(optimizer):
             return False
+        # Of two attachments one may have changed gradients or settings of the optimizer for this step.
         if len(attachments_on(optimizer)) != 1:
             return False
+        # A differentiable step is recorded by autograd on the parameters themselves.
         return not any(group["differentiable"] for group in optimizer.param_groups)
 
-    @staticmethod
-    def works_on(local: Tensor) -> bool:
-        """Whether zeros can stand for a local parameter: a plain tensor, in a dtype that holds −lr·u well."""
-        return type(local) in _torch.ORDINARY and local.dtype not in LOW
-
     def begin(self) -> None:
-        """No optimizer has stepped yet. A step that was broken off has left nothing but proxies."""
+        """No optimizer has stepped yet. All that a step that was broken off has left is in the proxies."""
         for proxy in self._proxies.values():
             proxy.release()
         self.positions = set()
 
     def proxy_of(self, optimizer: Optimizer) -> Optimizer:
-        """The copy that steps in the place of `optimizer`; the same one in every step, for those who compile steps."""
+        """The copy that steps in the place of `optimizer`."""
+        # The same object in every step, or a compiled step would be compiled anew.
         proxy = self._proxies.get(id(optimizer))
         if proxy is None:
             proxy = self._proxies[id(optimizer)] = ProxyOptimizer(object.__new__(type(optimizer)))
@@ -94,7 +91,12 @@ class ZeroProxyCapture:
         return proxy.optimizer
 
     def show_gradients(self, optimizer: Optimizer, updated: Sequence[tuple[int, Tensor, Tensor]]) -> None:
-        """Put zeros into the proxy's groups for these (position, parameter, local parameter) with a gradient."""
+        """Let the proxy step zeros in place of parameters.
+
+        optimizer: the original.
+        updated: (position among all, parameter, its local tensor) of those with a gradient that zeros can stand for. Its
+            others are stepped as they are.
+        """
         proxy = self._proxies[id(optimizer)]
         positions = [position for position, *_ in updated]
         self.positions.update(positions)
@@ -104,7 +106,8 @@ class ZeroProxyCapture:
             assert param.grad is not None
             zero_of[id(param)] = zero
             grad = local_like(param.grad, param)
-            if grad.dtype != zero.dtype:  # a parameter's own `grad_dtype` allows it
+            # A parameter's own `grad_dtype` allows it; plain tensors have to be told.
+            if grad.dtype != zero.dtype:
                 zero.grad_dtype = grad.dtype
             zero.grad = grad
 
@@ -115,13 +118,15 @@ class ZeroProxyCapture:
             # In groups of their own, since DTensors and plain tensors do not go together in one list.
             groups += [{**group, "params": [one for _, one in some]} for some in (on_zeros, rest) if some]
             proxy.stepped += on_zeros + rest
+        # Keyed by what is stepped. The tensors in it are the original's, so what the step changes in place needs no commit.
         states = ((one, borrow_state(optimizer.state, param, "", one is not param)) for param, one in proxy.stepped)
         proxy.optimizer.param_groups, proxy.optimizer.state = groups, defaultdict(dict, states)
 
     def commit(self, optimizer: Optimizer, stepped: Optimizer) -> None:
-        """Give the original the state that its proxy, which has stepped, has made, and its other attributes.
+        """Give the original the state that its proxy has made, and its other attributes.
 
-        Raises ValueError where something else has `stepped`, or the proxy has not been shown its gradients.
+        stepped: what has stepped.
+        Raises ValueError if that is not the proxy, or if the proxy has not been shown its gradients.
         """
         proxy = self._proxies[id(optimizer)]
         if stepped is not proxy.optimizer or vars(proxy.optimizer).get("param_groups") is optimizer.param_groups:
@@ -131,16 +136,21 @@ class ZeroProxyCapture:
             )
         for param, one in proxy.stepped:
             commit_state(optimizer.state, param, proxy.optimizer.state[one], "")
+        # What a step notes on the optimizer itself, such as that the checks of a fused kernel are done.
         for key, value in vars(proxy.optimizer).items():
             if key not in ("param_groups", "state") and proxy.attributes.get(key, proxy) is not value:
                 setattr(optimizer, key, value)
         proxy.release()
-        proxy.optimizer.param_groups = optimizer.param_groups  # for post hooks that take it for the original
+        # Post hooks get it in `args`, and may take it for the original.
+        proxy.optimizer.param_groups = optimizer.param_groups
 
     @contextmanager
     def adopted(self, batches: Sequence[Batch], over_lr: bool) -> Iterator[None]:
         """What the zeros hold now is the pending update of `batches`; it is written when the block has ended.
 
+        If the block raises, nothing is written, so the parameters are as they were.
+
+        batches: those whose parameters zeros have been stepped for.
         over_lr: whether the update is what the optimizer did over its learning rate.
         """
         for batch in batches:
@@ -148,5 +158,6 @@ class ZeroProxyCapture:
             batch.pending = PendingUpdate(self._zeros.taken(batch.index), is_owned=True, is_negated=True, applied_lr=lr)
         yield
         for batch in batches:
+            # Decay and update in one pass over memory, which leaves the zeros clean for the next step.
             batch.apply_(batch.terms, with_update=True)
             self._zeros.cleared(batch.index, batch.pending.tensors)

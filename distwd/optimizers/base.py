@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharding.local import local_tensor
+from ..step.state import is_kept_key
 from ..step.step import WaitingOptimizer
 from ..step.transform import BoundTransform
-from .state import borrow_state, commit_state, has_state, initial_state
+from .state import borrow_state, commit_state, initial_state
 
 
 class InnerOptimizer:
     """A wrapped optimizer. It has no groups and no state of its own: both live in the chain.
 
-    cls, kwargs: its class and arguments.
+    So checkpoints, schedulers and `add_param_group` meet one optimizer, however many a chain wraps.
+
+    cls: its class.
+    kwargs: the arguments that it is made with.
     bound: the transform that it works for.
     chain: the optimizer that owns groups and state.
-    suffix: "" or "_1", "_2", ...: ends the state keys of a second optimizer in one chain.
+    suffix: what ends its state keys in the chain: "" for the first optimizer, "_1", "_2", ... for the others.
     """
 
     def __init__(
@@ -33,8 +37,9 @@ class InnerOptimizer:
         suffix: str,
     ) -> None:
         self.cls, self.kwargs, self.bound, self.chain, self.suffix = cls, kwargs, bound, chain, suffix
+        # torch refuses an empty list of parameters, and Muon refuses all but matrices.
         self.inner = cls([torch.zeros(1, 1, requires_grad=True)], **kwargs)
-        # Without the wrapper that calls step hooks: those are the chain's.
+        # Without torch's wrapper around `step`, which calls hooks and the profiler: the chain's own step has done so.
         step: Any = cls.step
         self._raw_step: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step
 
@@ -48,41 +53,57 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
 
     def has_state(self, param: Tensor) -> bool:
         """Whether the chain holds state of this optimizer for `param`."""
-        return has_state(self.chain.state.get(param, {}), self.suffix)
+        state = self.chain.state.get(param, {})
+        return any(key.endswith(self.suffix) and not is_kept_key(key) for key in state)
 
     def initialize(self, params: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
-        """Create the optimizer's state now, if it is one of torch's, so that every rank has every key from the start."""
+        """Create the optimizer's state now, if it is one of torch's, so that every rank has every key from the start.
+
+        params: (group of the chain, parameter) pairs.
+        """
         for group, param in params:
+            # A meta tensor has no storage yet; the tensor that takes its place is seen before the first step.
             if param.requires_grad and not param.is_meta and not self.has_state(param):
-                example = self._example(param)
+                # Made like what the optimizer will step on: the whole parameter, or its local shard.
+                example = (param if self.reads_params else local_tensor(param)).detach()
                 state = initial_state(self.inner, self._group(group, [example]), example)
                 commit_state(self.chain.state, param, state, self.suffix)
 
     def keeps_no_more(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether `initialize` has made all the state that there will ever be."""
-        return False
+        # Of an optimizer that is not elementwise nothing is known.
+        if self.reads_params:
+            return False
+        # SGD with dampening is the one of torch's that begins later: its buffer begins as the first gradient.
+        settings = [self.bound.settings(group) for group in groups]
+        return not any(own.get("momentum") and own.get("dampening") for own in settings)
 
-    @abstractmethod
-    def _example(self, param: Tensor) -> Tensor:
-        """A tensor like what the optimizer will step on for `param`."""
+    def _run(
+        self, groups: list[dict[str, Any]], steps_on: Iterable[tuple[Tensor, Tensor]], on_params: bool = False
+    ) -> None:
+        """Run the inner step.
 
-    def _run(self, groups: list[dict[str, Any]], steps_on: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Run the inner step on groups of its own; steps_on: (tensor that is stepped, parameter whose state is used)."""
-        as_local = not self.reads_params
-        borrowed = [
-            (stepped, param, borrow_state(self.chain.state, param, self.suffix, as_local))
-            for stepped, param in steps_on
-        ]
-        states = self._run_with(defaultdict(dict, ((stepped, state) for stepped, _, state in borrowed)), groups)
-        for stepped, param, _ in borrowed:
-            commit_state(self.chain.state, param, states[stepped], self.suffix)
-
-    def _run_with(self, states: defaultdict[Tensor, Any], groups: list[dict[str, Any]]) -> defaultdict[Tensor, Any]:
-        """Run the inner step; returns the states that it leaves."""
+        groups: the inner optimizer's groups for this step.
+        steps_on: (tensor that is stepped, parameter whose state is used) pairs.
+        on_params: whether every tensor that is stepped is the parameter itself.
+        """
+        states = self.chain.state
+        # Under the parameters' own keys the chain's state serves as it is. A suffix, shards kept as DTensors or kept
+        # numbers need a copy of the dict: many optimizers begin their state only while the dict is empty.
+        is_shared = on_params and not self.suffix and isinstance(states, defaultdict)
+        borrowed: list[tuple[Tensor, Tensor]] = []
+        if not is_shared:
+            borrowed = list(steps_on)
+            as_local = not self.reads_params
+            states = defaultdict(dict)
+            for stepped, param in borrowed:
+                states[stepped] = borrow_state(self.chain.state, param, self.suffix, as_local)
         self.inner.param_groups, self.inner.state = groups, states
         try:
             self._raw_step(self.inner)
-            return self.inner.state
+            states = self.inner.state  # an optimizer may replace the dict itself
         finally:
             # Nothing of the chain's stays alive here.
             self.inner.param_groups, self.inner.state = [], defaultdict(dict)
+        for stepped, param in borrowed:
+            commit_state(self.chain.state, param, states[stepped], self.suffix)

@@ -1,8 +1,7 @@
-"""Optimizers that can run on any shard."""
+"""Optimizers that can run on any shard, and on zero tensors in place of the parameters."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from ..kernels.blocks import ZeroPool
 from ..kernels.formulas import DecayTerm
-from ..sharding.local import local_tensor
 from ..step.step import Batch, PendingUpdate
 from .base import GradientOptimizer
 
-# Elementwise, linear in lr, and blind to the parameters' values: these can run on any shard, and on zeros instead of
-# the parameters. Exactly these classes: a subclass may do anything.
+# Elementwise, linear in lr, and blind to the parameters' values: these can run on any shard, and on zeros, which they
+# leave at −lr·u. Exactly these classes: a subclass may do anything.
 ELEMENTWISE = (
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -33,15 +31,19 @@ KNOWS_DECOUPLED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch
 
 
 def own_decay(cls: type[torch.optim.Optimizer], terms: Sequence[DecayTerm]) -> float | None:
-    """λ, if `terms` are what an optimizer of this class can do itself:  p ← p·(1 − lr·λ).  None if they are not.
+    """λ, if `terms` are what an optimizer of this class can do itself:  p ← p·(1 − lr·λ).
 
-    Its kernels round the decay in their own way and skip it together with the step, so it is theirs wherever it can be.
-    That is so for one absolute, linear term, which the learning rate scales as it scales the update; and only for a
-    Python number, since their argument is one and reading a tensor would wait for the device.
+    Its kernels round the decay in their own way, and skip it together with the step, so it is theirs wherever it can be.
+
+    cls: the class of the optimizer.
+    terms: the decay that waits to be written.
+    Returns λ per step, to be multiplied by lr; None if the optimizer cannot do this decay.
     """
     if cls not in KNOWS_DECOUPLED or len(terms) != 1:
         return None
     (term,) = terms
+    # `before_lr` is set for an absolute rule only, where lr scales decay and update alike. A tensor would have to be
+    # read, which waits for the device: the kernels take a Python number.
     return term.before_lr if term.is_l2 and isinstance(term.before_lr, (int, float)) else None
 
 
@@ -54,24 +56,19 @@ class ElementwiseOptimizer(GradientOptimizer):
         super().__init__(*args)
         self._zeros = ZeroPool()
 
-    def keeps_no_more(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """True for all but SGD with dampening, whose buffer begins as the first gradient."""
-        settings = [self.bound.settings(group) for group in groups]
-        return not any(own.get("momentum") and own.get("dampening") for own in settings)
-
-    def _example(self, param: Tensor) -> Tensor:
-        return local_tensor(param).detach()
-
     def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Those whose update nobody has to see first."""
-        return [batch for batch in batches if self._accepts_scale(batch) and self._may_step(batch)]
-
-    def _may_step(self, batch: Batch) -> bool:
-        # bf16 and fp16 are rounded once for decay and update together, unless the optimizer does both itself.
-        is_decayed_apart = bool(batch.terms) and own_decay(self.cls, batch.terms) is None
-        if batch.is_low and (batch.random_stream is not None or is_decayed_apart):
-            return False
-        return not any(term.cautious for term in batch.terms)  # a mask has to see the update first
+        found = []
+        for batch in batches:
+            # bf16 and fp16 are rounded once for decay and update together, unless the optimizer does both itself. Its
+            # kernels round to the nearest, so a write with random bits cannot be theirs.
+            is_decayed_apart = bool(batch.terms) and own_decay(self.cls, batch.terms) is None
+            is_rounded_twice = batch.is_low and (batch.random_stream is not None or is_decayed_apart)
+            # The mask of a cautious term is taken of the update.
+            has_mask = any(term.cautious for term in batch.terms)
+            if self._accepts_scale(batch) and not is_rounded_twice and not has_mask:
+                found.append(batch)
+        return found
 
     def _accepts_scale(self, batch: Batch) -> bool:
         """Whether the scale may be given to the optimizer as its lr. torch's foreach kernels refuse most tensors."""
@@ -89,7 +86,9 @@ class ElementwiseOptimizer(GradientOptimizer):
                 batch.count_unchanged()
             elif batch.terms:
                 batch.apply_(batch.terms)
-            # Plain parameters with the very gradients that the optimizer is to see are stepped as they are.
+            # Plain parameters with the very gradients that the optimizer is to see are stepped as they are. All others
+            # are stepped through local tensors that share their storage: DTensors would be dispatched one by one, and
+            # a gradient that rules have changed must not replace `p.grad`.
             is_as_given = batch.pending.tensors is batch.grads and all(
                 local is whole and grad is whole.grad
                 for local, whole, grad in zip(batch.params, batch.whole, batch.grads, strict=True)
@@ -109,11 +108,12 @@ class ElementwiseOptimizer(GradientOptimizer):
             # cost, and with the rounding that they have alone, so that `attach` to that optimizer gives the same bits.
             key = self.bound.lr_key
             lr = batch.group[key] if key is not None and pending.is_unscaled and not batch.is_low else None
+            # At lr 0 the update over lr would be 0/0, and reading a tensor would wait for the device.
             applied_lr = lr if isinstance(lr, float) and lr > 0 else None
             left = pending.scale if scale is not pending.scale else 1.0
             targets.append(zeros)
             scales.append(scale if applied_lr is None else applied_lr)
-            updates.append(PendingUpdate(zeros, True, None, True, left, applied_lr))
+            updates.append(PendingUpdate(zeros, is_owned=True, is_negated=True, scale=left, applied_lr=applied_lr))
         self._step_on(targets, batches, scales, [0.0] * len(batches))
         for batch, update in zip(batches, updates, strict=True):
             batch.pending = update
@@ -125,25 +125,29 @@ class ElementwiseOptimizer(GradientOptimizer):
     def _step_on(
         self, targets: list[list[Tensor]], batches: Sequence[Batch], scales: Sequence[Any], decays: Sequence[Any]
     ) -> None:
-        """Step `targets` (parameters, or zeros) with the pending updates as gradients, `scales` as lr."""
+        """Step tensors with the pending updates as their gradients.
+
+        targets: by batch, what is stepped: its parameters, their local tensors, or zeros.
+        scales: by batch, the lr to step with.
+        decays: by batch, the decoupled weight decay that the optimizer itself applies; 0: none.
+        """
         groups: list[dict[str, Any]] = []
         steps_on: list[tuple[Tensor, Tensor]] = []
         for batch, tensors, scale, decay in zip(batches, targets, scales, decays, strict=True):
             extra = {"lr": scale, "weight_decay": decay}
+            # Without this key Adam would add the decay to the gradient.
             if self.cls in KNOWS_DECOUPLED:
                 extra["decoupled_weight_decay"] = True
             groups.append(self._group(batch.group, tensors, **extra))
             steps_on += zip(tensors, batch.whole, strict=True)
             if tensors is not batch.whole:
                 for tensor, update in zip(tensors, batch.pending.tensors, strict=True):
+                    # torch refuses a gradient of another dtype; a parameter's `grad_dtype` allows one.
                     tensor.grad = update if update.dtype == tensor.dtype else update.to(tensor.dtype)
-        states = self.chain.state
-        is_own = all(tensors is batch.whole for batch, tensors in zip(batches, targets, strict=True))
-        if is_own and not self.suffix and isinstance(states, defaultdict):
-            self._run_with(states, groups)  # the parameters themselves, under their own keys: nothing to borrow
-        else:
-            self._run(groups, steps_on)
+        on_params = all(tensors is batch.whole for batch, tensors in zip(batches, targets, strict=True))
+        self._run(groups, steps_on, on_params)
         for batch, tensors in zip(batches, targets, strict=True):
+            # Zeros are kept for the next step, and must not keep this step's gradients alive.
             if tensors is not batch.whole:
                 for tensor in tensors:
                     tensor.grad = None

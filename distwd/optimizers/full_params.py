@@ -23,11 +23,9 @@ class FullParamOptimizer(GradientOptimizer):
 
     reads_params = True
 
-    def _example(self, param: Tensor) -> Tensor:
-        return param.detach()
-
     def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Only at lr 1 and without decay: whether its step is linear in lr, or reads the parameters, is not known."""
+        # All or none: an optimizer may combine parameters (a trust ratio, a clipped norm), so it is run once.
         is_bare = all(batch.is_materialized and not batch.pending.is_negated for batch in batches)
         return batches if is_bare else []
 
@@ -43,10 +41,12 @@ class FullParamOptimizer(GradientOptimizer):
         params = [param for batch in batches for param in batch.whole]
         own_grads = [param.grad for param in params]
         for batch in batches:
+            # While nothing has acted on them, the gradients are the update: the optimizer finds them in place.
             if batch.pending.tensors is not batch.grads:
                 for param, update in zip(batch.whole, batch.pending.tensors, strict=True):
                     param.grad = like_whole(update.to(param.dtype), param)
         self._run(groups, ((param, param) for param in params))
+        # Users see the gradients that backward() has left. Some optimizers clear `p.grad` in their step, so all are set.
         for param, grad in zip(params, own_grads, strict=True):
             param.grad = grad
 
@@ -62,10 +62,14 @@ class ClosureOptimizer(InnerOptimizer):
     """Runs before the step is assembled, since it evaluates the model as often as it likes (LBFGS)."""
 
     def search(self, closure: Callable[[], Any]) -> tuple[Any, dict[Tensor, Tensor]]:
-        """Run it on the parameters. Returns the loss, and how far each local parameter was moved. The parameters stay."""
+        """Run the optimizer on the parameters, and put them back.
+
+        closure: evaluates the model and its gradients, and returns the loss.
+        Returns the loss, and by parameter how far its local tensor was moved (new − old).
+        """
         groups = self.chain.param_groups
         params = [param for group in groups for param in group["params"]]
-        # LBFGS keeps a list of its parameters besides its groups: it is made anew where the chain holds others now.
+        # LBFGS keeps a list of its parameters beside its groups: it is made anew where the chain holds others now.
         known = _torch.own_param_list(self.inner)
         if known is None or list(map(id, known)) != list(map(id, groups[0]["params"])):
             self.inner = self.cls([{"params": group["params"]} for group in groups], **self.kwargs)
@@ -73,6 +77,7 @@ class ClosureOptimizer(InnerOptimizer):
             {**inner, **self.bound.settings(group)}
             for inner, group in zip(self.inner.param_groups, groups, strict=True)
         ]
+        # LBFGS keeps one state for all parameters, under the first of them.
         self.inner.state = self.chain.state
         old = [local_tensor(param).clone() for param in params]
         loss = self._raw_step(self.inner, closure)

@@ -23,36 +23,56 @@ class FirstStep:
 
     The others are asked in every step until one is real, and all get the same answer. So no rank can be alone with its
     question, whatever differs between ranks (a loaded state, an lr of 0). From then on nobody is asked, and nothing read.
-    A flag inside the phase's own all-reduce would not do: wrapped optimizers must not count a hidden step, so the host has
-    to know before it runs them.
+    A flag inside the phase's own all-reduce would not do: wrapped optimizers must not count a hidden step, so this process
+    has to know before it runs them.
+
+    is_past: whether a real step has been taken, on all ranks.
     """
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
         self._num_asked = 0
-        self.is_past = False  # whether a real step has been taken, on all ranks
+        self.is_past = False
 
     def is_init_step(self, is_idle: bool) -> bool:
-        """Whether every rank is idle and has no gradient but zeros; is_idle: whether this rank is, by state and lr."""
+        """Whether every rank is idle and has no gradient but zeros.
+
+        is_idle: whether this rank is idle, by state and lr.
+        Raises PlanError or CollectiveError if another rank does not take part.
+        """
         if self.is_past:
             return False
-        entries = self._runner.now.entries
-        is_real = self._is_true_on_any_rank(not (is_idle and has_only_zero_grads(entries)))
+        is_real = not (is_idle and has_only_zero_grads(self._runner.now.entries))
+        # Absolute rules measure nothing: then the ranks have nothing to do with one another.
+        if self._runner.phases:
+            world = self._runner.plan.world
+            if world.error_store is None:
+                is_real = is_true_on_any_rank(is_real, world)
+            else:
+                # Through the store a rank whose step is real need not wait for the others.
+                is_real = world.error_store.is_true_on_any(is_real, self._num_asked)
+                # Not counted before: who tries a failed step again asks the same question again.
+                self._num_asked += 1
         if is_real and self._runner.has_built_plan:
             # This step has built the plan, so it talks and reads anyway.
             check_gradients(self._runner.plan)
         self.is_past = is_real
         return not is_real
 
-    def _is_true_on_any_rank(self, flag: bool) -> bool:
-        if not self._runner.phases:
-            return flag  # the ranks have nothing to do with one another
-        world = self._runner.plan.world
-        if world.error_store is None:
-            return is_true_on_any_rank(flag, world)
-        answer = world.error_store.is_true_on_any(flag, self._num_asked)
-        self._num_asked += 1  # not before: who tries a failed step again asks the same question again
-        return answer
+    def is_init_step_of(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> bool:
+        """Whether a step of an external optimizer only asks for its state.
+
+        has_closure: whether it is stepped with a closure; checkpoint code never does that.
+        """
+        groups = optimizer.param_groups
+        has_state = bool(set(optimizer.state) - {NO_PARAMS_KEY})
+        is_idle = not (has_closure or has_state or any(group.get("lr", 1) != 0 for group in groups))
+        if not self.is_past:
+            return self.is_init_step(is_idle)
+        # Optimizers that never keep state (SGD without momentum) are stepped by checkpoint code again and again. The
+        # ranks are not asked any more, so this rank's gradients decide; what others may wait for is measured all the same.
+        has_gradients = any(param.grad is not None for group in groups for param in group["params"])
+        return is_idle and has_gradients and has_only_zero_grads(self._runner.now.entries)
 
 
 def has_only_zero_grads(entries: Sequence[NamedParam]) -> bool:
@@ -61,25 +81,10 @@ def has_only_zero_grads(entries: Sequence[NamedParam]) -> bool:
     return not any(bool(grad.count_nonzero() > 0) for grad in grads)
 
 
-def is_init_step_of(
-    optimizer: torch.optim.Optimizer, first: FirstStep, entries: Sequence[NamedParam], has_closure: bool
-) -> bool:
-    """Whether a step of an external optimizer only asks for its state.
-
-    After the first real step only optimizers that never keep state are asked again. This rank's gradients decide then,
-    and what other ranks may wait for must be measured all the same.
-    """
-    groups = optimizer.param_groups
-    has_state = bool(set(optimizer.state) - {NO_PARAMS_KEY})
-    is_idle = not (has_closure or has_state or any(group.get("lr", 1) != 0 for group in groups))
-    if not first.is_past:
-        return first.is_init_step(is_idle)
-    has_gradients = any(param.grad is not None for group in groups for param in group["params"])
-    return is_idle and has_gradients and has_only_zero_grads(entries)
-
-
 def mark_if_no_params(optimizer: torch.optim.Optimizer) -> None:
     """Mark an optimizer without parameters on this rank as initialized, if it keeps state on the others."""
+    # SGD without momentum has no state anywhere. All ranks must look alike to checkpoint code: either all are stepped by
+    # it, or none is.
     keeps_none = isinstance(optimizer, torch.optim.SGD) and not any(
         group["momentum"] for group in optimizer.param_groups
     )

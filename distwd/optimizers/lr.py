@@ -15,9 +15,11 @@ from ..step.transform import BoundTransform, Transform
 class LR(Transform):
     """Multiply everything before it:  u ← lr·u, with all decay that is already part of u.
 
-    lr: float or 0-d tensor, ≥ 0; the key "lr" of the param groups, so that torch's schedulers drive it.
-    What stands behind `LR` in a chain is not scaled by it.
-    Raises ValueError for lr < 0. Source: torchzero's `LR`.
+    lr: float or 0-d tensor, ≥ 0, per step. It becomes the key "lr" of the param groups, which torch's schedulers set.
+
+    What stands behind `LR` in a chain is not scaled by it. Shapes and dtypes of u stay as they are.
+    Raises ValueError for lr < 0.
+    Source: torchzero's `LR`.
 
     >>> import torch
     >>> from distwd import LR, Chain
@@ -35,5 +37,6 @@ class LR(Transform):
         check_nonnegative("lr", settings["lr"])
 
     def apply(self, step: Step, bound: BoundTransform) -> None:
+        # Only a factor is noted: where the update is written it is multiplied anyway.
         for batch in step.batches:
             batch.scale_by(batch.group[bound.keys["lr"]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,13 @@ _COUNTERS = ("step", "mu_product")
 NO_PARAMS_KEY = "no parameters on this rank"
 
 
-def has_state(state: Mapping[str, Any], suffix: str) -> bool:
-    """Whether a parameter's state has keys of the optimizer with this suffix."""
-    return any(key.endswith(suffix) and not is_kept_key(key) for key in state)
-
-
 def borrow_state(states: dict[Tensor, State], param: Tensor, suffix: str, as_local: bool) -> State:
     """The state of one optimizer for `param`, under its own keys.
 
-    suffix: what ends its keys in the chain.
-    as_local: DTensors as the local tensors that they hold.
+    states: the state of the chain, or of the optimizer itself, by parameter.
+    suffix: what ends its keys there; "" if nothing does.
+    as_local: whether DTensors are lent as the local tensors that they hold.
+    Returns the very dict in `states` if it can serve as it is, else a new one with the same tensors.
     """
     state = states.get(param, {})
     # Many optimizers begin their state while it is empty, so numbers that rules keep must not lie in it.
@@ -48,14 +45,20 @@ def borrow_state(states: dict[Tensor, State], param: Tensor, suffix: str, as_loc
 
 
 def commit_state(states: dict[Tensor, State], param: Tensor, borrowed: State, suffix: str) -> None:
-    """Keep what an optimizer has added or replaced in `borrowed`. What it changed in place is shared storage already."""
+    """Keep what an optimizer has added or replaced in `borrowed`. What it changed in place is shared storage already.
+
+    states, suffix: as in `borrow_state`.
+    borrowed: what that has returned, after the step.
+    """
     state = states.get(param)
+    # An optimizer that keeps nothing leaves no empty dict behind, as it would leave none alone.
     if state is borrowed or not borrowed:
         return
     if state is None:
         state = states[param] = {}
     for key, value in borrowed.items():
         kept = state.get(key + suffix)
+        # Still the tensor that was borrowed: the DTensor around it stays, since others may hold it.
         if kept is value or (isinstance(kept, Tensor) and local_tensor(kept) is value):
             continue
         # A tensor of the local shard's shape is a shard of the whole state: as a DTensor, checkpoints see it whole.
@@ -79,14 +82,18 @@ def like_whole(local: Tensor, param: Tensor) -> Tensor:
 
 
 def initial_state(inner: torch.optim.Optimizer, group: dict[str, Any], example: Tensor) -> State:
-    """The state that one of torch's optimizers begins with for a parameter like `example`.
+    """The state that one of torch's optimizers begins with.
 
-    {} for other optimizers: they begin at their first step.
+    inner: the optimizer. Its own state is replaced.
+    group: the settings to begin with; it holds `example` only.
+    example: a tensor like the parameter.
+    Returns the state, {} for optimizers that are not torch's: they begin at their first step.
     """
+    # Only of torch's own is it known that making the state early changes nothing.
     if not type(inner).__module__.startswith("torch.optim") or not _torch.can_init_group(inner):
         return {}
     if isinstance(inner, torch.optim.SGD):
-        # SGD's buffer begins as the first gradient. Zeros become that at the first step too, but for dampening.
+        # SGD's buffer begins as the first gradient g. From zeros it becomes (1 − dampening)·g at the first step.
         is_eager = group["momentum"] != 0 and group["dampening"] == 0
         return {"momentum_buffer": torch.zeros_like(example)} if is_eager else {}
     if isinstance(inner, torch.optim.Adagrad):
@@ -97,7 +104,8 @@ def initial_state(inner: torch.optim.Optimizer, group: dict[str, Any], example: 
         if state:
             return state
     inner.state = defaultdict(dict)
-    example.grad = example.detach()  # it only asks whether there is one
+    # The method passes over parameters without a gradient; it does not look at its values.
+    example.grad = example.detach()
     _torch.init_group(inner, group)
     example.grad = None
     begun: State = inner.state.pop(example, {})
@@ -106,6 +114,9 @@ def initial_state(inner: torch.optim.Optimizer, group: dict[str, Any], example: 
 
 def mark_initialized(states: dict[Any, State], params: Sequence[Tensor]) -> None:
     """Give parameters for which no optimizer keeps anything a constant as state, and a rank without parameters a key.
+
+    states: the optimizer's `state`, which is changed.
+    params: its parameters; empty for a rank that has none.
 
     torch.distributed.checkpoint takes an optimizer without state for one that has not begun, and steps it whenever it
     saves: a rank that is stepped alone would wait for the others for ever. Nor can it load full state dicts of such an
@@ -121,4 +132,5 @@ def mark_initialized(states: dict[Any, State], params: Sequence[Tensor]) -> None
 
 def without_mark(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict as it is saved: without the key of a rank that has no parameters."""
+    # Checkpoint code looks for a parameter behind each key, and finds none for this one.
     return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key != NO_PARAMS_KEY}}

@@ -18,14 +18,17 @@ from .full_params import ClosureOptimizer, FullParamOptimizer, needs_closure
 class Wrap(Transform):
     """A torch optimizer as a transform:  u ← what `optimizer_class` would subtract from the parameters for the gradient u, at lr 1.
 
-    optimizer_class: a subclass of torch.optim.Optimizer. kwargs: its arguments but `lr` (that is `LR`'s) and
-        `weight_decay` (a rule's, at its own place); each becomes a key of the chain's param groups.
+    optimizer_class: a subclass of torch.optim.Optimizer.
+    kwargs: its arguments but `lr` (that is `LR`'s) and `weight_decay` (a rule's, at its own place in the chain). Each
+        becomes a key of the chain's param groups.
+
+    u, p: any float dtype and sharding that the class itself can step.
     Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the local
     shards, whatever the meshes; any other runs on the parameters themselves, as it would alone, one inner group for each
     mesh. Where nothing later in the chain needs the update, an elementwise optimizer steps the parameters directly.
     Optimizers that need a closure (LBFGS) come first in a chain, but for rules with target="closure".
     State lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's: "exp_avg_1").
-    Raises ValueError for `lr`, a non-zero `weight_decay`, or arguments that the class refuses.
+    Raises ValueError for `lr`, for a non-zero `weight_decay`, and for arguments that the class refuses.
     Source: torch.optim; the form is torchzero's `Wrap`.
 
     >>> import torch
@@ -53,30 +56,35 @@ class Wrap(Transform):
                 f"{name} inside a chain has weight_decay 0; put WeightDecay({decay!r}) before it (coupled) or behind it (decoupled)"
             )
         self.optimizer_class, self.optimizer_name, self.kwargs = optimizer_class, name, kwargs
-        self.evaluates_closure = needs_closure(optimizer_class)  # itself, as LBFGS does
+        # LBFGS and its like evaluate the closure themselves, before a step is assembled.
+        self.evaluates_closure = needs_closure(optimizer_class)
         # What the chain decides, as far as the class knows it.
         known = inspect.signature(optimizer_class).parameters
         self._fixed = {key: value for key, value in (("lr", 1.0), ("weight_decay", 0.0)) if key in known}
-        # The class itself says what its hyperparameters are, and refuses bad ones.
+        # The class itself knows what its hyperparameters are, and refuses bad ones. (A matrix, since Muon takes no other.)
         example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self._fixed})
+        # AdamW's flag goes with its weight_decay: the chain sets both where it lets the optimizer do a decay.
         hidden = {*self._fixed, "decoupled_weight_decay"}
         self.defaults = {key: value for key, value in example.defaults.items() if key not in hidden}
 
     def inner_optimizer(self, bound: BoundTransform, chain: torch.optim.Optimizer, suffix: str) -> InnerOptimizer:
-        """The optimizer that does the work for one chain; suffix: of its state keys."""
-        cls = self.optimizer_class
-        kind = (
-            ElementwiseOptimizer
-            if cls in ELEMENTWISE
-            else ClosureOptimizer
-            if self.evaluates_closure
-            else FullParamOptimizer
-        )
-        return kind(cls, {**self.kwargs, **self._fixed}, bound, chain, suffix)
+        """The optimizer that does the work for one chain.
+
+        bound: this transform, bound to the chain's group keys.
+        chain: the optimizer that owns groups and state.
+        suffix: what ends its state keys there.
+        """
+        kind: type[InnerOptimizer] = FullParamOptimizer
+        if self.optimizer_class in ELEMENTWISE:
+            kind = ElementwiseOptimizer
+        elif self.evaluates_closure:
+            kind = ClosureOptimizer
+        return kind(self.optimizer_class, {**self.kwargs, **self._fixed}, bound, chain, suffix)
 
     def apply(self, step: Step, bound: BoundTransform) -> None:
         if self.evaluates_closure:
             return  # its update was found together with the closure, before the step began
+        # It is not run yet. What stands behind it decides: if nothing needs its update, it steps the parameters directly.
         step.materialize(exact=True)
         step.waiting = step.inner_optimizers[bound.index]
 
@@ -89,9 +97,16 @@ class Wrap(Transform):
 class Adam(Wrap):
     """torch.optim.Adam as a transform:  u ← m̂ / (√v̂ + eps), with m, v running means of u and u².
 
-    Arguments as torch.optim.Adam's but lr and weight_decay. State and arithmetic are torch's own:
+    betas: decay rates of m and v, each in [0, 1), per step.
+    eps: added to √v̂, in units of u.
+    amsgrad: whether to divide by the largest v̂ so far.
+    foreach, fused, capturable, differentiable: how torch runs it, as in torch.optim.Adam.
+    maximize: whether to ascend u.
+
+    No lr and no weight_decay: those are `LR` and a rule. State and arithmetic are torch's own:
     `Chain(params, Adam(), WeightDecay(w), LR(lr))` equals `torch.optim.AdamW(params, lr, weight_decay=w)` bit for bit.
-    Raises ValueError as torch.optim.Adam does. Source: Kingma & Ba, arXiv 1412.6980.
+    Raises ValueError as torch.optim.Adam does.
+    Source: Kingma & Ba, arXiv 1412.6980.
 
     >>> import torch
     >>> from distwd import LR, Adam, Chain
@@ -115,5 +130,6 @@ class Adam(Wrap):
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__(torch.optim.Adam, **given)
+        # `repr` shows what the user has given, and no more.
         standard = inspect.signature(Adam).parameters
         self.kwargs = {key: value for key, value in given.items() if value != standard[key].default}
