@@ -18,18 +18,15 @@ from distwd.step.phases import Schedule
 PACKAGE = str(Path(distwd.__file__).parent)
 
 
-def chain(*rules: distwd.Rule) -> Callable[[list[Any]], tuple[Any, Any]]:
-    def make(named: list[Any]) -> tuple[Any, Any]:
-        optimizer = distwd.Chain(named, distwd.Adam(), *rules, distwd.LR(0.1))
-        return optimizer, optimizer
-
-    return make
+def chain(*rules: distwd.Rule) -> Callable[[list[Any]], Any]:
+    return lambda named: distwd.Chain(named, distwd.Adam(), *rules, distwd.LR(0.1))
 
 
-def attached(*rules: distwd.Rule) -> Callable[[list[Any]], tuple[Any, Any]]:
-    def make(named: list[Any]) -> tuple[Any, Any]:
+def attached(*rules: distwd.Rule) -> Callable[[list[Any]], Any]:
+    def make(named: list[Any]) -> Any:
         optimizer = torch.optim.AdamW(named, lr=0.1, weight_decay=0)
-        return optimizer, distwd.attach(optimizer, *rules)
+        distwd.attach(optimizer, *rules)
+        return optimizer
 
     return make
 
@@ -41,10 +38,10 @@ CASES = {
 }
 
 
-def third_step(make: Callable[[list[Any]], tuple[Any, Any]]) -> tuple[Any, Callable[[], Any]]:
+def third_step(make: Callable[[list[Any]], Any]) -> tuple[Any, Callable[[], Any]]:
     """An optimizer after two steps, and its third: nothing is planned any more."""
     named = [(f"layer.{number}", torch.nn.Parameter(torch.randn(7, 5))) for number in range(3)]
-    optimizer, owner = make(named)
+    optimizer = make(named)
 
     def step() -> None:
         for _, param in named:
@@ -53,7 +50,7 @@ def third_step(make: Callable[[list[Any]], tuple[Any, Any]]) -> tuple[Any, Calla
 
     step()
     step()
-    return owner, step
+    return optimizer, step
 
 
 def walked(step: Callable[[], Any]) -> tuple[set[str], int]:
@@ -94,7 +91,7 @@ def test_a_step_enters_few_files_and_few_frames(case):
 @pytest.mark.parametrize("case", CASES)
 def test_groups_are_read_once_and_the_schedule_is_kept(case, monkeypatch):
     make, _, _ = CASES[case]
-    owner, step = third_step(make)
+    optimizer, step = third_step(make)
     calls = {"read": 0, "of": 0}
     read, of = ParamList.read, Schedule.of.__func__
 
@@ -111,7 +108,7 @@ def test_groups_are_read_once_and_the_schedule_is_kept(case, monkeypatch):
     step()
     assert calls == {"read": 1, "of": 0}
     # A setting that changes leads to one new schedule (for the step, and for closures), once.
-    groups = owner.param_groups if isinstance(owner, torch.optim.Optimizer) else owner._shown_groups()
+    groups = optimizer.param_groups
     groups[0]["distwd_weight_decay" if "distwd_weight_decay" in groups[0] else "weight_decay"] = 0.25
     calls.update(read=0, of=0)
     step()

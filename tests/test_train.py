@@ -110,14 +110,14 @@ import distwd.step.coefficients, train
 
 measure, steps = distwd.step.coefficients.measure, []
 
-def measure_or_die(*args):
+def measure_or_die(*args, **kwargs):
     # In the third step of the second rank, between its optimizer's work and the reduction; not again after the restart.
     steps.append(None)
     mark = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) / "died"
     if os.environ["RANK"] == "1" and len(steps) == 3 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return measure(*args)
+    return measure(*args, **kwargs)
 
 distwd.step.coefficients.measure = measure_or_die
 sys.exit(train.main())
