@@ -27,33 +27,36 @@ from .step.transform import Transform, bind, with_current_values
 class Chain(torch.optim.Optimizer):
     """An optimizer as a list of transforms, applied in order:  u ← g;  u ← tₖ(…t₁(u));  p ← p − u.
 
-    params: what torch.optim takes: tensors, (name, tensor) pairs (preferred: names make errors readable and pipeline
-        stages work), or group dicts; DTensors on any meshes, plain tensors, or a mix.
+    params: what torch.optim takes: tensors, (name, tensor) pairs, or group dicts. Names are preferred: they make errors
+        readable, and pipeline stages work. DTensors on any meshes, plain tensors, or a mix; any float dtype.
     transforms: rules (`WeightDecay`, ...), optimizers (`Adam`, `Wrap`) and `LR`, in the order in which they act. A rule
         before the optimizer is coupled (L2 in the gradient), between optimizer and `LR` decoupled and scaled by the
         learning rate, after `LR` not scaled by it.
     group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this
         process. No group is created.
     layout: who holds what, for tensors whose ownership no DTensor tells (see `Plan.build`).
-    check_replicas: whether the bits of copies are compared (see `Plan.build`), and, by a first step that builds the plan, their gradients.
+    check_replicas: whether the bits of copies are compared (see `Plan.build`), and, by a first step that builds the plan,
+        their gradients.
     rounding: how parameters in bf16 and fp16 are written: to the "nearest", or "stochastic": to the neighbour above with
         the probability of the distance from the one below, so that small decays are not lost but right in the mean. The
-        noise is a hash of seed, number of the step, name (or position) of the parameter and place of the element in the whole
-        tensor: the same on every replica, in every run and on any sharding. Its step is a key of the groups.
+        noise is a hash of seed, number of the step, name (or position) of the parameter and place of the element in the
+        whole tensor: the same on every replica, in every run and on any sharding. Its step is a key of the groups.
     seed: an integer, the same on every rank.
-    track_unchanged: whether `stats()` tells of how many elements the decay made no difference. That costs computing what
+    track_unchanged: whether `stats()` shows for how many elements the decay made no difference. That costs computing what
         is written a second time.
-    compile: whether to let torch.compile fuse what distwd itself computes on tensors of more than 32 K elements (on GPUs 4 M): the
-        first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs, Triton on GPUs; ValueError
-        where there is none. On CPUs the parameters get the same bits as without it.
+    compile: whether to let torch.compile fuse what distwd itself computes on tensors of more than 32 K elements (on GPUs
+        4 M): the first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs, Triton on
+        GPUs; ValueError where there is none. On CPUs the parameters get the same bits as without it.
 
     Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms
     bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: groups,
     schedulers, hooks, closures, state_dict, checkpoints. Absolute decay never communicates; relative decay costs one
-    all-reduce per phase (`phases` tells how many).
-    `print(optimizer)` tells what is decayed, by how much and by which rule, without a word to other ranks.
+    all-reduce per phase (`phases` is their number). `print(optimizer)` shows what is decayed, by how much and by which
+    rule, without communication.
+
     Raises ValueError for what cannot work, naming it; PlanError at the first step if the ranks do not agree on who
-    holds what. Source: the form is torchzero's and optax's.
+    holds what.
+    Source: the form is torchzero's and optax's.
 
     >>> import torch
     >>> from distwd import LR, Adam, Chain, RelativeWeightDecay
@@ -79,6 +82,7 @@ class Chain(torch.optim.Optimizer):
     ) -> None:
         validate_transforms(transforms)
         self._options = PlanOptions.of(group, layout, check_replicas)
+        # Kept as they were given, for copies and pickles: the runner is made anew there.
         self._settings: dict[str, Any] = {
             "rounding": rounding,
             "seed": seed,
@@ -97,6 +101,7 @@ class Chain(torch.optim.Optimizer):
 
     def _make_runner(self) -> None:
         """Make what can be made again. None of it belongs into a copy or a checkpoint."""
+        # Plans, process groups and workspaces are this process's; inner optimizers borrow groups and state.
         settings = self._settings
         self._rounding = Rounding(settings["rounding"], settings["seed"], self._options.layout)
         self._runner = StepRunner(
@@ -122,28 +127,36 @@ class Chain(torch.optim.Optimizer):
             bound.read(settings)
         is_complete = self._known is not None  # not while the base class adds the first groups
         if is_complete:
+            # First forget tensors that others have replaced: with one more group their places could not be told any more.
             self._follow_params(self._runner.params.read().entries)
         super().add_param_group(param_group)
+        # This rank may have parameters now; if it has none still, `_initialize` marks it again.
         self.state.pop(NO_PARAMS_KEY, None)  # type: ignore[call-overload]
         if is_complete:
             self._initialize()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load as torch does. A setting that the saved groups do not have yet stays as it is; with state comes having stepped."""
+        """Load as torch does. A setting that the saved groups do not have yet stays as it is.
+
+        So decay may be added to a run that resumes from a checkpoint without it.
+        """
+        # The mark of a rank without parameters is never saved, so loading would drop it.
         has_mark = NO_PARAMS_KEY in self.state
         kept = kept_in(state_dict)
         super().load_state_dict(with_current_values(dict(state_dict), self.param_groups, list(self.defaults)))
+        # With state comes having stepped: a real step at lr 0 must not pass for the hidden step of checkpoint code.
         self._has_stepped = self._has_stepped or bool(state_dict["state"])
         if has_mark:
             mark_initialized(self.state, [])
         restore_kept(self, kept)
-        if any(self._runner.kept.is_kept_by(bound.index) for bound in self._transforms):
+        if self._runner.kept.keeps_any:
             # What the checkpoint lacks begins anew. The optimizers' state too, and first: Adam begins its own only while
-            # a parameter has none, and would not see that a kept number is not its.
+            # a parameter has none, and cannot know that a kept number is not Adam's.
             self._initialize(is_loaded=True)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: groups, and state by the position of the parameter."""
+        # torch refuses to save state of tensors that no group holds any more.
         self._follow_params(self._runner.params.read().entries)
         return without_mark(super().state_dict())
 
@@ -157,6 +170,7 @@ class Chain(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch calls this in load_state_dict, too, where the runner is there already.
         if "_runner" not in self.__dict__:
             self._make_runner()
 
@@ -220,10 +234,23 @@ class Chain(torch.optim.Optimizer):
         # Nothing has been changed up to here, and nothing that was refused has to be undone.
         params = runner.prepare()
         self._follow_params(params.entries)
-        if self._is_init_step(closure):
-            return self._begin_state()
+
+        # Checkpoint code steps an optimizer whose state it misses, with every lr and gradient 0; that must change nothing.
+        if not self._first_step.is_past:
+            lr_keys = [bound.keys["lr"] for bound in self._transforms if isinstance(bound.transform, LR)]
+            # A chain without a learning rate has no step that moves nothing.
+            may_be_idle = not self._has_stepped and closure is None and bool(lr_keys)
+            is_idle = may_be_idle and all(bool(group[key] == 0) for group in self.param_groups for key in lr_keys)
+            if self._first_step.is_init_step(is_idle):
+                # Optimizers that are not torch's own begin their state in their first step: they do so now.
+                step = runner.new_step(self._inner_optimizers)
+                for inner in self._inner_optimizers.values():
+                    if not any(inner.has_state(entry.tensor) for entry in step.entries):
+                        inner.update(step.batches)
+                return None
 
         evaluate = None if closure is None else runner.decaying(closure)
+        # Gradients may come from the closure only, so it is evaluated before the step is assembled.
         if self._closure_optimizer is None:
             loss, moved = None if evaluate is None else evaluate(), None
         elif evaluate is None:
@@ -244,6 +271,7 @@ class Chain(torch.optim.Optimizer):
     # --- state -------------------------------------------------------------------------------------------------------
 
     def _make_inner_optimizers(self) -> None:
+        # State keys of the first optimizer are torch's own, so its checkpoints load into the optimizer alone, and back.
         wraps = [(bound, bound.transform) for bound in self._transforms if isinstance(bound.transform, Wrap)]
         for number, (bound, wrap) in enumerate(wraps):
             inner = wrap.inner_optimizer(bound, self, f"_{number}" if number else "")
@@ -265,6 +293,7 @@ class Chain(torch.optim.Optimizer):
         for inner in self._inner_optimizers.values():
             inner.initialize(members)
         self._runner.kept.create(params.entries, params.groups, is_loaded)
+        # Where all state is there, parameters without any are marked, or checkpoint code would step this rank alone.
         if self._closure_optimizer is None and all(
             inner.keeps_no_more(self.param_groups) for inner in self._inner_optimizers.values()
         ):
@@ -283,27 +312,10 @@ class Chain(torch.optim.Optimizer):
             self.state.pop(gone, None)
         self._initialize()
 
-    # --- the hidden step of checkpoint code --------------------------------------------------------------------------
-
-    def _is_init_step(self, closure: Callable[[], Any] | None) -> bool:
-        if self._first_step.is_past:
-            return False
-        keys = [bound.keys["lr"] for bound in self._transforms if isinstance(bound.transform, LR)]
-        # A chain without a learning rate has no step that moves nothing.
-        may_be_idle = not self._has_stepped and closure is None and bool(keys)
-        is_idle = may_be_idle and all(bool(group[key] == 0) for group in self.param_groups for key in keys)
-        return self._first_step.is_init_step(is_idle)
-
-    def _begin_state(self) -> None:
-        """Let optimizers that are not torch's own, which begin their state in their first step, do so."""
-        step = self._runner.new_step(self._inner_optimizers)
-        for inner in self._inner_optimizers.values():
-            if not any(inner.has_state(entry.tensor) for entry in step.entries):
-                inner.update(step.batches)
-
 
 def validate_transforms(transforms: Sequence[Any]) -> None:
     """Raise ValueError for transforms that cannot stand in one chain, or not in this order."""
+    # What the ranks could disagree on shows in the first step only; what one rank can see is refused here.
     if not transforms:
         raise ValueError("Chain needs at least one transform, e.g. Chain(params, Adam(), WeightDecay(0.1), LR(1e-3))")
     for transform in transforms:

@@ -393,7 +393,8 @@ class Attachment:
                 self._joint.end()
         # Many optimizers begin their state in their first step, and only then there is room for kept numbers.
         self._create_kept()
-        if not self._joint.is_open:
+        # A hidden step is no part of a joint step.
+        if is_complete or self._is_init_step:
             self._just_stepped.clear()
 
     def _is_nested(self, optimizer: Optimizer) -> bool:

@@ -48,11 +48,6 @@ class JointStep:
     # --- which steps belong together -------------------------------------------------------------
 
     @property
-    def is_open(self) -> bool:
-        """Whether some optimizer has stepped, and another has not."""
-        return not self.each_alone and bool(self._found_inf)
-
-    @property
     def is_complete(self) -> bool:
         """Whether all optimizers have stepped."""
         return self.each_alone or len(self._found_inf) == len(self.optimizers)
@@ -64,17 +59,18 @@ class JointStep:
         Returns whether a new one has begun.
         Raises ValueError if the decay of the last one still waits for updates.
         """
+        is_open = not self.each_alone and bool(self._found_inf)  # some have stepped, and others have not
         scaler = None if self.each_alone else _scaler_of_this_step()
         # A scaler has these only until its next update: the same object as long as that has not come.
         scaler_states = None if scaler is None else _torch.scaler_states(scaler)
-        is_same = self.is_open and id(optimizer) not in self._found_inf and scaler_states is self._scaler_states
+        is_same = is_open and id(optimizer) not in self._found_inf and scaler_states is self._scaler_states
         if is_same and not self._needs_updates:
             # New gradients: the training loop has left out the optimizers that have not stepped, and has gone on.
             then = self._grads.get(id(optimizer), [])
             is_same = all(new is old for new, old in zip(_grads_of(optimizer), then, strict=False))
         if is_same:
             return False
-        is_waiting = self.is_open and self._needs_updates and not has_raised
+        is_waiting = is_open and self._needs_updates and not has_raised
         self.end()
         if is_waiting:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class GradOverride:
     written_at: int
 
 
+@dataclass(slots=True)
 class Overrides:
     """Everything that is changed for the length of a step, and has to be put back.
 
@@ -74,9 +75,8 @@ class Overrides:
     grads: changed gradients, in the order of the changes.
     """
 
-    def __init__(self) -> None:
-        self.groups: dict[int, GroupOverride] = {}
-        self.grads: list[GradOverride] = []
+    groups: dict[int, GroupOverride] = field(default_factory=dict)
+    grads: list[GradOverride] = field(default_factory=list)
 
     def set_decay(self, group: dict[str, Any], weight_decay: float) -> None:
         """Let the optimizer do a decoupled decay of its own in this group.
