@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .blocks import Ops, Workspace, blocks, is_large
 from .compile import TOGETHER, TRACED, compiled
-from .formulas import DecayTerm, Mask, Numbers, Rate, Write, update_, with_terms
-from .stochastic import LOW, RandomBits, spans_of
+from .formulas import ELEMENTARY_ORDS, DecayTerm, Mask, Numbers, Rate, Write, update_, with_terms
+from .stochastic import LOW, RandomBits
 
 
 def apply_(
@@ -44,12 +44,14 @@ def apply_(
     # Rates are added as they come (metrics are float64), and rounded to the dtype of the arithmetic once, as one factor.
     keep = 1 - sum(l2[1:], start=l2[0]) if l2 else None
     bent = [term for term in terms if not term.is_l2]
+    # Not so for bf16 and fp16: a factor that is a tensor would be rounded to their 8 or 11 bits, at usual rates to 1.
     if keep is not None and not bent and updates is None and params[0].dtype not in LOW:
         # Memory is read once and no temporary is made: blocks would gain nothing.
         torch._foreach_mul_(params, _operand(keep, range(len(params)), params[0]))
         return
     lists = [params] if updates is None else [params, updates]
-    # A tensor is never known to be 1 without reading it, which would wait for the device.
+    # A unit scale is part of the formula: u is added or subtracted as it is, with one rounding and no temporary. A tensor
+    # is never known to be 1 without reading it, which would wait for the device.
     is_unit = not isinstance(scale, Tensor) and abs(scale) == 1
     write = Write(
         tuple(term.kind for term in bent),
@@ -59,6 +61,7 @@ def apply_(
         spends_us=clear,
     )
     numbers = Numbers(keep, [term.rate for term in bent], None if is_unit else scale)
+    # Numbers apart from the formula: they change in every step, and a formula is compiled once.
     _write_(write, numbers, lists, mask, workspace, random_bits)
 
 
@@ -103,7 +106,9 @@ def add_terms(
     # `out` is written last, a block at a time, so it may be one of the lists that are read.
     for positions, (*pieces, outs) in blocks(*lists, out):
         workspace.begin_block()
-        wide = _widened(workspace, pieces)
+        # Terms of bf16 or fp16 are computed in float32, as everywhere, and rounded once: when they are copied to `out`.
+        is_low = pieces[0][0].dtype in LOW
+        wide: Sequence[list[Tensor]] = [workspace.copies(some, torch.float32) for some in pieces] if is_low else pieces
         ps, us = wide[:2]
         rates = [_operand(term.rate, positions, ps[0]) for term in terms]
         factor = _operand(scale, positions, us[0])
@@ -114,6 +119,7 @@ def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     """new − old as new tensors; of bf16 and fp16 in float32, where it is not rounded to 8 or 11 bits again."""
     out = [torch.empty_like(one, dtype=torch.float32 if one.dtype in LOW else None) for one in new]
     for _, (outs, news, olds) in blocks(out, new, old):
+        # Copied first: new − old as one operation would be rounded to their own dtype before it gets here.
         torch._foreach_copy_(outs, news)
         torch._foreach_sub_(outs, olds)
     return out
@@ -121,6 +127,7 @@ def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
 
 def _with_mask(write: Write, lists: list[list[Tensor]], mask: Mask | None) -> tuple[Write, list[list[Tensor]]]:
     """The write and its lists, with what the mask is taken of, if a term looks at it; a list that is there already is not added."""
+    # A list that nobody looks at would be widened all the same, and compiled into the formula.
     if mask is None or not any(kind.cautious for kind in write.kinds):
         return write, lists
     lists, places = list(lists), list[int]()
@@ -151,8 +158,9 @@ def _write_(
     # What the compiler would round otherwise is not given to it: p + alpha·u is one rounding or two, and its pow is another.
     # Nor are random bits, which go by the place in a tensor.
     adds_once = write.us is None or write.unit_scale is not None or write.spends_us or isinstance(numbers.scale, Tensor)
-    is_exact = adds_once and all(kind.is_elementary for kind in write.kinds)
+    is_exact = adds_once and all(kind.ord in ELEMENTARY_ORDS for kind in write.kinds)
     compiles = is_exact and random_bits is None and workspace.compiles
+    # p ← keep·p − u is so little work that the calls of small operations count, and blocks hold more tensors.
     few_operations = not (compiles or is_low or write.kinds)
     for positions, pieces in blocks(*lists, together=TOGETHER if compiles else 0, few_operations=few_operations):
         # Small tensors are not compiled: one call of it costs more than all of their operations.
@@ -163,7 +171,7 @@ def _write_(
         workspace.begin_block()
         round_ = None
         if random_bits is not None:
-            round_ = partial(random_bits.round_, spans_of(pieces[0], positions, lists[0]), workspace)
+            round_ = partial(random_bits.round_, workspace, positions, lists[0])
         _write_block_(workspace, write, numbers, positions, pieces, round_)
 
 
@@ -183,34 +191,35 @@ def _write_block_(
     round_: Callable[[list[Tensor], list[Tensor]], None] | None = None,
 ) -> None:
     """Write the first list of a block. round_: `round_(targets, values)` writes float32 values to bf16 or fp16; None: nearest."""
-    wide = _widened(ops, pieces)
+    is_low = pieces[0][0].dtype in LOW
+    wide: Sequence[list[Tensor]] = [ops.copies(some, torch.float32) for some in pieces] if is_low else pieces
     of_block = numbers.each(partial(_operand, positions=positions, like=wide[0][0]))
     if write.us is not None:
         # In the dtype of u, which is not that of p where a gradient has one of its own.
         of_block = of_block._replace(scale=_operand(numbers.scale, positions, wide[write.us][0]))
     update_(ops, write, of_block, wide)
-    if wide is not pieces:
+    if is_low:
+        # The only rounding to the parameter's dtype, whatever terms there are.
         (round_ or ops.copy_)(pieces[0], wide[0])
     if write.spends_us and write.us is not None:
         # The next step wants zeros there, and here the block is still in the cache.
-        ops.zero_(pieces[write.us])
-
-
-def _widened(ops: Ops, lists: Sequence[list[Tensor]]) -> Sequence[list[Tensor]]:
-    """Copies of the lists in float32 if the first is bf16 or fp16, else the lists themselves."""
-    if lists[0][0].dtype not in LOW:
-        return lists
-    return [ops.copies(tensors, torch.float32) for tensors in lists]
+        if ops is TRACED:
+            # Zeros that the compiler takes for something made of u: plain ones it would write in a second loop over memory.
+            for u in pieces[write.us]:
+                u.copy_(torch.gt(u, torch.inf))
+        else:
+            torch._foreach_zero_(pieces[write.us])
 
 
 def _operand(rate: Any, positions: Sequence[int], like: Tensor) -> Any:
     """A rate for the tensors at these positions, as operations take it: a number, a 0-d tensor, or a list of those."""
     if not isinstance(rate, Tensor):
         return rate
+    # Converted here and not by the operation: one rounding, and the same one on every device.
     rate = rate.to(like.device, like.dtype)
     if rate.dim() == 0:
         return rate
-    # One operation for all of them, not one for each.
+    # One operation for all of them, not one for each. Positions ascend, and some may be left out between them.
     stretch = rate[positions[0] : positions[-1] + 1].unbind()
     return [stretch[position - positions[0]] for position in positions]
 

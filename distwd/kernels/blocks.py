@@ -7,7 +7,7 @@ write to them. `BufferPool` and `ZeroPool` keep whole tensors from step to step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ Block = tuple[list[int], tuple[list[Tensor], ...]]
 # The second operand of an operation: one number or 0-d tensor for all tensors of a list, or a list with one for each.
 Operand = float | Tensor | list[Tensor]
 Call = Callable[..., Any]
-Operation = Callable[..., list[Tensor]]
+# What the operations of Ops take after the object itself, and what they return.
+Unary = Callable[["Ops", list[Tensor]], list[Tensor]]
+Binary = Callable[["Ops", list[Tensor], Operand], list[Tensor]]
 
 
 def block_size(device: torch.device) -> int:
@@ -74,7 +76,7 @@ def blocks(*lists: Sequence[Tensor], together: int = 0, few_operations: bool = F
     ones not at all. A tensor that is not contiguous comes whole and alone. The pieces are views: writing to them writes to
     the tensors.
     """
-    device = lists[0][0].device if lists[0] else torch.device("cpu")
+    device = lists[0][0].device if lists[0] else torch.device("cpu")  # of empty lists nothing will come
     size, small = block_size(device), small_size(device, few_operations)
     chosen: list[int] = []  # small tensors that wait for others to share their block
     filled = 0
@@ -82,49 +84,46 @@ def blocks(*lists: Sequence[Tensor], together: int = 0, few_operations: bool = F
     for position, tensors in enumerate(zip(*lists, strict=True)):
         numel = tensors[0].numel()
         if 0 < numel <= small:
+            # One call for many of them: the call costs microseconds, whatever the size.
             if filled + numel > size:
                 yield chosen, tuple([tensors[index] for index in chosen] for tensors in lists)
                 chosen, filled = [], 0
             chosen.append(position)
             filled += numel
         elif numel and not all(tensor.is_contiguous() for tensor in tensors):
+            # It has no flat view, and a flat copy would not be written back.
             yield [position], tuple([tensor] for tensor in tensors)
         elif numel and together:
             uncut.append(([position], tuple([tensor.view(-1)] for tensor in tensors)))
         elif numel:
+            # Flat views, cut at the same elements in every list: a shape does not matter to elementwise operations.
             for parts in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
                 yield [position], tuple([part] for part in parts)
     if chosen:
         yield chosen, tuple([tensors[index] for index in chosen] for tensors in lists)
     while uncut:
-        some, uncut = _halved_until(uncut[:together], together, small), uncut[together:]
-        if len(some) < together:
-            yield from some
+        whole, uncut = uncut[:together], uncut[together:]
+        cut = list(whole)
+        # A compiled formula takes a fixed number of tensors, and each other number would be compiled anew, in seconds.
+        # Where too few are left, the largest is halved until there are enough.
+        while len(cut) < together:
+            largest = max(range(len(cut)), key=lambda index: cut[index][1][0][0].numel())
+            own, pieces = cut[largest]
+            half = pieces[0][0].numel() // 128 * 64  # whole vectors
+            if half <= small:
+                # Halves that count as small would not be compiled at all; so each comes whole, in a call of its own.
+                yield from whole
+                break
+            cut[largest : largest + 1] = [
+                (own, tuple([piece[where]] for (piece,) in pieces)) for where in (slice(half), slice(half, None))
+            ]
         else:
-            columns = zip(*(pieces for _, pieces in some), strict=True)
-            yield [position for own, _ in some for position in own], tuple([p for (p,) in column] for column in columns)
+            columns = zip(*(pieces for _, pieces in cut), strict=True)
+            yield [position for own, _ in cut for position in own], tuple([p for (p,) in column] for column in columns)
 
 
-def _halved_until(some: list[Block], number: int, small: int) -> list[Block]:
-    """Blocks of one flat piece each, the largest halved until there are `number`; unchanged if that makes small ones.
-
-    A compiled formula takes a fixed number of tensors, and each other number would be compiled anew, in seconds.
-    """
-    parts = list(some)
-    while len(parts) < number:
-        largest = max(range(len(parts)), key=lambda index: parts[index][1][0][0].numel())
-        position, lists = parts[largest]
-        half = lists[0][0].numel() // 128 * 64  # whole vectors
-        if half <= small:
-            return some
-        parts[largest : largest + 1] = [
-            (position, tuple([piece[where]] for (piece,) in lists)) for where in (slice(half), slice(half, None))
-        ]
-    return parts
-
-
-def _operation(one: Call, each: Call, in_place: bool = False) -> Operation:
-    """A method of Ops: `one` does it to a tensor, `each` to a list of tensors."""
+def _operation(one: Call, each: Call, in_place: bool = False) -> Any:
+    """A method of Ops: `one` does it to a tensor, `each` to a list of tensors. Its type stands where it is assigned."""
 
     def method(self: Ops, xs: list[Tensor], *ys: Operand, **settings: float) -> list[Tensor]:
         return self.run(one, each, in_place, xs, *ys, **settings)
@@ -143,20 +142,21 @@ class Ops:
     Workspace does it at once, in memory that is kept.
     """
 
-    mul = _operation(torch.mul, torch._foreach_mul)  # x·y
-    mul_ = _operation(Tensor.mul_, torch._foreach_mul_, in_place=True)
-    sub = _operation(torch.sub, torch._foreach_sub)  # x − y
-    sub_ = _operation(Tensor.sub_, torch._foreach_sub_, in_place=True)
+    # A table and no methods, since each would be the same three lines; the types are what an editor shows. `add` is open,
+    # since the type of a callable cannot name a keyword:  add(xs, ys, alpha=1.0).
+    mul: ClassVar[Binary] = _operation(torch.mul, torch._foreach_mul)  # x·y
+    mul_: ClassVar[Binary] = _operation(Tensor.mul_, torch._foreach_mul_, in_place=True)
+    sub: ClassVar[Binary] = _operation(torch.sub, torch._foreach_sub)  # x − y
+    sub_: ClassVar[Binary] = _operation(Tensor.sub_, torch._foreach_sub_, in_place=True)
     # x + alpha·y: one rounding or two, as the device does it; for alpha 1 or −1 it is one.
-    add = _operation(torch.add, torch._foreach_add)
-    add_ = _operation(Tensor.add_, torch._foreach_add_, in_place=True)
-    sign = _operation(torch.sign, torch._foreach_sign)
-    abs = _operation(torch.abs, torch._foreach_abs)
-    pow = _operation(torch.pow, torch._foreach_pow)  # x^y
-    clamp_min_ = _operation(Tensor.clamp_min_, torch._foreach_clamp_min_, in_place=True)  # max(x, y)
-    clamp_max_ = _operation(Tensor.clamp_max_, torch._foreach_clamp_max_, in_place=True)  # min(x, y)
-    copy_ = _operation(Tensor.copy_, torch._foreach_copy_, in_place=True)  # y, rounded to the nearest
-    zero_ = _operation(Tensor.zero_, torch._foreach_zero_, in_place=True)
+    add: ClassVar[Callable[..., list[Tensor]]] = _operation(torch.add, torch._foreach_add)
+    add_: ClassVar[Callable[..., list[Tensor]]] = _operation(Tensor.add_, torch._foreach_add_, in_place=True)
+    sign: ClassVar[Unary] = _operation(torch.sign, torch._foreach_sign)
+    abs: ClassVar[Unary] = _operation(torch.abs, torch._foreach_abs)
+    pow: ClassVar[Binary] = _operation(torch.pow, torch._foreach_pow)  # x^y
+    clamp_min_: ClassVar[Binary] = _operation(Tensor.clamp_min_, torch._foreach_clamp_min_, in_place=True)  # max(x, y)
+    clamp_max_: ClassVar[Binary] = _operation(Tensor.clamp_max_, torch._foreach_clamp_max_, in_place=True)  # min(x, y)
+    copy_: ClassVar[Binary] = _operation(Tensor.copy_, torch._foreach_copy_, in_place=True)  # y, rounded to the nearest
 
     def copies(self, xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """x in another dtype."""
@@ -193,6 +193,7 @@ class Workspace(Ops):
 
     def begin_block(self) -> None:
         """Nothing that was taken is needed any more."""
+        # The buffers stay: what counts is how many of them this block has taken.
         self._num_taken.clear()
 
     def empty(self, numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -210,28 +211,17 @@ class Workspace(Ops):
 
     def copies(self, xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """x in another dtype; of one large piece in kept memory."""
-        if len(xs) > 1:
+        if len(xs) > 1:  # as in `run`
             return super().copies(xs, dtype)
         (x,) = xs
         return [self.empty(x.numel(), x.device, dtype).view(x.shape).copy_(x)]
-
-    def joined(self, xs: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """A copy of all elements of several tensors, flat."""
-        flat = self.empty(sum(x.numel() for x in xs), xs[0].device, dtype)
-        shapes = {x.shape for x in xs}
-        rows = {shape[1:] for shape in shapes}
-        # Tensors with rows of one shape are joined as they are: flat views of many small ones cost as much as all the rest.
-        if len(rows) == 1 and all(shapes):
-            torch.cat(xs, out=flat.view(-1, *rows.pop()))
-        else:
-            torch.cat([x.reshape(-1) for x in xs], out=flat)
-        return flat
 
     def run(
         self, one: Call, each: Call, in_place: bool, xs: list[Tensor], *ys: Operand, **settings: float
     ) -> list[Tensor]:
         """Do an operation at once: on many small pieces as foreach does it, on one large piece in kept memory."""
         if in_place:
+            # Nothing is allocated, so one large piece is no special case; and foreach takes a list of operands as it is.
             each(xs, *ys, **settings)
             return xs
         # Many small pieces: a view of kept memory for each would cost more than what foreach allocates.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._torch import shape_config
 from .blocks import Ops
@@ -20,17 +19,8 @@ from .blocks import Ops
 TOGETHER = 8
 
 
-class Traced(Ops):
-    """Plain operations on each tensor; what lies between them is the compiler's business."""
-
-    def zero_(self, xs: list[Tensor]) -> None:  # type: ignore[override]
-        """x ← 0."""
-        # Zeros that the compiler takes for something made from x: plain ones it would write in a second loop over memory.
-        for x in xs:
-            x.copy_(torch.gt(x, torch.inf))
-
-
-TRACED = Traced()
+# The operations of a formula that is compiled: plain ones on each tensor. What lies between them is the compiler's business.
+TRACED = Ops()
 
 
 @functools.cache
@@ -64,6 +54,7 @@ def compiled(formula: Callable[..., Any], *form: Hashable) -> Callable[..., Any]
 def check_compiler(device_type: str) -> None:
     """Raise ValueError if torch.compile does not work here; tried on a formula of one line."""
     try:
+        # torch.compile is lazy: it looks for a compiler only when what it made is first called.
         compiled(torch.neg)(torch.ones(8, device=device_type))
     except RuntimeError as error:  # torch's own family of errors for this; a missing compiler is one of them
         reason = str(error).strip().split("\n")[0]

@@ -24,6 +24,10 @@ Rate = float | Tensor
 _POW_PIECE = 1 << 14
 _WHOLE_VECTORS = 64
 
+# Where d(p) is made of operations that round once in IEEE arithmetic, so that anyone who computes it gets the same bits:
+# sign(p), p, and from 3 on products |p|·|p|·... Products of more factors lose digits that `pow` keeps.
+ELEMENTARY_ORDS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+
 
 class TermKind(NamedTuple):
     """A DecayTerm without its numbers: what is the same in every step, and can be hashed."""
@@ -31,11 +35,6 @@ class TermKind(NamedTuple):
     ord: float
     cautious: bool
     sign: int
-
-    @property
-    def is_elementary(self) -> bool:
-        """Whether d(p) is made of operations that round once in IEEE arithmetic: then anyone who computes it gets the same bits."""
-        return self.ord == 1 or self.ord == 2 or _is_product(self.ord - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +151,12 @@ def update_(ops: Ops, write: Write, numbers: Numbers, lists: Sequence[list[Tenso
         ops.mul_(ts, numbers.keep)
     for one in decays:
         ops.sub_(ts, one)
+    # The update last, as in torch's AdamW: sums of floats depend on their order.
     if write.us is None:
         return
     us, scale = lists[write.us], numbers.scale
     if write.unit_scale is not None:
+        # ±1 times u is exact: one rounding, of the sum, and no temporary.
         ops.add_(ts, us, alpha=-write.unit_scale)
         return
     assert scale is not None, "the scale is either a number or a unit"
@@ -179,6 +180,8 @@ def decay(ops: Ops, kind: TermKind, rate: Operand, ps: list[Tensor], mask: Mask 
         # product of two small numbers would vanish.
         signs = ops.sign(mask.us)
         ps = ops.mul(ps, signs)
+        # p·sign(u) is |p| where both have one sign, and −|p| where not. What shall not decay is cut off to 0, and the
+        # second product gives the rest the sign of p again. No boolean mask: it would be a temporary of another dtype.
         if kind.sign * mask.sign > 0:
             ops.clamp_min_(ps, 0.0)
         else:
@@ -194,7 +197,7 @@ def decay(ops: Ops, kind: TermKind, rate: Operand, ps: list[Tensor], mask: Mask 
     if kind.ord != 1:
         magnitudes, exponent = ops.abs(ps), kind.ord - 1
         # Products have the same bits on every device and in every vector width; `pow` has not.
-        if _is_product(exponent):
+        if kind.ord in ELEMENTARY_ORDS:
             powers = ops.mul(magnitudes, magnitudes)
             for _ in range(int(exponent) - 2):
                 ops.mul_(powers, magnitudes)
@@ -241,21 +244,18 @@ def difference(ops: Ops, xs: list[Tensor], minus: list[Tensor]) -> list[Tensor]:
     return ops.sub(xs, minus)
 
 
-def _is_product(exponent: float) -> bool:
-    """Whether |p|^exponent is computed as |p|·|p|·...; of more factors that loses digits."""
-    return float(exponent).is_integer() and 2 <= exponent <= 8
-
-
 def _steady_pow_(x: Tensor, exponent: float) -> None:
     """x ← x^exponent, each element with the same bits wherever it stands.
 
     On a CPU, torch computes whole vectors with one algorithm and the rest of a tensor with another that rounds differently;
     a tensor cut elsewhere has its rest elsewhere. Padded to whole vectors, there is no rest.
     """
+    # A GPU has one algorithm for all elements.
     if x.device.type != "cpu":
         x.pow_(exponent)
         return
     flat = x.reshape(-1)
+    # A copy, since there is no room behind the elements of x.
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % _WHOLE_VECTORS), value=1.0)
     for piece in padded.split(_POW_PIECE):
         piece.pow_(exponent)

@@ -21,7 +21,7 @@ how far apart two neighbouring indices are in the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +100,29 @@ class RandomBits:
     keys: Sequence[int]
     key: int
 
-    def round_(self, spans: Sequence[Span], workspace: Workspace, targets: list[Tensor], values: list[Tensor]) -> None:
-        """targets (bf16 or fp16) ← values (float32), each rounded once. spans: which elements these are."""
+    def round_(
+        self,
+        workspace: Workspace,
+        positions: Sequence[int],
+        wholes: Sequence[Tensor],
+        targets: list[Tensor],
+        values: list[Tensor],
+    ) -> None:
+        """targets ← values, each element rounded once.
+
+        workspace: where random bits are made.
+        positions: of the tensors of this block, in `wholes`.
+        wholes: the local tensors.
+        targets: bf16 or fp16, what a block has of those tensors: all elements, or a slice of one as a view.
+        values: float32, of the shapes of `targets`.
+        """
+        spans: list[Span] = []
+        for position, target in zip(positions, targets, strict=True):
+            whole = wholes[position]
+            # A tensor with gaps always comes whole, and its offsets do not count elements.
+            is_slice = target.numel() != whole.numel()
+            start = int(target.storage_offset() - whole.storage_offset()) if is_slice else 0
+            spans.append((position, start, start + target.numel()))
         flat = values[0].reshape(-1) if len(values) == 1 else torch.cat([value.reshape(-1) for value in values])
         rounded = dithered(flat, self.bits(spans, flat.device, workspace), targets[0].dtype)
         parts = rounded.split([target.numel() for target in targets])
@@ -138,19 +159,6 @@ class RandomBits:
         return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=shifted))
 
 
-class RandomStream:
-    """The random bits of one batch of tensors in one step; others at each write."""
-
-    def __init__(self, make: Callable[[int], RandomBits]) -> None:
-        self._make = make
-        self._num_writes = 0
-
-    def next(self) -> RandomBits:
-        """For the next write."""
-        self._num_writes += 1
-        return self._make(self._num_writes - 1)
-
-
 def dithered(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """x rounded at random to numbers that `dtype` has: up with the probability of the distance from the one below.
 
@@ -169,16 +177,6 @@ def dithered(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         up = bits.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24) < steps.sub_(below)
         rounded = below.add_(up).mul_(gap).copysign_(x)
     return torch.where(x.abs() <= torch.finfo(dtype).max, rounded, x, out=rounded)
-
-
-def spans_of(parts: list[Tensor], positions: list[int], wholes: Sequence[Tensor]) -> list[Span]:
-    """Which elements of the local tensors `wholes` these pieces of a block are: all, or a slice of one."""
-    spans = []
-    for position, part in zip(positions, parts, strict=True):
-        whole = wholes[position]
-        start = 0 if part.numel() == whole.numel() else int(part.storage_offset() - whole.storage_offset())
-        spans.append((position, start, start + part.numel()))
-    return spans
 
 
 def _seed_row(x: Tensor, runs: Sequence[Run], offset: int, start: int, stop: int, workspace: Workspace) -> None:

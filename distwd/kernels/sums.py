@@ -41,16 +41,10 @@ class Statistic:
 
     def combine(self, values: Tensor) -> Tensor:
         """The statistic of all, of which the last dimension of `values` holds the statistics of parts."""
+        # A NaN comes through each of the three, and so shows on every rank.
         if self.is_sum:
             return values.sum(-1)
         return values.amax(-1) if self.kind == "max" else values.amin(-1)
-
-    @property
-    def of_zeros(self) -> float | None:
-        """What elements that count as zero contribute, where that is not nothing."""
-        if self.kind == "min":
-            return 0.0
-        return math.inf if self.kind == "power" and self.p < 0 else None
 
 
 SUM, ABS, SQUARE = Statistic("sum"), Statistic("power", 1.0), Statistic("power", 2.0)
@@ -60,16 +54,6 @@ COUNT, MAX, MIN = Statistic("count"), Statistic("max"), Statistic("min")
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 where the device has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def identity(statistic: Statistic, device: torch.device) -> Tensor:
-    """What a rank without elements contributes, 0-d."""
-    return torch.full((), statistic.identity, dtype=wide_dtype(device), device=device)
-
-
-def combine(values: list[Tensor], statistic: Statistic) -> Tensor:
-    """One 0-d number out of several of the same statistic."""
-    return values[0] if len(values) == 1 else statistic.combine(torch.stack(values))
 
 
 def local_statistics(
@@ -100,17 +84,21 @@ def local_statistics(
             # What the stretches leave over: a few elements of each tensor.
             rest = [[piece[end:] for piece, end in zip(some, ends, strict=True)] for some in pieces]
             pieces = tuple([piece for piece in some if piece.numel()] for some in rest)
+        # What a compiled call left over may be nothing.
         if pieces[0]:
             workspace.begin_block()
             parts.append(_of_rows(workspace, wanted, 1, *pieces))
         for part in parts:
             for values, value in zip(found, part, strict=True):
                 values.append(value[0])
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return {
-        statistic: combine(values or [identity(statistic, device)], statistic)
-        for statistic, values in zip(wanted, found, strict=True)
-    }
+    totals = {}
+    for statistic, values in zip(wanted, found, strict=True):
+        if not values:
+            device = tensors[0].device if tensors else torch.device("cpu")
+            values = [torch.full((), statistic.identity, dtype=wide_dtype(device), device=device)]
+        # A model of small tensors is one block: two calls less, for each statistic.
+        totals[statistic] = values[0] if len(values) == 1 else statistic.combine(torch.stack(values))
+    return totals
 
 
 def statistics_of_each(
@@ -122,6 +110,7 @@ def statistics_of_each(
     """
     numel, device, wanted = tensors[0].numel(), tensors[0].device, tuple(statistics)
     found: list[list[Tensor]] = [[] for _ in wanted]
+    # Large tensors are blocks of their own anyway; and of one there is nothing to join.
     if len(tensors) == 1 or numel > small_size(device, few_operations=not workspace.compiles):
         for number, tensor in enumerate(tensors):
             of_one = local_statistics([tensor], wanted, workspace, minus[number : number + 1])
@@ -159,9 +148,17 @@ def _of_rows(
     # their signs, they are absolute values, taken where that costs least.
     is_signed, wide = SUM in statistics, wide_dtype(pieces[0].device)
     if isinstance(ops, Workspace) and len(pieces) > 1:
-        # torch joins many tensors fast only where it need not convert them.
+        # Small tensors are joined, so that each operation is one call. torch joins many fast only where it need not
+        # convert them: first in their own dtype, if they have one, and then all at once.
         dtype = pieces[0].dtype if all(piece.dtype == pieces[0].dtype for piece in pieces) else wide
-        x = ops.joined(pieces, dtype)
+        x = ops.empty(sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
+        shapes = {piece.shape for piece in pieces}
+        rows = {shape[1:] for shape in shapes}
+        # With rows of one shape they are joined as they are: flat views of many cost as much as all the rest.
+        if len(rows) == 1 and all(shapes):
+            torch.cat(pieces, out=x.view(-1, *rows.pop()))
+        else:
+            torch.cat([piece.reshape(-1) for piece in pieces], out=x)
         if not is_signed:
             x.abs_()
         if dtype != wide:

@@ -8,6 +8,7 @@ parameter.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.blocks import Workspace
-from ..kernels.sums import COUNT, SUM, Statistic, combine, identity, local_statistics, statistics_of_each, wide_dtype
+from ..kernels.sums import COUNT, SUM, Statistic, local_statistics, statistics_of_each, wide_dtype
 from ..sharding.collectives import max_over_ranks, sum_over_ranks
 from ..sharding.world import World
 from .metric import Metric
@@ -168,13 +169,11 @@ def measure(
     slots, workspace = slots or Slots(plan), workspace or Workspace()
     # A rank without sources takes part all the same: which collectives are made depends on the plan alone, never on
     # gradients.
-    numels = []
+    numels, partials = [], []
     for request in requests:
         device = request.sources[0].tensors[0].device if request.sources else plan.world.device
         numels.append(slots.numel(request.scope, device))
-    partials = [
-        _local_statistics(request, numel, slots, workspace) for request, numel in zip(requests, numels, strict=True)
-    ]
+        partials.append(_local_statistics(request, numels[-1], slots, workspace))
     totals = reduce_statistics(partials, plan.world)
     return [request.metric(total, numel) for request, total, numel in zip(requests, totals, numels, strict=True)]
 
@@ -245,14 +244,16 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
         measured.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
 
     slots_of_values = [slot for own, _, _ in measured for slot in own]
-    # Parameters without a tensor count as zeros. To a sum of |x|^p they add nothing, but they are the smallest |x|.
+    # Parameters without a tensor count as zeros. To most statistics they add nothing, but they are the smallest |x|, and a
+    # power of zero with a negative exponent is infinite.
     with_zeros = [slot for slot, number in missing.items() if number]
     totals = {}
     for statistic in statistics:
+        of_zero = math.inf if statistic.kind == "power" and statistic.p < 0 else 0.0
         found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in measured]
         found_slots = slots_of_values
-        if with_zeros and statistic.of_zeros is not None:
-            found.append(numel.new_full((len(with_zeros),), statistic.of_zeros))
+        if with_zeros and (of_zero or statistic.kind == "min"):
+            found.append(numel.new_full((len(with_zeros),), of_zero))
             found_slots = slots_of_values + with_zeros
         totals[statistic] = _by_slot(found_slots, found, statistic, numel)
     return totals
@@ -287,5 +288,8 @@ def _by_slot(slots: list[int], values: list[Tensor], statistic: Statistic, numel
     by_slot = defaultdict[int, list[Tensor]](list)
     for slot, value in zip(slots, joined.unbind(), strict=True):
         by_slot[slot].append(value)
-    nothing = [identity(statistic, numel.device)]
-    return torch.stack([combine(by_slot.get(slot, nothing), statistic) for slot in range(len(numel))])
+    combined = []
+    for slot in range(len(numel)):
+        some = by_slot.get(slot) or [numel.new_full((), statistic.identity)]
+        combined.append(some[0] if len(some) == 1 else statistic.combine(torch.stack(some)))
+    return torch.stack(combined)

@@ -137,7 +137,7 @@ def decay_weights_(
         key = (local.device, local.dtype, id(decay) if isinstance(decay, Tensor) else decay)
         batches.setdefault(key, []).append(position)
     for (_, dtype, _), index in batches.items():
-        random_bits = rounds.random_stream(entries, index, 0).next() if rounds.is_stochastic and dtype in LOW else None
+        random_bits = next(rounds.random_stream(entries, index, 0)) if rounds.is_stochastic and dtype in LOW else None
         term = DecayTerm(decays[index[0]], float(ord))
         if not rounds.is_stochastic:
             warn_if_lost(entries[index[0]].name, [term], dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from .._torch import calling_frame, layout_spec
 from ..checks import check_choice
 from ..kernels.formulas import DecayTerm
-from ..kernels.stochastic import LOW, GlobalIndices, RandomBits, RandomStream
+from ..kernels.stochastic import LOW, GlobalIndices, RandomBits
 from ..metrics.plan import Plan
 from ..sharding.layout import Layout, find_mark
 from ..sharding.ownership import stable_hash
@@ -82,8 +83,8 @@ class Rounding:
         index: Sequence[int],
         step: int,
         plan: Callable[[], Plan] | None = None,
-    ) -> RandomStream:
-        """The random bits of step number `step` for the entries at `index`.
+    ) -> Iterator[RandomBits]:
+        """The random bits of step number `step` for the entries at `index`; others at each write.
 
         Raises ValueError while a CUDA graph is captured.
         """
@@ -105,7 +106,7 @@ class Rounding:
             tick = _mixed(_mixed(step) + write)
             return RandomBits(global_indices, [_mixed(key ^ tick) for key in own], _mixed(shared ^ tick))
 
-        return RandomStream(make)
+        return map(make, count())
 
     def _indices_of(self, position: int, entry: NamedParam, plan: Callable[[], Plan] | None) -> GlobalIndices:
         """Which places of the whole a parameter holds; kept for as long as it is cut the same way."""

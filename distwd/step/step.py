@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels.apply import add_terms, apply_, differences
 from ..kernels.blocks import Workspace
 from ..kernels.formulas import DecayTerm, Mask, Rate
-from ..kernels.stochastic import LOW, RandomBits, RandomStream
+from ..kernels.stochastic import LOW, RandomBits
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import Source, sources_of
 from ..sharding.local import local_like, local_tensor
@@ -126,7 +126,7 @@ class Batch:
     terms: list[DecayTerm] = field(default_factory=list)
     is_absorbed: bool = False
     written: list[DecayTerm] = field(default_factory=list)
-    random_stream: RandomStream | None = None
+    random_stream: Iterator[RandomBits] | None = None
     tally: Tally | None = None
 
     @property
@@ -136,7 +136,7 @@ class Batch:
 
     def next_bits(self) -> RandomBits | None:
         """The random bits of the next write to the parameters; every write has bits of its own."""
-        return None if self.random_stream is None else self.random_stream.next()
+        return None if self.random_stream is None else next(self.random_stream)
 
     @property
     def is_materialized(self) -> bool:
