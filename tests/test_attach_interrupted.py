@@ -19,7 +19,8 @@ RULES = {
 }
 
 
-# torch wraps the step of a class when the first optimizer of just that class is made. So hooks run for the base class, too.
+# torch wraps the step of a class when the first optimizer of just that class is made. So hooks run for the base class,
+# too.
 torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
 
 

@@ -17,7 +17,9 @@ Optimizer = torch.optim.Optimizer
 
 
 class WriteBefore:
-    """Rules that need not know what the optimizer will do: those before it, and absolute ones around elementwise optimizers.
+    """Rules that need not know what the optimizer will do.
+
+    These are the rules before it, and around elementwise optimizers those that look at no update.
 
     runner: runs the rules.
     joint: the steps that belong together.

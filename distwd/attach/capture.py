@@ -24,10 +24,10 @@ Optimizer = torch.optim.Optimizer
 
 
 class UpdateCapture:
-    """Learns the update of optimizers, by a shadow copy on zeros or from a copy of the parameters, and writes decay after it.
+    """Learns what optimizers do, by a shadow copy on zeros or from a copy of the parameters, and writes decay after it.
 
-    Which of the two serves a parameter depends on nothing but the parameter, its optimizer and the rules. So all its copies
-    on other ranks go the same way, whatever those ranks hold beside it: the two round differently.
+    Which of the two serves a parameter depends on nothing but the parameter, its optimizer and the rules. So all its
+    copies on other ranks go the same way, whatever those ranks hold beside it: the two round differently.
 
     runner: runs the rules.
     joint: the steps that belong together.
@@ -102,8 +102,8 @@ class UpdateCapture:
         for batch in step.batches:
             if id(batch.group) in self._lrs:
                 batch.group = {**batch.group, "lr": self._lrs[id(batch.group)]}
-        # Each part of a batch is written in its own way. What had no gradient when the proxy stepped is in neither part:
-        # it has not been updated, whoever has put a gradient there since.
+        # Each part of a batch is written in its own way. What had no gradient when the proxy stepped is in neither
+        # part: it has not been updated, whoever has put a gradient there since.
         on_zeros, rest = (
             [part for batch in step.batches if (part := batch.select(positions)).index]
             for positions in (self._zero_proxies.positions, self._snapshot.old)
@@ -118,8 +118,8 @@ class UpdateCapture:
         self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
 
     def _uses_proxy(self, optimizer: Optimizer) -> bool:
-        # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps at
-        # once, so that everyone sees its step.
+        # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps
+        # at once, so that everyone sees its step.
         return not self._decays_at_once and self._joint.each_alone and self._zero_proxies.works_for(optimizer)
 
     def _params_of(self, optimizer: Optimizer) -> Iterator[tuple[int, NamedParam]]:
@@ -131,7 +131,7 @@ class UpdateCapture:
 
 
 class SnapshotCapture:
-    """Copies the local parameters before the optimizer steps; the update is the difference. Right for every optimizer."""
+    """Copies local parameters before the optimizer steps; the update is the difference. Right for every optimizer."""
 
     def __init__(self) -> None:
         self.old: dict[int, Tensor] = {}  # copies, by position
@@ -156,8 +156,8 @@ class SnapshotCapture:
     def adopted(self, step: Step, batches: Sequence[Batch], over_lr: bool, decays_at_once: bool) -> Iterator[None]:
         """Make batches what they would be if the optimizer had not written yet; write decay when the block has ended.
 
-        Their parameters are the old ones, and their pending update is what the optimizer did. The terms, which are of the
-        old parameters, are then written to the new ones. If the block raises, the optimizer's step is undone.
+        Their parameters are the old ones, and their pending update is what the optimizer did. The terms, which are of
+        the old parameters, are then written to the new ones. If the block raises, the optimizer's step is undone.
 
         step: the step that the batches are of.
         batches: those whose parameters were copied.
@@ -170,8 +170,8 @@ class SnapshotCapture:
             for batch in batches:
                 moved_to.append(batch.params)
                 batch.params = [self.old[position] for position in batch.index]
-                # new − old is −u. The difference is left to whoever needs it, a block at a time: as a whole it would cost
-                # the memory of another shard.
+                # new − old is −u. The difference is left to whoever needs it, a block at a time: as a whole it would
+                # cost the memory of another shard.
                 lr = batch.group["lr"] if over_lr else None
                 batch.pending = PendingUpdate(moved_to[-1], minus=batch.params, is_negated=True, applied_lr=lr)
             yield
@@ -181,7 +181,7 @@ class SnapshotCapture:
                     batch.apply_(batch.terms, with_update=True)
                     torch._foreach_copy_(params, batch.params)
                 else:
-                    # Without the decay nothing would be written here, so the parameters as they are tell what it changes.
+                    # Without the decay nothing would be written here: compare with the parameters as they are.
                     tally = batch.tally if batch.terms else None
                     without = None if tally is None else [param.clone() for param in params]
                     # The optimizer's own write stays as it is, bit for bit.

@@ -1,4 +1,4 @@
-"""Several optimizers of one model under one attachment: whose steps belong together, and what a GradScaler does to them."""
+"""Several optimizers of one model under one attachment: whose steps belong together, also under a GradScaler."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Optimizer = torch.optim.Optimizer
 class JointStep:
     """The steps of optimizers that share their metrics: each steps once, in any order, and the first measures for all.
 
-    A joint step ends when all have stepped. A new one begins before that where an optimizer steps again, or a GradScaler
-    has been updated since: then the others were skipped, by the scaler or by the training loop, which is legal. They were
-    skipped, too, where an optimizer has other gradients than when the last one stepped; but decay that waits for all
-    updates can wait for those, whatever gradients they come from.
+    A joint step ends when all have stepped. A new one begins before that where an optimizer steps again, or a
+    GradScaler has been updated since: then the others were skipped, by the scaler or by the training loop, which is
+    legal. They were skipped, too, where an optimizer has other gradients than when the last one stepped; but decay that
+    waits for all updates can wait for those, whatever gradients they come from.
 
     runner: runs the transforms.
     optimizers: all of the attachment.
     each_alone: whether they share nothing; then every step is a joint step of its own.
     needs_updates: whether the decay waits until all have stepped.
-    shared: the Step that the first optimizer has measured for all, where rules act before the optimizers; None: the next
-        optimizer measures.
+    shared: the Step that the first optimizer has measured for all, where rules act before the optimizers; None: the
+        next optimizer measures.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ def refuse_under_scaler(
 ) -> None:
     """Raise ValueError where a GradScaler that skips one of several optimizers would leave shared metrics undefined.
 
-    It unscales and judges them one after the other. So metrics of gradients are not to be had together; nor is the update
-    of an optimizer that it may pass over without a word. On every rank alike: all use a scaler, or none.
+    It unscales and judges them one after the other. So metrics of gradients are not to be had together; nor is the
+    update of an optimizer that it may pass over without a word. On every rank alike: all use a scaler, or none.
     """
     # Fused optimizers carry the scale themselves, also where something else than a GradScaler's `step` has called them.
     uses_scaler = _scaler_of_this_step() is not None

@@ -1,4 +1,4 @@
-"""What an attachment changes on an optimizer: keys of its groups, and for the length of a step settings and gradients."""
+"""What an attachment changes on an optimizer: group keys, and for the length of a step settings and gradients."""
 
 from __future__ import annotations
 
