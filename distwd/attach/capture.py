@@ -43,6 +43,7 @@ class UpdateCapture:
     def forget(self) -> None:
         """Let go of all memory."""
         self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
+        self._proxied: set[int] = set()  # optimizers whose last step was a proxy's
         self._on_zeros: set[int] = set()  # positions of parameters whose update is learnt from zeros
         self._lrs: dict[int, Rate] = {}  # learning rates that optimizers have stepped with, by group
 
@@ -52,13 +53,18 @@ class UpdateCapture:
         is_first: whether it is the first of a joint step.
         Returns what steps in its place, once it has been shown its gradients; None if the optimizer steps itself.
         """
+        # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps
+        # at once, so that everyone sees its step.
+        may_use_proxy = not self._decays_at_once and self._joint.each_alone
+        # Settled once in a step: the closure may attach another rule, or remove one.
+        uses_proxy = may_use_proxy and self._zero_proxies.works_for(optimizer)
+        self._proxied = self._proxied | {id(optimizer)} if uses_proxy else self._proxied - {id(optimizer)}
         if is_first:
             self._zero_proxies.begin()
             self._on_zeros, self._lrs = set(), {}
             copied = []
             # All optimizers of a joint step at once: if the decay fails, the steps of all of them are undone.
             for each in [optimizer] if self._joint.each_alone else self._joint.optimizers:
-                uses_proxy = self._uses_proxy(each)
                 for position, entry in self._params_of(each):
                     local = local_tensor(entry.tensor)
                     # Zeros are plain tensors, in a dtype that holds −lr·u well; bf16 and fp16 would round it again.
@@ -67,7 +73,7 @@ class UpdateCapture:
                     else:
                         copied.append((position, entry))
             self._snapshot.take(copied)
-        return self._zero_proxies.proxy_of(optimizer) if self._uses_proxy(optimizer) else None
+        return self._zero_proxies.proxy_of(optimizer) if uses_proxy else None
 
     def act(self, optimizer: Optimizer, is_first: bool) -> None:
         """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones."""
@@ -78,7 +84,7 @@ class UpdateCapture:
                 check_gradient(entry.name, grad)
                 if position in self._on_zeros:
                     updated.append((position, entry.tensor, local_tensor(entry.tensor)))
-        if self._uses_proxy(optimizer):
+        if id(optimizer) in self._proxied:
             self._zero_proxies.show_gradients(optimizer, updated)
         if not self._joint.each_alone:
             # A scheduler may step before the other optimizers have.
@@ -93,7 +99,7 @@ class UpdateCapture:
         is_complete: whether it was the last one.
         Raises ValueError if a hook has replaced the proxy. Where an error comes from the rules, all steps are undone.
         """
-        if self._uses_proxy(optimizer):
+        if id(optimizer) in self._proxied:
             self._zero_proxies.commit(optimizer, stepped)
         if not is_complete:
             return
@@ -116,11 +122,6 @@ class UpdateCapture:
             self._runner.run(step)
         # Several optimizers count their steps together, here; one that shares nothing counts its own.
         self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
-
-    def _uses_proxy(self, optimizer: Optimizer) -> bool:
-        # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps
-        # at once, so that everyone sees its step.
-        return not self._decays_at_once and self._joint.each_alone and self._zero_proxies.works_for(optimizer)
 
     def _params_of(self, optimizer: Optimizer) -> Iterator[tuple[int, NamedParam]]:
         """The parameters of an optimizer that are shown now, with their positions among all."""
