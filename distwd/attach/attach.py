@@ -27,8 +27,7 @@ from ..step.step import Step
 from ..step.transform import BoundTransform, Transform, bind, with_current_values
 from .before import WriteBefore
 from .capture import UpdateCapture
-from .joint import JointStep, refuse_under_scaler
-from .overrides import Overrides, attachments_on, unused_keys, write_keys
+from .joint import JointStep, Overrides, attachments_on, refuse_under_scaler, unused_keys, write_keys
 from .validate import check_groups, list_optimizers, needs_update, validate_optimizers
 
 COUPLINGS = ("lr", "gradient", "none")

@@ -10,8 +10,7 @@ from ..optimizers.elementwise import own_decay
 from ..optimizers.state import like_whole
 from ..step.runner import StepRunner
 from ..step.step import Step, zero_where
-from .joint import JointStep
-from .overrides import Overrides
+from .joint import JointStep, Overrides
 
 Optimizer = torch.optim.Optimizer
 

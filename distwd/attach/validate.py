@@ -13,7 +13,7 @@ from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.full_params import needs_closure
 from ..rules.base import Rule
 from ..step.runner import IN_BACKWARD
-from .overrides import attachments_on
+from .joint import attachments_on
 
 _TWICE = "param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice"
 

@@ -17,7 +17,7 @@ from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
 from ..sharding.local import local_like
 from ..step.step import Batch, PendingUpdate
-from .overrides import attachments_on
+from .joint import attachments_on
 
 Optimizer = torch.optim.Optimizer
 
