@@ -10,14 +10,15 @@ from ..optimizers.elementwise import own_decay
 from ..optimizers.state import like_whole
 from ..step.runner import StepRunner
 from ..step.step import Step, zero_where
-from .joint import JointStep
-from .overrides import Overrides
+from .joint import JointStep, Overrides
 
 Optimizer = torch.optim.Optimizer
 
 
 class WriteBefore:
-    """Rules that need not know what the optimizer will do: those before it, and absolute ones around elementwise optimizers.
+    """Rules that need not know what the optimizer will do.
+
+    These are the rules before it, and around elementwise optimizers those that look at no update.
 
     runner: runs the rules.
     joint: the steps that belong together.

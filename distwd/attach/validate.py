@@ -13,13 +13,13 @@ from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.full_params import needs_closure
 from ..rules.base import Rule
 from ..step.runner import IN_BACKWARD
-from .overrides import attachments_on
+from .joint import attachments_on
 
 _TWICE = "param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice"
 
 
 def list_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers that `attach` was given. Raises ValueError for none, for one twice, and for a parameter in two of them."""
+    """The optimizers that `attach` was given. Raises ValueError for none, for one twice, or for a parameter in two."""
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise ValueError("attach got no optimizer; pass one, or a list of those that step one model")
@@ -105,7 +105,7 @@ def _refuse_wrapper(optimizer: Any, name: str) -> None:
 
 
 def check_groups(optimizer: torch.optim.Optimizer, coupling: str) -> None:
-    """Raise ValueError if a group decays by itself, or has no lr to couple with. For every step, since groups change."""
+    """Raise ValueError if a group decays by itself, or has no lr to couple with. In every step, since groups change."""
     # Of two attachments the first may have let the optimizer do its decay in this very step.
     overridden = {group for other in attachments_on(optimizer) for group in other.overrides.groups}
     for index, group in enumerate(optimizer.param_groups):

@@ -17,7 +17,7 @@ from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
 from ..sharding.local import local_like
 from ..step.step import Batch, PendingUpdate
-from .overrides import attachments_on
+from .joint import attachments_on
 
 Optimizer = torch.optim.Optimizer
 
@@ -49,10 +49,10 @@ class ProxyOptimizer:
 
 
 class ZeroProxyCapture:
-    """Steps shadow copies of optimizers on zeros. The parameters stay as they are until the decay is written with the update.
+    """Steps shadow copies of optimizers on zeros. Parameters stay as they are until decay and update are written together.
 
-    Compared with copying the parameters and taking a difference this saves memory traffic, and −lr·u is not rounded to what
-    p has room for. Zeros are local tensors, so an optimizer of DTensors is spared their dispatch.
+    Compared with copying the parameters and taking a difference this saves memory traffic, and −lr·u is not rounded to
+    what p has room for. Zeros are local tensors, so an optimizer of DTensors is spared their dispatch.
     """
 
     def __init__(self) -> None:
@@ -94,8 +94,8 @@ class ZeroProxyCapture:
         """Let the proxy step zeros in place of parameters.
 
         optimizer: the original.
-        updated: (position among all, parameter, its local tensor) of those with a gradient that zeros can stand for. Its
-            others are stepped as they are.
+        updated: (position among all, parameter, its local tensor) of those with a gradient that zeros can stand for.
+            Its others are stepped as they are.
         """
         proxy = self._proxies[id(optimizer)]
         positions = [position for position, *_ in updated]
@@ -118,7 +118,7 @@ class ZeroProxyCapture:
             # In groups of their own, since DTensors and plain tensors do not go together in one list.
             groups += [{**group, "params": [one for _, one in some]} for some in (on_zeros, rest) if some]
             proxy.stepped += on_zeros + rest
-        # Keyed by what is stepped. The tensors in it are the original's, so what the step changes in place needs no commit.
+        # By what is stepped. The tensors are the original's, so what the step changes in place needs no commit.
         states = ((one, borrow_state(optimizer.state, param, "", one is not param)) for param, one in proxy.stepped)
         proxy.optimizer.param_groups, proxy.optimizer.state = groups, defaultdict(dict, states)
 

@@ -22,9 +22,9 @@ class FirstStep:
     """Finds out, together with the other ranks, whether a step is real, until one is.
 
     The others are asked in every step until one is real, and all get the same answer. So no rank can be alone with its
-    question, whatever differs between ranks (a loaded state, an lr of 0). From then on nobody is asked, and nothing read.
-    A flag inside the phase's own all-reduce would not do: wrapped optimizers must not count a hidden step, so this process
-    has to know before it runs them.
+    question, whatever differs between ranks (a loaded state, an lr of 0). From then on nobody is asked, and nothing
+    read. A flag inside the phase's own all-reduce would not do: wrapped optimizers must not count a hidden step, so
+    this process has to know before it runs them.
 
     is_past: whether a real step has been taken, on all ranks.
     """
@@ -70,7 +70,8 @@ class FirstStep:
         if not self.is_past:
             return self.is_init_step(is_idle)
         # Optimizers that never keep state (SGD without momentum) are stepped by checkpoint code again and again. The
-        # ranks are not asked any more, so this rank's gradients decide; what others may wait for is measured all the same.
+        # ranks are not asked any more, so this rank's gradients decide; what others may wait for is measured all the
+        # same.
         has_gradients = any(param.grad is not None for group in groups for param in group["params"])
         return is_idle and has_gradients and has_only_zero_grads(self._runner.now.entries)
 
@@ -83,8 +84,8 @@ def has_only_zero_grads(entries: Sequence[NamedParam]) -> bool:
 
 def mark_if_no_params(optimizer: torch.optim.Optimizer) -> None:
     """Mark an optimizer without parameters on this rank as initialized, if it keeps state on the others."""
-    # SGD without momentum has no state anywhere. All ranks must look alike to checkpoint code: either all are stepped by
-    # it, or none is.
+    # SGD without momentum has no state anywhere. All ranks must look alike to checkpoint code: either all are stepped
+    # by it, or none is.
     keeps_none = isinstance(optimizer, torch.optim.SGD) and not any(
         group["momentum"] for group in optimizer.param_groups
     )

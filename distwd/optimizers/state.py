@@ -1,4 +1,4 @@
-"""The state of wrapped optimizers: kept in the chain, by parameter, with shards as DTensors; borrowed as local tensors."""
+"""The state of wrapped optimizers: the chain keeps it by parameter, shards as DTensors; they borrow local tensors."""
 
 from __future__ import annotations
 
