@@ -62,7 +62,7 @@ def validate_optimizers(optimizers: Sequence[Any], rules: Sequence[Any], couplin
         if any(optimizer in _torch.optimizers_in_backward(param) for param in params):
             # An absolute rule needs nothing of other parameters, so it may act there.
             for rule in rules:
-                if rule.sources(rule.defaults):
+                if rule.sources():
                     raise ValueError(IN_BACKWARD.format(label=type(rule).__name__))
 
         # A class whose `step` torch has not wrapped would take our hooks, and never call them.
@@ -126,6 +126,6 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     if any(type(optimizer) not in ELEMENTWISE for optimizer in optimizers):
         return True
     return any(
-        rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources(rule.defaults)
+        rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources()
         for rule in rules
     )

@@ -90,10 +90,13 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
         states = self.chain.state
         # Under the parameters' own keys the chain's state serves as it is. A suffix, shards kept as DTensors or kept
         # numbers need a copy of the dict: many optimizers begin their state only while the dict is empty.
+        borrowed = list(steps_on)
         is_shared = on_params and not self.suffix and isinstance(states, defaultdict)
-        borrowed: list[tuple[Tensor, Tensor]] = []
-        if not is_shared:
-            borrowed = list(steps_on)
+        # A parameter that was frozen may have kept numbers and no state of the optimizer, which must find it empty then.
+        is_shared = is_shared and all(param not in states or has_state(states[param], "") for _, param in borrowed)
+        if is_shared:
+            borrowed = []
+        else:
             as_local = not self.reads_params
             states = defaultdict(dict)
             for stepped, param in borrowed:

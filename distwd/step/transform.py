@@ -147,11 +147,15 @@ class BoundTransform:
         for name, begins in keeps.items():
             is_number = isinstance(begins, (int, float)) and not isinstance(begins, bool)
             # Checkpoints cut state keys at dots; "num_steps" counts the steps of numbers that begin as a metric.
-            if not (is_number or isinstance(begins, Measure)) or "." in name or name in ("num_steps", *measures):
+            is_free = isinstance(name, str) and "." not in name and name not in ("num_steps", *measures)
+            if not (is_number or isinstance(begins, Measure)) or not is_free:
                 raise ValueError(
                     f"{self.label}.keeps: {name!r} begins as {begins!r}; it must be a number or a Measure, under a name "
                     "without dots that `measures` does not use, and not 'num_steps'"
                 )
+        for method_name, names in (("measures", measures), ("keeps", keeps)):
+            if "coefficient" in names:  # in `stats`, one of the two would hide the other
+                raise ValueError(f"{self.label}.{method_name}: 'coefficient' is what stats() calls c; use another name")
         return {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}, keeps
 
 
@@ -188,7 +192,8 @@ def bind(
                 lr_key = own.get("lr") if other.is_linear else None
                 break
         coupling = _coupling(transform, transforms[index + 1 :], bound_keys[index + 1 :])
-        prefix = f"distwd_{labels[index]}{state_suffix}"
+        # The suffix comes before the label: at the end, keys of a second attachment would begin like those of the first.
+        prefix = f"distwd{state_suffix}_{labels[index]}"
         bound.append(
             BoundTransform(
                 transform, index, labels[index], bound_keys[index], coupling, tuple(maximize), lr_key, prefix
