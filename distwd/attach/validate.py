@@ -125,7 +125,4 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     # Lookahead in a step, trust ratios, fp32 copies: what an unknown optimizer reads must not be decayed before.
     if any(type(optimizer) not in ELEMENTWISE for optimizer in optimizers):
         return True
-    return any(
-        rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources()
-        for rule in rules
-    )
+    return any(rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources() for rule in rules)

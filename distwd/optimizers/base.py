@@ -93,7 +93,7 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
         borrowed = list(steps_on)
         is_shared = on_params and not self.suffix and isinstance(states, defaultdict)
         # A parameter that was frozen may have kept numbers and no state of the optimizer, which must find it empty then.
-        is_shared = is_shared and all(param not in states or has_state(states[param], "") for _, param in borrowed)
+        is_shared = is_shared and all(param not in states or self.has_state(param) for _, param in borrowed)
         if is_shared:
             borrowed = []
         else:

@@ -123,7 +123,7 @@ def mark_initialized(states: dict[Any, State], params: Sequence[Tensor]) -> None
     optimizer.
     """
     for param in params:
-        if param.requires_grad and not has_state(states.get(param, {}), ""):
+        if param.requires_grad and all(map(is_kept_key, states.get(param, ()))):
             # Of one dimension, and where the parameter is: torch asks states for their device, but no scalar, so numbers
             # that rules keep are not enough.
             states.setdefault(param, {})["stateless"] = torch.ones(1, device=local_tensor(param).device)

@@ -130,15 +130,18 @@ class BoundTransform:
 
     def _asks(self, values: Mapping[str, Any]) -> tuple[dict[str, Measure], Mapping[str, float | Measure]]:
         """All metrics that it needs, those that kept numbers begin with included; and what it keeps. Checked."""
-        found: list[Mapping[str, Any]] = []
-        for method in (self.transform.measures, self.transform.keeps):
+        found: dict[str, Mapping[str, Any]] = {}
+        # By the methods' names here: those of the functions may be others, of a lambda or a decorator.
+        for method in ("measures", "keeps"):
             try:
-                found.append(method(values))
+                found[method] = getattr(self.transform, method)(values)
             except ValueError as error:  # of Measure, which does not know who asks
-                raise ValueError(f"{self.label}.{method.__name__}: {error}") from error
-            if not isinstance(found[-1], Mapping):
-                raise ValueError(f"{self.label}.{method.__name__} must return a dict by name, not {found[-1]!r}")
-        measures, keeps = found
+                raise ValueError(f"{self.label}.{method}: {error}") from error
+            if not isinstance(found[method], Mapping):
+                raise ValueError(f"{self.label}.{method} must return a dict by name, not {found[method]!r}")
+            if "coefficient" in found[method]:  # in `stats`, one of the two would hide the other
+                raise ValueError(f"{self.label}.{method}: 'coefficient' is what stats() calls c; use another name")
+        measures, keeps = found["measures"], found["keeps"]
         for name, measure in measures.items():
             if not isinstance(measure, Measure):
                 raise ValueError(
@@ -153,9 +156,6 @@ class BoundTransform:
                     f"{self.label}.keeps: {name!r} begins as {begins!r}; it must be a number or a Measure, under a name "
                     "without dots that `measures` does not use, and not 'num_steps'"
                 )
-        for method_name, names in (("measures", measures), ("keeps", keeps)):
-            if "coefficient" in names:  # in `stats`, one of the two would hide the other
-                raise ValueError(f"{self.label}.{method_name}: 'coefficient' is what stats() calls c; use another name")
         return {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}, keeps
 
 
