@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.local import local_tensor
-from ..step.state import is_kept_key
+from ..step.state import PREFIX, is_kept_key
 from ..step.step import WaitingOptimizer
 from ..step.transform import BoundTransform
 from .state import borrow_state, commit_state, initial_state
@@ -92,8 +92,10 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
         # numbers need a copy of the dict: many optimizers begin their state only while the dict is empty.
         borrowed = list(steps_on)
         is_shared = on_params and not self.suffix and isinstance(states, defaultdict)
-        # A parameter that was frozen may have kept numbers and no state of the optimizer, which must find it empty then.
-        is_shared = is_shared and all(param not in states or self.has_state(param) for _, param in borrowed)
+        # A parameter that was frozen has kept numbers before the optimizer begins its state there, and lets it find nothing.
+        is_shared = is_shared and not any(
+            next(iter(states.get(param, ())), "").startswith(PREFIX) for _, param in borrowed
+        )
         if is_shared:
             borrowed = []
         else:

@@ -17,14 +17,14 @@ from .transform import BoundTransform, Transform
 
 State = dict[str, Any]
 
-_PREFIX = "distwd_"
+PREFIX = "distwd_"  # of the keys of kept numbers in an optimizer's state
 # Counts the steps of numbers that begin as a metric. It tells that they have begun; no value of theirs could.
 COUNT = "num_steps"
 
 
 def is_kept_key(key: str) -> bool:
     """Whether a key of an optimizer's state is ours and not the optimizer's."""
-    return key.startswith(_PREFIX)
+    return key.startswith(PREFIX)
 
 
 class KeptNumbers:
