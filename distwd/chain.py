@@ -18,6 +18,7 @@ from .optimizers.state import NO_PARAMS_KEY, mark_initialized, without_mark
 from .optimizers.wrap import Wrap
 from .sharding.layout import Layout
 from .sharding.params import NamedParam, ParamList, normalised_groups
+from .step.coefficients import check_coefficient
 from .step.rounding import Rounding
 from .step.runner import StepRunner, step_method
 from .step.state import kept_in, restore_kept
@@ -125,7 +126,7 @@ class Chain(torch.optim.Optimizer):
         """Add a group, as torch does. Raises ValueError, and adds nothing, for settings that a transform cannot use."""
         settings = {**self.defaults, **param_group}
         for bound in self._transforms:
-            bound.read(settings)
+            check_coefficient(bound, bound.read(settings))
         is_complete = self._known is not None  # not while the base class adds the first groups
         if is_complete:
             # First forget tensors that others have replaced: with one more group their places are not known any more.

@@ -194,7 +194,7 @@ class Attachment:
         in_step = [rule for rule in rules if rule.target != "closure"]
         self._needs_updates = coupling != "gradient" and bool(in_step) and needs_update(in_step, optimizers)
         # Rules that need no metric share nothing: each optimizer is decayed in its own hooks, whatever the others do.
-        each_alone = len(optimizers) == 1 or not any(rule.sources(rule.defaults) for rule in rules)
+        each_alone = len(optimizers) == 1 or not any(rule.sources() for rule in rules)
         self.overrides = Overrides()
         self._joint = JointStep(self._runner, optimizers, each_alone, self._needs_updates)
         self._strategy: WriteBefore | UpdateCapture

@@ -50,6 +50,9 @@ class WriteBefore:
             # The step was made before this optimizer's scale and verdict were known: no term may act where a GradScaler
             # skips the step. By selection on the device; reading the verdict would wait for it.
             grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+            # Kept numbers go by it when the step is finished.
+            own = [index for index, group in enumerate(step.groups) if id(group) in own_groups]
+            step.found_inf = {**step.found_inf, **dict.fromkeys(own, found_inf)}
             for batch in batches:
                 if decays_gradients and grad_scale is not None:
                     batch.terms = [term.scaled(grad_scale) for term in batch.terms]

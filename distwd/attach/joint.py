@@ -252,7 +252,7 @@ def refuse_under_scaler(
     uses_scaler = _scaler_of_this_step() is not None
     if not uses_scaler and not any(getattr(each, "grad_scale", None) is not None for each in optimizers):
         return
-    sources = {of for rule in rules for of in rule.sources(rule.defaults)}
+    sources = {of for rule in rules for of in rule.sources()}
     # Before the optimizer, "update" is the gradient, and so is what a mask compares with.
     of_gradients = "grad" in sources or (coupling == "gradient" and "update" in sources)
     of_gradients |= coupling == "gradient" and any(rule.is_cautious(rule.defaults) for rule in rules)

@@ -62,7 +62,7 @@ def validate_optimizers(optimizers: Sequence[Any], rules: Sequence[Any], couplin
         if any(optimizer in _torch.optimizers_in_backward(param) for param in params):
             # An absolute rule needs nothing of other parameters, so it may act there.
             for rule in rules:
-                if rule.sources(rule.defaults):
+                if rule.sources():
                     raise ValueError(IN_BACKWARD.format(label=type(rule).__name__))
 
         # A class whose `step` torch has not wrapped would take our hooks, and never call them.
@@ -125,7 +125,4 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     # Lookahead in a step, trust ratios, fp32 copies: what an unknown optimizer reads must not be decayed before.
     if any(type(optimizer) not in ELEMENTWISE for optimizer in optimizers):
         return True
-    return any(
-        rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources(rule.defaults)
-        for rule in rules
-    )
+    return any(rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources() for rule in rules)

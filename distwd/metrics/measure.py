@@ -133,7 +133,9 @@ class Slots:
         if key not in self._index:
             if len(self._index) >= _MAX_KEPT:
                 self._index.clear()
-            self._index[key] = torch.tensor([self.plan.name_ids[position] for position in positions], device=device)
+            ids = [self.plan.name_ids[position] for position in positions]
+            # Spelled out, since of no positions (a rank may hold none of a group) torch would make float32.
+            self._index[key] = torch.tensor(ids, dtype=torch.int64, device=device)
         return self._index[key]
 
     def counted(self, source: Source, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:

@@ -123,9 +123,10 @@ def mark_initialized(states: dict[Any, State], params: Sequence[Tensor]) -> None
     optimizer.
     """
     for param in params:
-        if param.requires_grad and not states.get(param):
-            # Of one dimension, and where the parameter is: torch asks states for their device, but no scalar.
-            states[param] = {"stateless": torch.ones(1, device=local_tensor(param).device)}
+        if param.requires_grad and all(map(is_kept_key, states.get(param, ()))):
+            # Of one dimension, and where the parameter is: torch asks states for their device, but no scalar, so numbers
+            # that rules keep are not enough.
+            states.setdefault(param, {})["stateless"] = torch.ones(1, device=local_tensor(param).device)
     if not params:
         states[NO_PARAMS_KEY] = {}
 

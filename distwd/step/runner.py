@@ -17,7 +17,7 @@ from ..metrics.plan import Plan, PlanCache, PlanOptions
 from ..sharding.params import ParamList, Params
 from ..sharding.pieces import check_tensor
 from .audit import audit
-from .coefficients import Coefficients
+from .coefficients import Coefficients, check_coefficient
 from .phases import Schedule
 from .rounding import Rounding
 from .state import KeptNumbers
@@ -87,9 +87,10 @@ class StepRunner:
         return sum(schedule.num_collectives(world) for schedule in schedules)
 
     def check(self) -> None:
-        """Raise ValueError for what can be known to fail before a step: what rules ask for, and torch.compile."""
+        """Raise ValueError for what can be known to fail before a step: what rules ask for and return, and torch.compile."""
         for bound in (*self.in_closure, *self.in_step):
-            bound.read({})
+            for group in ({}, *self.params.groups):
+                check_coefficient(bound, bound.read(group))
         if self._compiles:
             # Found out now, and not in the first step, after the model has been sharded and loaded.
             for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
