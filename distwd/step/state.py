@@ -47,7 +47,10 @@ class KeptNumbers:
         # Most rules keep nothing, and then a step shall not even ask.
         self._transforms = [bound for bound in transforms if type(bound.transform).keeps is not Transform.keeps]
         self.keeps_any = bool(self._transforms)
-        self._state_of, self._may_keep = state_of, may_keep
+        self._state_of = state_of
+        # FSDP1 saves no state of a piece without elements, and refuses to save numbers that differ between ranks: what
+        # such a piece began anew after loading would.
+        self._may_keep: Callable[[Tensor], bool] = lambda param: not is_empty_piece(param) and may_keep(param)
         self._has_warned = self._is_loaded = False
         # Numbers that have moved while they may not lie in the state yet, by key and parameter: many optimizers begin a
         # parameter's state with its first gradient. And by key and group, of groups without parameters on this rank.
@@ -109,7 +112,7 @@ class KeptNumbers:
     ) -> dict[str, Tensor]:
         """The kept numbers of one rule for the parameters of one group, float64: [entries], or [1] if they share them.
 
-        Of a group without parameters on this rank: NaN once a checkpoint has been loaded, since none was loaded here.
+        Of a group without elements on this rank: NaN once a checkpoint has been loaded, since none was loaded here.
         """
         wide = wide_dtype(device)
         found: dict[str, Tensor] = {}
@@ -125,7 +128,8 @@ class KeptNumbers:
             # Under `attach` some parameters may have no state yet; any that has it tells the shared number.
             if is_shared:
                 values = [next((value for value in values if value is not None), self._unplaced.get((key, group)))]
-                begins = torch.nan if self._is_loaded and not entries else begins
+                if self._is_loaded and all(is_empty_piece(entry.tensor) for entry in entries):
+                    begins = torch.nan
             known = [
                 torch.full((), begins, dtype=wide, device=device) if value is None else value.to(device, wide)
                 for value in values
@@ -183,6 +187,11 @@ class KeptNumbers:
                 # An entry that was there for our numbers alone: an optimizer without state had none.
                 if entry.tensor in states and not state:
                     del states[entry.tensor]
+
+
+def is_empty_piece(param: Tensor) -> bool:
+    """Whether a plain tensor holds nothing, as FSDP1's pieces do on some ranks. (A DTensor's size is that of the whole.)"""
+    return param.numel() == 0
 
 
 def kept_in(state_dict: Mapping[str, Any]) -> dict[int, State]:
