@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental import _config
@@ -62,6 +64,14 @@ def timeout_of(backend: Any) -> timedelta | None:
     # Waits for: a public getter; dist has only a setter.
     timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
     return timeout
+
+
+def store_of(group: dist.ProcessGroup) -> Any:
+    """The key-value store of a process group."""
+    # Before torch 2.9 a group does not hand out its store.
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    return dist.distributed_c10d._get_process_group_store(group)
 
 
 # --- FSDP1 ----------------------------------------------------------------------------------------------------------
@@ -111,6 +121,20 @@ def write_count(tensor: Tensor) -> int:
     """A number that grows with each write to a tensor."""
     # Waits for: a public version counter.
     return tensor._version
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as all have that are made under FakeTensorMode."""
+    # Waits for: a public class.
+    return isinstance(tensor, FakeTensor)
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Tensors made within are real and on the CPU, whatever FakeTensorMode and torch.set_default_device say outside."""
+    # Waits for: a public way out of FakeTensorMode.
+    with unset_fake_temporarily(), torch.device("cpu"):
+        yield
 
 
 def is_in_backward() -> bool:
