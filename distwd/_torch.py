@@ -76,8 +76,15 @@ def store_of(group: dist.ProcessGroup) -> Any:
 
 # --- FSDP1 ----------------------------------------------------------------------------------------------------------
 
-# What torch's wrappers call the module that they wrap. Waits for: a public way to names without them.
-WRAPPED_CHILD_NAMES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+# What torch's wrappers call the module that they wrap. Waits for: a public way to names without them. The last two are
+# Lightning Fabric's, for the module as it runs and as it was: the same parameters twice.
+WRAPPED_CHILD_NAMES = (
+    "_fsdp_wrapped_module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
+)
 
 
 def flat_param_of(module: nn.Module) -> Tensor | None:

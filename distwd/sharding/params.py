@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..checks import plain_number
 from .world import World
 
 Groups = Sequence[dict[str, Any]]
@@ -65,7 +66,11 @@ def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, 
     entries: list[NamedParam] = []
     for index, group in enumerate(groups):
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        decays = [value for key, value in group.items() if key.startswith(("weight_decay", "distwd_weight_decay"))]
+        decays = [
+            plain_number(value)
+            for key, value in group.items()
+            if key.startswith(("weight_decay", "distwd_weight_decay"))
+        ]
         # A decay that is a tensor is not read: that would wait for the device.
         decay = " ".join(f"{d:g}" if isinstance(d, (int, float)) else type(d).__name__.lower() for d in decays)
         names = group.get("param_names") or [None] * len(members)
@@ -157,20 +162,28 @@ class ParamList:
     ones.
 
     shown: returns the param groups that the optimizers have now.
-    named_parameters: (name, tensor) pairs, for optimizers that were made without names. A tensor that another has
-        taken the place of is not kept alive by them.
+    named_parameters: (name, tensor) pairs, for optimizers that were made without names; None for one that is being made.
+        A tensor that another has taken the place of is not kept alive by them.
     """
 
-    def __init__(self, shown: Callable[[], Groups], named_parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
+    def __init__(
+        self, shown: Callable[[], Groups], named_parameters: Iterable[tuple[str, Tensor]] | None = None
+    ) -> None:
         self._shown = shown
         self._all: Groups = ()
         self._ids: tuple[list[int], list[int]] = [], []
         self._entries: tuple[NamedParam, ...] = ()
         # By identity, since `==` of tensors compares elements; the tensor stands beside its name, so that its id cannot
         # come to mean another. Not weakly: torch refuses to move or cast a parameter that has a weak reference.
-        self._given = {id(tensor): (name, tensor) for name, tensor in named_parameters}
+        self._given = {id(tensor): (name, tensor) for name, tensor in named_parameters or ()}
         # By group and member, the names that were seen first.
         self._places: list[list[str | None]] = []
+        # The names of tensors in the groups, beside them; see `_given`.
+        self._known: dict[int, tuple[str, Tensor]] = {}
+        # An optimizer that is there already has the names of this run now: before the first step a checkpoint may bring
+        # others, and other tensors may take the places.
+        if named_parameters is not None:
+            self._with_names(shown())
 
     @property
     def groups(self) -> Groups:
@@ -203,8 +216,7 @@ class ParamList:
         A tensor keeps the name that it was first seen with. So the names of this run are kept when a checkpoint is
         loaded, which brings those of the run that saved it (`_orig_mod.weight`, say).
         """
-        first_seen = {id(entry.tensor): entry.name for entry in self._entries if entry.named}
-        named = []
+        named, known = [], {}
         for index, group in enumerate(groups):
             params, own = group["params"], group.get("param_names") or []
             # DeepSpeed puts one flat tensor in the place of many and leaves their names.
@@ -215,15 +227,16 @@ class ParamList:
             if len(places) != len(params):
                 places = own
             names = [
-                first_seen.get(id(param)) or name or self._given.get(id(param), (None,))[0] or place
+                self._known.get(id(param), (None,))[0] or name or self._given.get(id(param), (None,))[0] or place
                 for param, name, place in zip(params, own, places, strict=True)
             ]
             if index == len(self._places):
                 self._places.append(names)
+            known.update({id(param): (name, param) for param, name in zip(params, names, strict=True) if name})
             # A group that is named in part would mix names and positions.
             named.append({**group, "param_names": [] if None in names else names})
-        # What has been in the groups may be gigabytes that another library will replace. What has not may still come,
-        # by add_param_group.
-        held = {id(param) for group in groups for param in group["params"]}
-        self._given = {key: known for key, known in self._given.items() if key not in held}
+        # What has left the groups may be gigabytes that another library has replaced, so it is let go. What has not been
+        # in them may still come, by add_param_group.
+        self._known = known
+        self._given = {key: one for key, one in self._given.items() if key not in known}
         return named

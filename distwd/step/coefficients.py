@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import plain_number
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import Request, Slots, Source, measure
@@ -332,6 +333,7 @@ def _as_slots(bound: BoundTransform, what: str, value: Any, like: Tensor) -> Ten
                 f"each of the {len(like)} numbers that it was given"
             )
         return value.to(like.device, like.dtype).expand(len(like))
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{bound.label}.coefficient: the {what} is {value!r}; it must be a number or a tensor")
     return torch.full_like(like, value)
