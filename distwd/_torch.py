@@ -110,6 +110,12 @@ def is_flat_param(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_flat_param", False)
 
 
+def is_in_fsdp1(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that FSDP1 shards, flattened or original."""
+    # Waits for: as above.
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
 def padding_of_shard(tensor: Tensor) -> int:
     """Elements at the end of a local FlatParameter that belong to nobody; 0 for other tensors."""
     # Waits for: as above.

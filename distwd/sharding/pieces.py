@@ -124,7 +124,7 @@ def check_params(entries: Sequence[NamedParam], frozen: Collection[int] = ()) ->
     frozen: positions of parameters that may be anything: nobody reads or writes them.
     """
     by_id: dict[int, str] = {}
-    by_address: dict[tuple[torch.device, int], str] = {}
+    by_address: dict[tuple[torch.device, int, int], str] = {}
     for position, entry in enumerate(entries):
         name, tensor = entry.name, entry.tensor
         if position in frozen:
@@ -135,9 +135,9 @@ def check_params(entries: Sequence[NamedParam], frozen: Collection[int] = ()) ->
             )
         check_tensor(name, tensor)
         local = local_tensor(tensor)
-        # Tied by `.data`: two parameters in one memory. A subclass need not have an address.
+        # Tied by `.data`: two parameters with the same elements. A subclass need not have an address.
         if type(local) in ORDINARY and local.numel():
-            other = by_address.setdefault((local.device, local.data_ptr()), name)
+            other = by_address.setdefault((local.device, local.data_ptr(), local.numel()), name)
             if other != name:
                 raise ValueError(
                     f"{name} lies in the memory of {other} (tied by .data): one step would decay it twice; make it one "
