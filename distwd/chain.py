@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .checks import plain_number
 from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
@@ -95,7 +96,9 @@ class Chain(torch.optim.Optimizer):
         self._has_stepped = False
         self._make_runner()
         defaults = {
-            key: bound.transform.defaults[name] for bound in self._transforms for name, key in bound.keys.items()
+            key: plain_number(bound.transform.defaults[name])
+            for bound in self._transforms
+            for name, key in bound.keys.items()
         }
         super().__init__(normalised_groups(params, group), {**defaults, **self._rounding.defaults})
         self._runner.check()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _torch
-from ..checks import check_choice
+from ..checks import check_choice, plain_number
 from ..metrics.plan import Plan, PlanOptions
 from ..optimizers.init_step import FirstStep, mark_if_no_params
 from ..optimizers.lr import LR
@@ -157,7 +157,9 @@ class Attachment:
             for rule, key in zip(rules, unused_keys(optimizers, len(rules)), strict=True)
         ]
         decays = {
-            key: rule.defaults[name] for rule, own in zip(rules, rule_keys, strict=True) for name, key in own.items()
+            key: plain_number(rule.defaults[name])
+            for rule, own in zip(rules, rule_keys, strict=True)
+            for name, key in own.items()
         }
         self._defaults = decays | self._rounding.defaults
         self.keys = list(self._defaults)

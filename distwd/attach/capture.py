@@ -14,7 +14,7 @@ from ..kernels.blocks import BufferPool
 from ..kernels.formulas import Rate
 from ..kernels.stochastic import LOW
 from ..sharding.local import local_tensor
-from ..sharding.params import NamedParam
+from ..sharding.params import NamedParam, is_frozen
 from ..step.runner import StepRunner
 from ..step.step import Batch, PendingUpdate, Step, check_gradient
 from .joint import JointStep
@@ -128,7 +128,12 @@ class UpdateCapture:
         params = self._runner.now
         own = set(map(id, optimizer.param_groups))
         indices = {index for index in params.active if id(params.groups[index]) in own}
-        return ((position, entry) for position, entry in enumerate(params.entries) if entry.group in indices)
+        return (
+            (position, entry)
+            for position, entry in enumerate(params.entries)
+            # What is frozen is not updated: it needs no copy, which would cost as much as the model.
+            if entry.group in indices and not is_frozen(entry.tensor)
+        )
 
 
 class SnapshotCapture:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..checks import plain_number
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.full_params import needs_closure
 from ..rules.base import Rule
@@ -111,7 +112,7 @@ def check_groups(optimizer: torch.optim.Optimizer, coupling: str) -> None:
     for index, group in enumerate(optimizer.param_groups):
         decay = group.get("weight_decay")
         # A scheduler or a checkpoint may have set it again. Tensors are not read in a step.
-        if isinstance(decay, (int, float)) and decay != 0 and id(group) not in overridden:
+        if isinstance(plain_number(decay), (int, float)) and decay != 0 and id(group) not in overridden:
             raise ValueError(_TWICE.format(index=index, decay=decay))
         if coupling == "lr" and group.get("lr") is None:
             raise ValueError(f"param_groups[{index}] has no 'lr' to couple with; use coupling='none'")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import plain_number
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import Request, Slots, Source, measure
@@ -20,6 +21,8 @@ from .phases import Phase
 from .state import COUNT, KeptNumbers
 from .step import Batch, Step
 from .transform import BoundTransform, GroupSettings
+
+_MAX_KEPT = 16  # sets of frozen parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +61,17 @@ class Coefficients:
         self._measured: dict[tuple[int, Measure], Tensor] = {}
         self._last: dict[str, dict[int, Coefficient]] = {}
         self._has_gradient: Tensor | None = None  # [parameters of the model] bool, where a rule keeps numbers of them
-        self._slots_of_plan: Slots | None = None
+        self._slots_of_plan: dict[tuple[int, ...], Slots] = {}  # by what is frozen
 
-    def _slots(self) -> Slots:
+    def _slots(self, frozen: tuple[int, ...] = ()) -> Slots:
         """In which slot each parameter counts; kept as long as the plan is the same."""
-        plan = self._plan()
-        if self._slots_of_plan is None or self._slots_of_plan.plan is not plan:
-            self._slots_of_plan = Slots(plan)
-        return self._slots_of_plan
+        plan, known = self._plan(), self._slots_of_plan
+        # A GAN freezes its parts in turn, so what was frozen once comes back. But it might be other parameters each time.
+        if known and (next(iter(known.values())).plan is not plan or len(known) >= _MAX_KEPT):
+            known.clear()
+        if frozen not in known:
+            known[frozen] = Slots(plan, frozen)
+        return known[frozen]
 
     # --- in a step -------------------------------------------------------------------------------
 
@@ -76,7 +82,7 @@ class Coefficients:
 
     def measure(self, phase: Phase, step: Step) -> None:
         """Take all metrics of a phase, with one reduction."""
-        slots = self._slots()
+        slots = self._slots(step.frozen)
         # Several rules may ask for the same; it is measured once. Tensors are asked for once, too: an update that a rule
         # asks for makes a waiting optimizer run.
         asks = list(dict.fromkeys(ask for _, ask in phase.asks))
@@ -327,6 +333,7 @@ def _as_slots(bound: BoundTransform, what: str, value: Any, like: Tensor) -> Ten
                 f"each of the {len(like)} numbers that it was given"
             )
         return value.to(like.device, like.dtype).expand(len(like))
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{bound.label}.coefficient: the {what} is {value!r}; it must be a number or a tensor")
     return torch.full_like(like, value)

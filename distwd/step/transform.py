@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import plain_number
 from ..metrics.metric import Measure
 from .step import Step
 
@@ -100,7 +101,8 @@ class BoundTransform:
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The transform's hyperparameters as this param group has them now."""
         # A group may lack a key: the checkpoint of an optimizer that had no decay yet replaces the attached one's groups.
-        return {**self.transform.defaults, **{name: group[key] for name, key in self.keys.items() if key in group}}
+        values = {**self.transform.defaults, **{name: group[key] for name, key in self.keys.items() if key in group}}
+        return {name: plain_number(value) for name, value in values.items()}
 
     def read(self, group: Mapping[str, Any], known: GroupSettings | None = None) -> GroupSettings:
         """The hyperparameters of a param group, checked, and what follows from them.
@@ -148,6 +150,7 @@ class BoundTransform:
                     f"{self.label}.measures: {name!r} is {measure!r}; it must be a Measure, e.g. Measure('params', 'l2')"
                 )
         for name, begins in keeps.items():
+            begins = plain_number(begins)
             is_number = isinstance(begins, (int, float)) and not isinstance(begins, bool)
             # Checkpoints cut state keys at dots; "num_steps" counts the steps of numbers that begin as a metric.
             is_free = isinstance(name, str) and "." not in name and name not in ("num_steps", *measures)
