@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distwd
 from tests.one_process import fp32_parameters
@@ -57,3 +58,31 @@ def test_a_compiled_chain_steps_as_ever(rule):
     """The compiler breaks its graph at the step, which runs as it is."""
     plain = trained("chain", rule, lambda index: contextlib.nullcontext())
     assert differing(plain, trained("chain", rule, lambda index: contextlib.nullcontext(), compiled=True)) == []
+
+
+ALL_RULES = {**RULES, "of the parameters": lambda: distwd.RelativeWeightDecay(0.1, norm_input="params")}
+
+
+@pytest.mark.parametrize("way", ["chain", "attach"])
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_another_default_device_changes_nothing(rule, way, monkeypatch):
+    """ "meta" stands for a device that a CPU has not: what is made there by mistake has no numbers."""
+    monkeypatch.setitem(RULES, rule, ALL_RULES[rule])
+    plain = trained(way, rule, lambda index: contextlib.nullcontext())
+    assert differing(plain, trained(way, rule, lambda index: torch.device("meta"))) == []
+
+
+@pytest.mark.parametrize("way", ["chain", "attach"])
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_a_step_of_fake_tensors_runs(rule, way):
+    """Memory of a step is estimated so: tensors have shapes there and no values."""
+    with FakeTensorMode():
+        model = torch.nn.Linear(16, 32)
+        if way == "chain":
+            optimizer = distwd.Chain(model.named_parameters(), distwd.Adam(), ALL_RULES[rule](), distwd.LR(0.1))
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0)
+            distwd.attach(optimizer, ALL_RULES[rule]())
+        for _ in range(2):
+            model(torch.ones(2, 16)).sum().backward()
+            optimizer.step()

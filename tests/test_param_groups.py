@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distwd import LR, Chain, WeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay, WeightDecay, attach, global_metric
 from distwd.groups.param_groups import param_groups
 from tests.layouts import NUM_ELEMENTS, SHAPES, Net, whole_model
 
@@ -212,3 +212,21 @@ def test_globs_are_those_of_fnmatch():
     groups = param_groups(net(), 0.1, [("*n*.[wb]e*", {"weight_decay": 0.7})])
     assert names == ["norm.weight", "down.weight"]
     assert [name for name, decay in decays(groups).items() if decay == 0.7] == [n for n in SHAPES if n in names]
+
+
+def test_a_lazy_module_is_named_with_the_way_out():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    calls = [
+        lambda: param_groups(model, 0.1),
+        lambda: Chain(model.named_parameters(), Adam(), LR(0.1)),
+        lambda: Chain([{"params": list(model.named_parameters())}], Adam(), LR(0.1)),
+        lambda: global_metric(model.named_parameters(), "l2"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"0\.weight is of a lazy module.*one forward pass first"):
+            call()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
+    attach(optimizer, RelativeWeightDecay(0.1))  # has all the time until the first step
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    param_groups(model, 0.1)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from distwd import LR, Chain, RelativeWeightDecay
 from distwd.groups.model_params import params_of
@@ -40,7 +41,17 @@ def sharded(model: Net) -> nn.Module:
     return model
 
 
+class Fabric(nn.Module):
+    """As Lightning's Fabric wraps: the module as it runs, which may be wrapped, and as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._forward_module, self._original_module = compiled(model), model
+
+
 WRAPPERS = {
+    "fabric": Fabric,
+    "averaged": AveragedModel,
     "checkpointed": checkpointed,
     "compiled": compiled,
     "compiled, checkpointed": lambda model: compiled(checkpointed(model)),

@@ -105,3 +105,36 @@ def test_names_keep_no_tensor_alive(is_read):
     params.read()
     gc.collect()
     assert old() is None
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_run_keeps_its_own_names_when_a_checkpoint_brings_others(given):
+    """torch's `load_state_dict` replaces group dicts, and `param_names` in them."""
+    groups = groups_of(2)
+    if not given:
+        groups[0]["param_names"] = ["a", "b"]
+    names = list(zip("ab", groups[0]["params"], strict=True)) if given else ()
+    params = ParamList(lambda: groups, names)
+    groups[0] = {**groups[0], "param_names": ["_orig_mod.a", "_orig_mod.b"]}
+    assert [entry.name for entry in params.read().entries] == ["a", "b"]
+    groups[0]["params"] = [*groups[0]["params"], nn.Parameter(torch.ones(1))]
+    groups[0]["param_names"] = ["_orig_mod.a", "_orig_mod.b", "c"]
+    assert [entry.name for entry in params.read().entries] == ["a", "b", "c"]
+
+
+def test_names_of_parameters_that_come_later_are_known():
+    groups = groups_of(1)
+    later = nn.Parameter(torch.ones(1))
+    params = ParamList(lambda: groups, [("a", groups[0]["params"][0]), ("later", later)])
+    params.read()
+    groups.append({"params": [later]})
+    assert [entry.name for entry in params.read().entries] == ["a", "later"]
+
+
+def test_no_parameter_has_a_weak_reference():
+    """torch refuses to move or cast such a one, where it swaps parameters (DTensors, always)."""
+    groups = groups_of(1)
+    (param,) = groups[0]["params"]
+    params = ParamList(lambda: groups, [("a", param)])
+    params.read()
+    assert weakref.getweakrefcount(param) == 0

@@ -183,3 +183,32 @@ def test_sharded_checkpoints_keep_the_schedule(worlds, kind, schedule, flatten):
         assert all(torch.equal(param, resumed[name]) for name, param in whole.items())
         assert values[0] not in (0.0, 0.5)
         assert values[1] == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_group_that_came_since_the_last_step_is_saved_too(kind, schedule, is_resumed):
+    """Layers are unfrozen in the middle of an epoch, and the schedule steps once an epoch. Saving changes nothing."""
+    held, optimizer, lr, decay = job(kind, schedule)
+    train(held, optimizer, lr, decay, range(2))
+
+    def add(to: torch.optim.Optimizer) -> dict:
+        new = {"params": [("new", torch.nn.Parameter(torch.ones(2)))], "lr": 0.02}
+        to.add_param_group(new)
+        return to.param_groups[-1]
+
+    add(optimizer)
+    saved = through_a_file(optimizer.state_dict()), through_a_file(decay.state_dict())
+    if is_resumed:
+        _, optimizer, _, decay = job(kind, schedule)
+        add(optimizer)
+        optimizer.load_state_dict(saved[0])
+        decay.load_state_dict(saved[1])
+    key = next(key for key in decay._driven() if key in optimizer.param_groups[-1])
+    # What is set after the save counts, as ever: the base value is noted by the next step.
+    optimizer.param_groups[-1][key] = 0.5
+    decay.step()
+    assert optimizer.param_groups[-1][f"initial_{key}"] == 0.5
+    again = through_a_file(decay.state_dict())
+    assert len(again["bases"]) == len(optimizer.param_groups)

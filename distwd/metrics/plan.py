@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..sharding.local import local_like
 from ..sharding.params import NamedParam, entries_of, frozen_in
 from ..sharding.pieces import Piece
 from ..sharding.tables import plan_table
-from ..sharding.world import World, check_group, current_group
+from ..sharding.world import World, check_group
 from .measure import Request, measure, sources_of
 from .metric import parse_metric
 
@@ -229,7 +229,7 @@ class PlanCache:
         self._with_offsets = with_offsets
         self._key: Hashable = None
         self.has_published = False
-        self.num_worlds = 0  # how often the ranks have become others
+        self.on_new_world: list[Callable[[], None]] = []  # what to call when the ranks have become others
 
     @property
     def world(self) -> World:
@@ -239,7 +239,11 @@ class PlanCache:
     @property
     def is_current(self) -> bool:
         """Whether the plan is there, and of the ranks that `group=` means now."""
-        return self.plan is not None and self.plan.world.group is current_group(self.options.group)
+        group = self.options.group
+        # As `current_group`, without a call: this is asked in every step.
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        return self.plan is not None and self.plan.world.group is group
 
     def fits(self, entries: tuple[NamedParam, ...], key: Hashable = None) -> bool:
         """Whether the plan is there, and is of these parameters; key: what else it must have been built for."""
@@ -256,7 +260,8 @@ class PlanCache:
             # The default process group has been made after the plan, or anew with other ranks. The old one may be dead,
             # and all ranks of the new one find that out in the same step.
             self.plan, self.has_published = None, False
-            self.num_worlds += 1
+            for forget in self.on_new_world:
+                forget()
         if self.plan is not None:
             # The others go on with the old plan unless they come here too: an exchange that they do not expect would
             # pair up with whatever collective they are in.

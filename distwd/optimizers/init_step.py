@@ -29,16 +29,13 @@ class FirstStep:
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
-        self._num_asked, self._num_worlds = 0, 0
-        self._is_past = False
-
-    @property
-    def is_past(self) -> bool:
-        """Whether a real step has been taken, on all ranks that there are now."""
+        self._ask_again()
         # Where the process group has been made anew, other ranks may be at their first step, and ask.
-        if (num_worlds := self._runner.plans.num_worlds) != self._num_worlds:
-            self._num_worlds, self._num_asked, self._is_past = num_worlds, 0, False
-        return self._is_past
+        runner.plans.on_new_world.append(self._ask_again)
+
+    def _ask_again(self) -> None:
+        self._num_asked = 0
+        self.is_past = False  # whether a real step has been taken, on all ranks that there are now
 
     def is_init_step(self, is_idle: bool) -> bool:
         """Whether every rank is idle and has no gradient but zeros.
@@ -62,7 +59,7 @@ class FirstStep:
         if is_real and self._runner.has_built_plan:
             # This step has built the plan, so it talks and reads anyway.
             check_gradients(self._runner.plan)
-        self._is_past = is_real
+        self.is_past = is_real
         return not is_real
 
     def is_init_step_of(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> bool:
