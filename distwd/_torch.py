@@ -6,8 +6,10 @@ tests/test_torch_names.py checks that each of these names exists in the installe
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental import _config
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # --- DTensor --------------------------------------------------------------------------------------------------------
@@ -72,6 +75,27 @@ def store_of(group: dist.ProcessGroup) -> Any:
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
     return dist.distributed_c10d._get_process_group_store(group)
+
+
+def ddp_models_of(params: Iterable[Tensor]) -> list[weakref.ref[DistributedDataParallel]]:
+    """The DistributedDataParallel models that hold any of these parameters. Looks at every object that there is."""
+    # Waits for: a public way from a parameter to the DDP around it.
+    ids = set(map(id, params))
+    return [
+        weakref.ref(one)
+        for one in gc.get_objects()
+        # By type, since isinstance asks the object, and some answer for others.
+        if issubclass(type(one), DistributedDataParallel)
+        and "_join_config" in vars(one)
+        and any(id(param) in ids for param in one.parameters())
+    ]
+
+
+def is_joining(model: DistributedDataParallel | None) -> bool:
+    """Whether a DDP model is in a `join()` in which ranks without batches stand in for its collectives."""
+    # Waits for: a public question.
+    config = model._join_config if model is not None else None
+    return config is not None and config.enable and not config.throw_on_early_termination
 
 
 # --- FSDP1 ----------------------------------------------------------------------------------------------------------

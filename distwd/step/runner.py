@@ -59,6 +59,7 @@ class StepRunner:
         # In a step, `prepare` has seen to it that the plan fits.
         self._coefficients = Coefficients(lambda: self.plans.plan or self.plan, self.kept)
         self._tallies: dict[int, Tally] = {}
+        self._ddp_models: list[Any] = []  # weak references
         self._checked: tuple[Any, ...] | None = None  # the parameters that were looked at, where no plan is needed
         # What the step under way goes by.
         self.now = Params((), (), frozenset())
@@ -274,9 +275,17 @@ class StepRunner:
         is_piecewise = any(hasattr(param, "ds_id") for group in params.groups for param in group["params"][:1])
         # DeepSpeed's ZeRO-1 and 2 show one group at a time.
         is_partial = len(params.active) < len(params.groups)
-        if not (is_in_backward or is_partial or is_piecewise):
+        # A rank that has no more batches stands in for DDP's collectives, and not for ours: they would be paired. DDP
+        # is looked for once, before there is a plan, since it must be there by then and the search takes a moment.
+        if not self.plans.is_current:
+            is_alone = self.plans.world.size == 1
+            self._ddp_models = [] if is_alone else _torch.ddp_models_of(entry.tensor for entry in params.entries)
+        is_joining = any(_torch.is_joining(model()) for model in self._ddp_models)
+        if not (is_in_backward or is_partial or is_piecewise or is_joining):
             return
         for index, ask in (ask for schedule in self._schedules for ask in schedule.asks):
+            if is_joining:
+                raise ValueError(_JOINING.format(label=labels[index]))
             if is_in_backward and (ask.scope == "all" or self.plans.world.size > 1):
                 raise ValueError(IN_BACKWARD.format(label=labels[index]))
             if is_partial and ask.scope == "all":
@@ -293,6 +302,10 @@ IN_BACKWARD = (
 _IN_PARTS = (
     "this step is of {shown} of the optimizer's {all} param groups (DeepSpeed's ZeRO-1 and 2 step one group at a time), so {label} "
     "never sees the whole model: give it scope='group' (or 'tensor'), or put all parameters into one group"
+)
+_JOINING = (
+    "{label} needs a number over all ranks, and inside DDP's join() a rank without batches takes part in DDP's collectives only: "
+    "use join(throw_on_early_termination=True), stop all ranks after the same number of steps, or use an absolute rule"
 )
 _PIECE_BY_PIECE = (
     "{label} needs a number over parameters, but DeepSpeed's ZeRO-3 shows the optimizer one piece after the other; use ZeRO-1 or 2, "
