@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,52 @@ def test_flat_params(group, use_orig_params):
     assert hasattr(flat, "_shard_numel_padded")
     assert _torch.padding_of_shard(flat) == 0
     assert [shape for _, shape in _torch.original_params(flat)] == ([(2, 3), (2,)] if use_orig_params else [])
+
+
+def test_a_parameter_of_fsdp1_is_marked(group):
+    from torch.distributed.fsdp import FullyShardedDataParallel, _common_utils
+
+    assert _common_utils.FSDP_FLATTENED == "_fsdp_flattened"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        model = FullyShardedDataParallel(torch.nn.Linear(3, 2), device_id=torch.device("cpu"), use_orig_params=True)
+    assert all(map(_torch.is_in_fsdp1, model.parameters()))
+    assert not _torch.is_in_fsdp1(torch.ones(1))
+
+
+def test_store_of_a_group(group, monkeypatch):
+    _torch.store_of(group).set("key", "value")
+    # As torch before 2.9, where a group has no such method.
+    monkeypatch.delattr(dist.ProcessGroup, "get_group_store")
+    assert _torch.store_of(group).get("key") == b"value"
+
+
+def test_ddp_and_its_join(group):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    (found,) = _torch.ddp_models_of(list(model.parameters())[:1])
+    assert found() is model
+    assert _torch.ddp_models_of([torch.ones(1)]) == []
+    assert not _torch.is_joining(model)
+    with model.join():
+        assert _torch.is_joining(model)
+    with model.join(throw_on_early_termination=True):
+        assert not _torch.is_joining(model)
+        model(torch.ones(1))
+    assert not _torch.is_joining(None)
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.device("meta"):
+        with _torch.plain_tensors():
+            plain = torch.ones(1)
+            assert plain.item() == 1
+        fake = torch.ones(1)
+        assert fake.is_meta
+    assert _torch.is_fake(fake)
+    assert not _torch.is_fake(plain)
 
 
 def test_wrapped_child_names():
