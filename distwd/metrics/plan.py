@@ -43,6 +43,7 @@ class Plan:
     num_groups: param groups of the model.
     numel: elements of the whole model, each counted once.
     has_copies: whether any piece of the model is held by several ranks. This and the next are the same on every rank.
+    alike: tuples of names (as in `name_ids`) that have the same bits, and may be one weight.
     result_dtype: of metrics: float32, or float64 for a model in float64.
 
     >>> import torch
@@ -62,6 +63,7 @@ class Plan:
     num_groups: int
     numel: int
     has_copies: bool
+    alike: list[tuple[int, ...]] = field(repr=False)
     result_dtype: torch.dtype
     # Of no use to users: see `offset_of` and `fits`.
     _offsets: tuple[int, ...] = field(repr=False)
@@ -184,6 +186,7 @@ def build_plan(
         num_groups=found.num_groups,
         numel=found.numel,
         has_copies=found.has_copies,
+        alike=found.alike,
         result_dtype=torch.float64 if found.is_wide else torch.float32,
         _offsets=found.offsets,
         _stamps=[_stamp(entry.tensor) for entry in entries],

@@ -9,6 +9,8 @@ not have equal bits, since kernels round differently; but different parameters h
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -16,25 +18,30 @@ from torch.distributed.tensor import DTensor
 from ..errors import PlanError
 from ..kernels.sums import wide_dtype
 from ..sharding.collectives import gather_objects, sum_over_ranks
-from ..sharding.explain import SHOWN, PieceReport, explain_gradients
+from ..sharding.explain import SHOWN, PieceReport, explain_alike, explain_gradients
 from ..sharding.local import local_tensor
 from .plan import Plan
 
 # For different gradients s differs by about their norm; for equal ones by roundings, far below this part of it even in
 # bf16.
 _TOLERANCE = 0.01
+# Gradients of a tied weight are added up over its stages before the step, and then equal in all bits.
+_TIED = 1e-4
 _BLOCK = 1 << 20
 
 
 def check_gradients(plan: Plan) -> None:
-    """Raise PlanError, on every rank alike, where copies of a piece have different gradients.
+    """Raise PlanError where copies of a piece have different gradients; warn of one weight under two names. On every rank.
 
-    One all-reduce if any piece has copies. A name is not judged if some rank has no gradient for it, or one that is not
-    finite, or one that is cut otherwise than the parameter.
+    Pipeline stages that were initialised from one seed have the same bits by different names, too; but only a weight that
+    is tied has the same gradients.
+
+    One all-reduce if any piece has copies, or names have the same bits. A name is not judged if some rank has no gradient
+    for it, or one that is not finite, or one that is cut otherwise than the parameter.
     """
-    if not plan.has_copies:
+    if not (plan.has_copies or plan.alike):
         return
-    excess, size, unknown = sum_over_ranks(_summary(plan), plan.world)
+    excess, size, unknown, signed = sum_over_ranks(_summary(plan), plan.world)
     wrong = ((unknown == 0) & (excess.abs() > _TOLERANCE * size)).nonzero().flatten().tolist()
     if wrong:
         reports = []
@@ -44,16 +51,39 @@ def check_gradients(plan: Plan) -> None:
                 note = "no gradient" if grad is None else f"gradient norm {_signed_sum_and_norm(grad)[1].item():.3g}"
                 reports.append(PieceReport(name_id, piece, entry.named, entry.group, note))
         raise PlanError(explain_gradients(wrong, gather_objects(reports, plan.world)))
+    tied = []
+    for first, *others in plan.alike:
+        close = _TIED * size[first]
+        same = [
+            other
+            for other in others
+            if unknown[first] == unknown[other] == 0 < size[first]
+            and (size[first] - size[other]).abs() <= close
+            and (signed[first] - signed[other]).abs() <= close
+        ]
+        if same:
+            tied.append((first, *same))
+    if tied:
+        mine = {name_id: entry.name for name_id, entry in zip(plan.name_ids, plan.entries, strict=True)}
+        names = {name_id: name for of_rank in gather_objects(mine, plan.world) for name_id, name in of_rank.items()}
+        text = explain_alike([[names[name_id] for name_id in alike] for alike in tied])
+        warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def _summary(plan: Plan) -> Tensor:
-    """[3, names] float64, to be summed over ranks.
+    """[4, names] float64, to be summed over ranks.
 
     Row 0: s, minus (number of holders) · s where this rank is the owner; over all ranks 0 if all are copies.
-    Row 1: the norm of the gradient. Row 2: 1 if the gradient cannot be judged.
+    Row 1: the norm of the gradient. Row 2: 1 if the gradient cannot be judged. Row 3: s where
+    this rank is the owner.
     """
-    summary = torch.zeros(3, plan.num_names, dtype=torch.float64)
-    copied = [index for index, holders in enumerate(plan.num_holders) if holders > 1 and plan.pieces[index].numel]
+    summary = torch.zeros(4, plan.num_names, dtype=torch.float64)
+    compared = {name_id for alike in plan.alike for name_id in alike}
+    copied = [
+        index
+        for index, holders in enumerate(plan.num_holders)
+        if (holders > 1 or plan.name_ids[index] in compared) and plan.pieces[index].numel
+    ]
     grads = {index: _gradient(plan.entries[index].tensor, plan.pieces[index].numel) for index in copied}
     # All numbers are computed before the first is read: each read waits for the device.
     pairs = [torch.stack(_signed_sum_and_norm(grad)).cpu() for grad in grads.values() if grad is not None]
@@ -62,7 +92,7 @@ def _summary(plan: Plan) -> Tensor:
         name_id, holders = plan.name_ids[index], plan.num_holders[index] if plan.owned[index] else 0
         signed, norm = next(numbers) if grad is not None else (torch.nan, torch.nan)
         if norm - norm == 0:  # finite
-            summary[:, name_id] += torch.tensor([signed * (1 - holders), norm, 0.0])
+            summary[:, name_id] += torch.tensor([signed * (1 - holders), norm, 0.0, signed * plan.owned[index]])
         else:
             summary[2, name_id] += 1
     return summary

@@ -6,7 +6,6 @@ Two all-gathers of integers. A third exchange, of text, is made only to explain 
 from __future__ import annotations
 
 import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from .._torch import is_fake, plain_tensors
 from ..errors import PlanError
 from .collectives import gather_objects, gather_rows
-from .explain import SHOWN, PieceReport, explain, explain_alike
+from .explain import SHOWN, PieceReport, explain
 from .layout import Layout, Mark, find_mark
 from .local import local_tensor
 from .ownership import CHECKSUM, NUM_COLUMNS, OwnerTable, checksums_of, offsets_of, resolve, rows_of, stable_hash
@@ -73,6 +72,7 @@ class Ownership:
     num_names: how many names there are.
     num_groups: the largest number of param groups of any rank.
     numel: elements of all whole tensors.
+    alike: tuples of names that have the same bits, see `OwnerTable.alike`.
     is_wide: whether every tensor is float64.
     error_store: where these ranks publish errors.
     """
@@ -86,6 +86,7 @@ class Ownership:
     num_names: int
     num_groups: int
     numel: int
+    alike: list[tuple[int, ...]]
     is_wide: bool
     error_store: ErrorStore | None
 
@@ -122,6 +123,7 @@ def _build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
         offsets=offsets_of(local.pieces, rows) if args.offsets else (),
         has_copies=found.has_copies and not args.world.is_fake,
         num_names=len(found.names),
+        alike=[] if args.world.is_fake else found.alike,
         num_groups=num_groups,
         numel=found.numel,
         # By the dtypes of all ranks: a metric must have the same bits on a rank that holds other tensors, or none.
@@ -263,15 +265,8 @@ def _by_rank(texts: Sequence[str | None], world: World) -> str:
 
 
 def _check_pieces(found: OwnerTable, entries: Sequence[NamedParam], local: LocalReport, world: World) -> None:
-    """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of those names.
-
-    Names that may be one weight are no error, since they may only have begun alike: a warning on every rank.
-    """
-    # The table is the same on every rank, so all go the same way here, and take part in the same exchanges.
-    if found.alike:
-        mine = {name_id: entry.name for name_id, entry in zip(found.name_ids.tolist(), entries, strict=True)}
-        names = {name_id: name for of_rank in gather_objects(mine, world) for name_id, name in of_rank.items()}
-        warnings.warn(explain_alike([[names[name_id] for name_id in alike] for alike in found.alike]), stacklevel=2)
+    """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of those names."""
+    # The table is the same on every rank, so all return here, or all take part in the exchange below.
     if not (found.mismatched or found.uncovered or found.drifted):
         return
     wrong = {name_id for names in (found.mismatched, found.uncovered, found.drifted) for name_id in names[:SHOWN]}

@@ -95,10 +95,9 @@ def explain_alike(alike: Sequence[Sequence[str]]) -> str:
     """The text of a warning for names that may be one weight; alike: the names of each such weight."""
     names = "; ".join(" and ".join(names) for names in alike[:SHOWN])
     return (
-        f"different ranks hold the same bits by different names: {names}{'; ...' * (len(alike) > SHOWN)}. If that is one "
-        "weight (an embedding on the first pipeline stage, and the head that is tied to it on the last), it counts twice in "
-        "every number: give both one name, [(name_of[p], p) for ...]. If they are different parameters that were "
-        "initialised alike, seed the ranks differently, or pass check_replicas=False."
+        f"different ranks hold the same bits, with the same gradients, by different names: {names}{'; ...' * (len(alike) > SHOWN)}. "
+        "If that is one weight (an embedding on the first pipeline stage, and the head that is tied to it on the last), it counts "
+        "twice in every number: give both one name, [(name_of[p], p) for ...]. check_replicas=False turns this comparison off."
     )
 
 
