@@ -11,12 +11,11 @@ from torch import Tensor
 from .. import _torch
 from ..kernels.apply import apply_from_
 from ..kernels.blocks import BufferPool
-from ..kernels.formulas import Rate
 from ..kernels.stochastic import LOW
 from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
 from ..step.runner import StepRunner
-from ..step.step import Batch, PendingUpdate, Step, check_gradient
+from ..step.step import Batch, PendingUpdate, Step
 from .joint import JointStep
 from .zero_proxy import ZeroProxyCapture
 
@@ -44,7 +43,10 @@ class UpdateCapture:
         """Let go of all memory."""
         self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
         self._on_zeros: set[int] = set()  # positions of parameters whose update is learnt from zeros
-        self._lrs: dict[int, Rate] = {}  # learning rates that optimizers have stepped with, by group
+        self._step: Step | None = None  # of the optimizer that has come last
+        # What optimizers have stepped with, part by part: which parameters had a gradient, and their learning rates.
+        self._parts_on_zeros: list[Batch] = []
+        self._parts_copied: list[Batch] = []
 
     def begin(self, optimizer: Optimizer, is_first: bool) -> Optimizer | None:
         """`optimizer` is about to step; its gradients may not be there yet. Copy what cannot be learnt otherwise.
@@ -54,7 +56,7 @@ class UpdateCapture:
         """
         if is_first:
             self._zero_proxies.begin()
-            self._on_zeros, self._lrs = set(), {}
+            self._on_zeros, self._parts_on_zeros, self._parts_copied = set(), [], []
             copied = []
             # All optimizers of a joint step at once: if the decay fails, the steps of all of them are undone.
             for each in [optimizer] if self._joint.each_alone else self._joint.optimizers:
@@ -67,24 +69,35 @@ class UpdateCapture:
                     else:
                         copied.append((position, entry))
             self._snapshot.take(copied)
+        self._step = None
         return self._zero_proxies.proxy_of(optimizer) if self._uses_proxy(optimizer) else None
 
     def act(self, optimizer: Optimizer, is_first: bool) -> None:
-        """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones."""
-        updated = []
-        for position, entry in self._params_of(optimizer):
-            if (grad := entry.tensor.grad) is not None:
-                # Refused now: behind the step it would be too late.
-                check_gradient(entry.name, grad)
-                if position in self._on_zeros:
-                    updated.append((position, entry.tensor, local_tensor(entry.tensor)))
+        """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones.
+
+        What rules need of the gradients is taken now: the optimizer may scale them, add momentum to them, or let them go.
+        """
+        step = self._step = self._joint.new_step(optimizer, of_all=False)
+        self._runner.begin(step, is_first)
+        # A fused kernel divides the gradients by the GradScaler's scale, so what is added to them afterwards is as it is.
+        step.grad_scale = None
+        for batch in step.batches:
+            # The optimizer, or a scheduler that steps before the others have, may change it.
+            if (lr := batch.group.get("lr")) is not None:
+                batch.group = {**batch.group, "lr": lr.clone() if isinstance(lr, Tensor) else lr}
+        # Each part of a batch is written in its own way. What has no gradient now is in neither part.
+        on_zeros, copied = (
+            [part for batch in step.batches if (part := batch.select(positions)).index]
+            for positions in (self._on_zeros, self._snapshot.old)
+        )
         if self._uses_proxy(optimizer):
-            self._zero_proxies.show_gradients(optimizer, updated)
-        if not self._joint.each_alone:
-            # A scheduler may step before the other optimizers have.
-            for group in optimizer.param_groups:
-                if (lr := group.get("lr")) is not None:
-                    self._lrs[id(group)] = lr.clone() if isinstance(lr, Tensor) else lr
+            self._zero_proxies.show_gradients(optimizer, on_zeros)
+        # Gradients that the optimizer lets go are let go here too, but where a rule will write to them.
+        if not any("grad" in bound.transform.changes for bound in self._runner.in_step):
+            for batch in (*step.batches, *on_zeros, *copied):
+                batch.grads.clear()
+        self._parts_on_zeros += on_zeros
+        self._parts_copied += copied
 
     def after(self, optimizer: Optimizer, stepped: Optimizer, is_complete: bool) -> None:
         """`optimizer` has stepped. When all of the joint step have, run the rules on what they did, and write.
@@ -95,25 +108,22 @@ class UpdateCapture:
         """
         if self._uses_proxy(optimizer):
             self._zero_proxies.commit(optimizer, stepped)
+        # It has not called the closure that it was given.
+        elif self._step is None:
+            self.act(optimizer, is_first=not self._parts_copied)
         if not is_complete:
             return
-        # A fused kernel has divided the gradients by the GradScaler's scale.
-        step = self._joint.new_step(optimizer, is_unscaled=True)
-        for batch in step.batches:
-            if id(batch.group) in self._lrs:
-                batch.group = {**batch.group, "lr": self._lrs[id(batch.group)]}
-        # Each part of a batch is written in its own way. What had no gradient when the proxy stepped is in neither part:
-        # it has not been updated, whoever has put a gradient there since.
-        on_zeros, rest = (
-            [part for batch in step.batches if (part := batch.select(positions)).index]
-            for positions in (self._zero_proxies.positions, self._snapshot.old)
-        )
-        step.batches = on_zeros + rest
+        assert self._step is not None
+        step, on_zeros, copied = self._step, self._parts_on_zeros, self._parts_copied
+        self._step, self._parts_on_zeros, self._parts_copied = None, [], []
+        # In the order of the parameters, whatever the order of the optimizers.
+        copied.sort(key=lambda batch: batch.index[0])
+        step.batches = on_zeros + copied
         with (
             self._zero_proxies.adopted(on_zeros, self._over_lr),
-            self._snapshot.adopted(step, rest, self._over_lr, self._decays_at_once),
+            self._snapshot.adopted(step, copied, self._over_lr, self._decays_at_once),
         ):
-            self._runner.run(step)
+            self._runner.run(step, has_begun=True)
         # Several optimizers count their steps together, here; one that shares nothing counts its own.
         self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
 

@@ -15,7 +15,6 @@ from .. import _torch
 from ..kernels.blocks import ZeroPool
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
-from ..sharding.local import local_like
 from ..step.step import Batch, PendingUpdate
 from .overrides import attachments_on
 
@@ -58,7 +57,6 @@ class ZeroProxyCapture:
     def __init__(self) -> None:
         self._zeros = ZeroPool()
         self._proxies: dict[int, ProxyOptimizer] = {}
-        self.positions: set[int] = set()  # of the parameters that zeros have been stepped for
 
     @staticmethod
     def works_for(optimizer: Optimizer) -> bool:
@@ -76,7 +74,6 @@ class ZeroProxyCapture:
         """No optimizer has stepped yet. All that a step that was broken off has left is in the proxies."""
         for proxy in self._proxies.values():
             proxy.release()
-        self.positions = set()
 
     def proxy_of(self, optimizer: Optimizer) -> Optimizer:
         """The copy that steps in the place of `optimizer`."""
@@ -90,26 +87,22 @@ class ZeroProxyCapture:
         vars(proxy.optimizer).update(proxy.attributes)
         return proxy.optimizer
 
-    def show_gradients(self, optimizer: Optimizer, updated: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+    def show_gradients(self, optimizer: Optimizer, batches: Sequence[Batch]) -> None:
         """Let the proxy step zeros in place of parameters.
 
         optimizer: the original.
-        updated: (position among all, parameter, its local tensor) of those with a gradient that zeros can stand for. Its
-            others are stepped as they are.
+        batches: those of its parameters with a gradient that zeros can stand for. Its others are stepped as they are.
         """
         proxy = self._proxies[id(optimizer)]
-        positions = [position for position, *_ in updated]
-        self.positions.update(positions)
-        zeros = self._zeros.take(positions, [local for *_, local in updated])
         zero_of: dict[int, Tensor] = {}
-        for (_, param, _), zero in zip(updated, zeros, strict=True):
-            assert param.grad is not None
-            zero_of[id(param)] = zero
-            grad = local_like(param.grad, param)
-            # A parameter's own `grad_dtype` allows it; plain tensors have to be told.
-            if grad.dtype != zero.dtype:
-                zero.grad_dtype = grad.dtype
-            zero.grad = grad
+        for batch in batches:
+            zeros = self._zeros.take(batch.index, batch.params)
+            for param, zero, grad in zip(batch.whole, zeros, batch.grads, strict=True):
+                zero_of[id(param)] = zero
+                # A parameter's own `grad_dtype` allows it; plain tensors have to be told.
+                if grad.dtype != zero.dtype:
+                    zero.grad_dtype = grad.dtype
+                zero.grad = grad
 
         groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +67,34 @@ class Request:
     metric: what to measure.
     sources: local tensors; parameters that are in none of them count as zeros.
     scope: "all", "group" or "tensor".
+    taken: what `take` has found; then `sources` are not looked at.
     """
 
     metric: Metric
     sources: Sequence[Source]
     scope: str = "all"
+    taken: Taken | None = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the first tensor; None if there is none."""
+        if self.taken is not None:
+            return self.taken.device
+        return self.sources[0].tensors[0].device if self.sources else None
+
+
+@dataclass(slots=True)
+class Taken:
+    """Statistics of tensors that may change before the ranks meet: taken when the tensors are right, reduced later.
+
+    parts: (slots, by statistic one value for each slot, factor of the tensors).
+    num_seen: by slot, how many pieces are in them.
+    device: of the first tensor; None: there is none.
+    """
+
+    parts: list[tuple[list[int], dict[Statistic, Tensor], float | Tensor]] = field(default_factory=list)
+    num_seen: Counter[int] = field(default_factory=Counter)
+    device: torch.device | None = None
 
 
 class Slots:
@@ -171,7 +194,7 @@ def measure(
     # gradients.
     numels, partials = [], []
     for request in requests:
-        device = request.sources[0].tensors[0].device if request.sources else plan.world.device
+        device = request.device or plan.world.device
         numels.append(slots.numel(request.scope, device))
         partials.append(_local_statistics(request, numels[-1], slots, workspace))
     totals = reduce_statistics(partials, plan.world)
@@ -216,18 +239,17 @@ def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World)
 # --- on this rank -----------------------------------------------------------------------------------------------------
 
 
-def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: Workspace) -> dict[Statistic, Tensor]:
-    """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
+def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> None:
+    """Add the statistics of a request's tensors, over the elements that this rank owns, to `into`. No communication."""
     statistics, scope = request.metric.statistics, request.scope
-    measured: list[tuple[list[int], dict[Statistic, Tensor], float | Tensor]] = []
     alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], float | Tensor]] = {}
-    missing = slots.by_scope(scope)[1].copy()
+    into.device = into.device or request.device
     for source in request.sources:
         scale = source.scale
         # A tensor is not read to find out whether it equals another.
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
         for slot, places in slots.owned_among(source.positions, scope).items():
-            missing[slot] -= len(places)
+            into.num_seen[slot] += len(places)
             tensors, minus = slots.counted(source, places)
             if len(tensors) == 1 and (size := tensors[0].numel()):
                 # Small tensors with a slot of their own: those of one length are measured together, as rows of a
@@ -239,18 +261,25 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
                 own_minus += minus
             else:
                 values = local_statistics(tensors, statistics, workspace, minus)
-                measured.append(([slot], {statistic: value.view(1) for statistic, value in values.items()}, scale))
+                into.parts.append(([slot], {statistic: value.view(1) for statistic, value in values.items()}, scale))
     for own_slots, own_tensors, own_minus, scale in alike.values():
-        measured.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
+        into.parts.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
 
-    slots_of_values = [slot for own, _, _ in measured for slot in own]
+
+def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: Workspace) -> dict[Statistic, Tensor]:
+    """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
+    taken = request.taken
+    if taken is None:
+        take(request, slots, workspace, taken := Taken())
+    slots_of_values = [slot for own, _, _ in taken.parts for slot in own]
     # Parameters without a tensor count as zeros. To most statistics they add nothing, but they are the smallest |x|, and a
     # power of zero with a negative exponent is infinite.
-    with_zeros = [slot for slot, number in missing.items() if number]
+    num_owned = slots.by_scope(request.scope)[1]
+    with_zeros = [slot for slot, number in num_owned.items() if number != taken.num_seen[slot]]
     totals = {}
-    for statistic in statistics:
+    for statistic in request.metric.statistics:
         of_zero = math.inf if statistic.kind == "power" and statistic.p < 0 else 0.0
-        found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in measured]
+        found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in taken.parts]
         found_slots = slots_of_values
         if with_zeros and (of_zero or statistic.kind == "min"):
             found.append(numel.new_full((len(with_zeros),), of_zero))

@@ -323,8 +323,10 @@ class Step:
                 old = self.old.get(position)
                 locals_.append(None if not is_active else local_tensor(entry.tensor) if old is None else old)
             return sources_of(locals_)
+        # Gradients that a GradScaler has multiplied: metrics are of what the optimizer will make of them.
+        unscale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.to(wide_dtype(self.grad_scale.device))
         if of == "grad":
-            return [Source(batch.index, batch.grads) for batch in self.batches]
+            return [Source(batch.index, batch.grads, (), unscale) for batch in self.batches]
         self._run_waiting()
         for batch in self.batches:
             # Decay that stands before the rule is part of the update that it sees.
@@ -332,7 +334,7 @@ class Step:
                 batch.materialize()
         # A scale or a difference needs no tensor of its own: it is applied where the update is summed.
         pending = [(batch.index, batch.pending) for batch in self.batches]
-        return [Source(index, update.tensors, update.minus or (), update.factor) for index, update in pending]
+        return [Source(index, update.tensors, update.minus or (), update.factor * unscale) for index, update in pending]
 
     # --- what transforms do ----------------------------------------------------------------------
 
