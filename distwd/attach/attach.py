@@ -325,6 +325,9 @@ class Attachment:
         self._joint.enter(optimizer)
 
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # Some optimizers take something else first (a loss, a scale). It is theirs.
+        if not callable(closure):
+            closure = None
         if is_first:
             self._is_init_step = self._first_step.is_init_step_of(optimizer, closure is not None)
             if self._is_init_step:

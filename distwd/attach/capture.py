@@ -81,6 +81,8 @@ class UpdateCapture:
         self._runner.begin(step, is_first)
         # A fused kernel divides the gradients by the GradScaler's scale, so what is added to them afterwards is as it is.
         step.grad_scale = None
+        # Rules of several attachments cannot see one another's decay, so those of one do not either.
+        step.shows_bare_update = True
         for batch in step.batches:
             # The optimizer, or a scheduler that steps before the others have, may change it.
             if (lr := batch.group.get("lr")) is not None:

@@ -113,6 +113,12 @@ def check_groups(optimizer: torch.optim.Optimizer, coupling: str) -> None:
         # A scheduler or a checkpoint may have set it again. Tensors are not read in a step.
         if isinstance(decay, (int, float)) and decay != 0 and id(group) not in overridden:
             raise ValueError(_TWICE.format(index=index, decay=decay))
+        # Nothing that distwd computes is recorded by autograd.
+        if group.get("differentiable"):
+            raise ValueError(
+                f"param_groups[{index}] has differentiable=True, but no derivative goes through a decay of distwd; set it to False, "
+                "or use the optimizer's own weight_decay"
+            )
         if coupling == "lr" and group.get("lr") is None:
             raise ValueError(f"param_groups[{index}] has no 'lr' to couple with; use coupling='none'")
 
@@ -124,6 +130,10 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     """
     # Lookahead in a step, trust ratios, fp32 copies: what an unknown optimizer reads must not be decayed before.
     if any(type(optimizer) not in ELEMENTWISE for optimizer in optimizers):
+        return True
+    # A decay at once needs the decay before it settled: as a part of the update, which is not there before the step.
+    targets = [rule.target for rule in rules]
+    if "params_direct" in targets and "update" in targets[: len(targets) - targets[::-1].index("params_direct")]:
         return True
     return any(
         rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources(rule.defaults)

@@ -65,10 +65,7 @@ class ZeroProxyCapture:
         if type(optimizer) not in ELEMENTWISE or _torch.overrides_init_group(optimizer):
             return False
         # Of two attachments one may have changed gradients or settings of the optimizer for this step.
-        if len(attachments_on(optimizer)) != 1:
-            return False
-        # A differentiable step is recorded by autograd on the parameters themselves.
-        return not any(group["differentiable"] for group in optimizer.param_groups)
+        return len(attachments_on(optimizer)) == 1
 
     def begin(self) -> None:
         """No optimizer has stepped yet. All that a step that was broken off has left is in the proxies."""

@@ -31,6 +31,7 @@ class Coefficient:
     value: the coefficient, float32.
     old, new: kept numbers before the step, and those that the rule answered; stored when the step has been written.
     dtype: of the numbers that users are shown.
+    plan: whose slots the numbers of single parameters have; the plan of today may number them otherwise. None for others.
     """
 
     scope: str
@@ -39,6 +40,7 @@ class Coefficient:
     old: Mapping[str, Tensor]
     new: Mapping[str, Tensor]
     dtype: torch.dtype
+    plan: Plan | None
 
 
 class Coefficients:
@@ -196,8 +198,12 @@ class Coefficients:
             if has_begun is not None:
                 new[COUNT] = has_begun + 1
         value = _as_slots(bound, "coefficient", answer, like)
+        # λ = 0 is off, also where the metric is not finite. By selection, since 0·inf is NaN.
+        if "weight_decay" in given and (settings.is_off or isinstance(given["weight_decay"], Tensor)):
+            value = torch.zeros_like(value) if settings.is_off else torch.where(given["weight_decay"] == 0, 0.0, value)
         dtype = self._plan().result_dtype if asks else torch.float32
-        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, dtype)
+        own_plan = self._plan() if scope == "tensor" else None
+        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, dtype, own_plan)
 
     def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
         """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter of the batch."""
@@ -265,8 +271,7 @@ class Coefficients:
             if original is None:
                 continue
             originals.add(id(original))
-            if known.scope == "tensor":
-                plan = self._plan()
+            if (plan := known.plan) is not None:
                 values = original if name is None else original.to(known.dtype)
                 slots = zip(plan.entries, plan.name_ids, strict=True)
                 shown.update({entry.name: values[slot] for entry, slot in slots if entry.group == index})

@@ -34,6 +34,7 @@ class PendingUpdate:
     is_negated: whether the sign is −1. An optimizer that steps zeros leaves −lr·u there.
     scale: the product of the learning rates that have been passed.
     applied_lr: a learning rate that the optimizer has multiplied by already, and that the chain comes to later.
+    is_scaled: whether a learning rate has been passed, were it 1: then u is a thing of its own, and not the gradient.
     """
 
     tensors: list[Tensor]
@@ -42,6 +43,7 @@ class PendingUpdate:
     is_negated: bool = False
     scale: Rate = 1.0
     applied_lr: Rate | None = None
+    is_scaled: bool = False
 
     @property
     def is_unscaled(self) -> bool:
@@ -65,6 +67,7 @@ class PendingUpdate:
 
     def scale_by(self, lr: Rate) -> None:
         """u ← lr·u."""
+        self.is_scaled = True
         # By identity: an equal number from another place is another learning rate.
         if lr is self.applied_lr:
             self.applied_lr = None
@@ -254,6 +257,7 @@ class Step:
     found_inf: by group index, a tensor that is not 0 where the optimizer will skip its step.
     decays_gradients: whether the pending update is the gradient that the optimizer will see.
     old: local parameters as they were before the optimizer's step, by position, where it has stepped already.
+    shows_bare_update: whether every rule sees the update as the optimizer has made it, and not the decay of others.
     """
 
     def __init__(
@@ -278,6 +282,7 @@ class Step:
         self.grad_scale, self.found_inf, self.decays_gradients = grad_scale, found_inf or {}, decays_gradients
         self.waiting: WaitingOptimizer | None = None
         self.old: Mapping[int, Tensor] = {}
+        self.shows_bare_update = False
 
         found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
         for position, entry in enumerate(entries):
@@ -330,7 +335,7 @@ class Step:
         self._run_waiting()
         for batch in self.batches:
             # Decay that stands before the rule is part of the update that it sees.
-            if batch.terms:
+            if batch.terms and not self.shows_bare_update:
                 batch.materialize()
         # A scale or a difference needs no tensor of its own: it is applied where the update is summed.
         pending = [(batch.index, batch.pending) for batch in self.batches]
@@ -363,9 +368,13 @@ class Step:
                 self.materialize()
             for batch in self.batches:
                 batch.pending.subtract_now()  # the difference may be to the parameters themselves
-        elif self.waiting is not None or any(not batch.is_materialized for batch in self.batches):
+        else:
             # An update that has gone on from the gradients must not see what is written to them now.
-            self.materialize()
+            if self.waiting is not None or any(not batch.is_materialized for batch in self.batches):
+                self.materialize()
+            for batch in self.batches:
+                if batch.pending.is_scaled and batch.pending.tensors is batch.grads:
+                    batch.materialize()
 
     def write(self) -> None:
         """The end of the step:  p ← p − Σ terms − u."""
