@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .checks import is_zero
 from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
@@ -122,6 +123,10 @@ class Chain(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. Raises ValueError, with nothing added, for settings that a transform cannot use."""
+        # What is excluded from decay is excluded for every rule: 0 for the first is 0 for the others, where nothing is said.
+        if is_zero(param_group.get("weight_decay")):
+            others = [bound.keys["weight_decay"] for bound in self._transforms if "weight_decay" in bound.keys]
+            param_group = {**dict.fromkeys(others, 0.0), **param_group}
         settings = {**self.defaults, **param_group}
         for bound in self._transforms:
             bound.read(settings)

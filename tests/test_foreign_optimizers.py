@@ -264,7 +264,8 @@ def test_every_wrapped_optimizer_sees_its_own_state_only(others):
 
 
 def test_stats_name_the_parameters_that_were_measured():
-    named = [(name, torch.nn.Parameter(torch.full((2,), value))) for name, value in zip("xyz", (1.0, 2.0, 3.0))]
+    values = {"x": 1.0, "y": 2.0, "z": 3.0}
+    named = [(name, torch.nn.Parameter(torch.full((2,), value))) for name, value in values.items()]
     chain = Chain(named, RelativeWeightDecay(DECAY, norm_input="params", scope="tensor"), LR(RATE))
     for _, param in named:
         param.grad = torch.zeros(2)
@@ -368,3 +369,271 @@ def test_derivatives_of_a_step_are_refused_when_they_are_asked_for_later():
     with pytest.raises(ValueError, match="differentiable"):
         optimizer.step()
     assert torch.equal(param, start())
+
+
+# --- copies of the parameters that the optimizer steps from -----------------------------------------------------------
+
+
+class Masters(torch.optim.Optimizer):
+    """SGD on fp32 copies: in its state, or in an attribute."""
+
+    def __init__(self, params, lr, place):
+        super().__init__(params, {"lr": lr, "place": place})
+        self.masters = [param.detach().float().clone() for param in self.param_groups[0]["params"]]
+        if place != "attribute":
+            del self.masters
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for number, param in enumerate(group["params"]):
+                if group["place"] == "attribute":
+                    master = self.masters[number]
+                else:
+                    master = self.state[param].setdefault("master", param.detach().float().clone())
+                master.sub_(param.grad, alpha=group["lr"])
+                param.copy_(master)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD of Defazio et al., arXiv 2405.15682: gradients at y, steps from z."""
+
+    def __init__(self, params, lr, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            weight = 1 / group["k"]
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.clone())
+                y.lerp_(z, weight)
+                y.add_(y.grad, alpha=group["lr"] * (group["beta"] * (1 - weight) - 1))
+                z.sub_(y.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("coupling", ["lr", "none"])
+@pytest.mark.parametrize("size", [0.0, 1e-3])
+@pytest.mark.parametrize("how", ["state", "attribute", "schedule-free"])
+def test_a_decay_lasts_where_the_optimizer_steps_from_copies(how, size, coupling):
+    rate, decay, num_steps = 0.1, 0.2, 60
+    dtype = torch.float32 if how == "schedule-free" else torch.bfloat16
+    param = torch.nn.Parameter(torch.tensor([1.5, -2.0, 4.0]).to(dtype))
+    optimizer = ScheduleFree([param], rate) if how == "schedule-free" else Masters([param], rate, how)
+    factor = decay if coupling == "lr" else rate * decay
+    attach(optimizer, WeightDecay(factor), coupling=coupling, rounding="stochastic")
+    for _ in range(num_steps):
+        param.grad = torch.full_like(param, size)
+        optimizer.step()
+    want = torch.tensor([1.5, -2.0, 4.0]) * (1 - rate * decay) ** num_steps
+    assert torch.allclose(param.float(), want, atol=0.03)
+
+
+@pytest.mark.parametrize("rule", [CautiousWeightDecay(2.0), RelativeWeightDecay(2.0, 1.5, "params", scope="tensor")])
+def test_copies_are_decayed_by_every_rule(rule):
+    """fp32 parameters with fp32 copies: as without the copies, but for roundings."""
+    found = []
+    for cls in (Masters, SignSGD):
+        params = [start(), torch.nn.Parameter(torch.tensor([[0.5], [-0.25]]))]
+        optimizer = torch.optim.SGD(params, lr=0.1) if cls is SignSGD else Masters(params, 0.1, "state")
+        attach(optimizer, rule)
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.full_like(param, 0.125)
+            optimizer.step()
+        found.append(params)
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["the start", "an average", "momentum"])
+def test_what_only_looks_like_a_copy_is_left_alone(kept):
+    class Keeping(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for param in group["params"]:
+                    state = self.state[param]
+                    state.setdefault("the start", param.clone())
+                    average = state.setdefault("an average", param.clone())
+                    state.setdefault("momentum", param.grad.clone())
+                    param.sub_(param.grad, alpha=group["lr"])
+                    average.lerp_(param, 0.5)
+
+    param = start()
+    optimizer = Keeping([param], {"lr": 0.0})
+    attach(optimizer, WeightDecay(0.5))
+    for lr in (0.0, 0.1, 0.1):
+        param.grad = param.detach().clone()  # so the momentum begins as the parameter
+        optimizer.param_groups[0]["lr"] = lr
+        old = optimizer.state[param].get(kept)
+        old = None if old is None else old.clone()
+        before = param.detach().clone()
+        optimizer.step()
+        if old is not None:
+            want = old.lerp(before * (1 - lr), 0.5) if kept == "an average" else old
+            assert torch.allclose(optimizer.state[param][kept], want)
+
+
+# --- gradients elsewhere, steps of another size, low precision --------------------------------------------------------
+
+
+class Elsewhere(torch.optim.Optimizer):
+    """SGD that reads its gradients from another attribute."""
+
+    def __init__(self, params, place):
+        super().__init__(params, {"lr": RATE})
+        self.place = place
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data.sub_(getattr(param, self.place), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("coupling", ["lr", "none", "gradient"])
+@pytest.mark.parametrize("place", ["main_grad", "decoupled_grad"])
+def test_gradients_in_known_other_places_are_refused(place, coupling):
+    param = start()
+    setattr(param, place, GRAD.clone())
+    optimizer = Elsewhere([param], place)
+    attach(optimizer, WeightDecay(DECAY), coupling=coupling)
+    with pytest.raises(ValueError, match=rf"param 0 lies in \.{place}"):
+        optimizer.step()
+    assert torch.equal(param, start())
+
+
+def test_a_parameter_that_moves_without_a_gradient_is_named():
+    param = start()
+    param.hidden = GRAD.clone()
+    optimizer = Elsewhere([param], "hidden")
+    attach(optimizer, WeightDecay(DECAY))
+    with pytest.warns(UserWarning, match=r"moved param 0, which had no \.grad"):
+        optimizer.step()
+
+
+class FindingItsRate(torch.optim.Optimizer):
+    """p ← p − d·lr·sign(g), with a d that grows in the step, as in Prodigy."""
+
+    def __init__(self, params, lr=1.0, d=1e-3):
+        super().__init__(params, {"lr": lr, "d": d})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            rate = group["d"] * group["lr"]
+            group["d"] *= 2
+            for param in group["params"]:
+                param.sub_(param.grad.sign(), alpha=rate)
+
+
+def test_the_rate_that_an_optimizer_finds_is_the_rate_of_the_decay():
+    param = start()
+    optimizer = FindingItsRate([param])
+    attachment = attach(optimizer, WeightDecay(DECAY), RelativeWeightDecay(DECAY))
+    want, d = start().detach(), 1e-3
+    for _ in range(3):
+        param.grad = GRAD.clone()
+        optimizer.step()
+        want, d = want - d * (GRAD.sign() + 2 * DECAY * want), 2 * d
+        assert attachment.stats()["RelativeWeightDecay"]["metric"].item() == pytest.approx(1.0, rel=1e-3)
+    assert torch.allclose(param, want)
+
+
+@pytest.mark.parametrize("coupling", ["lr", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("cls", "settings"), [(torch.optim.AdamW, {"eps": 1e-3}), (torch.optim.SGD, {})])
+def test_the_update_of_low_precision_is_that_of_the_chain(cls, settings, dtype, coupling):
+    values = {}
+    for how in ("chain", "attach"):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(64, 8).to(dtype))
+        rule = RelativeWeightDecay(DECAY)
+        if how == "chain":
+            parts = [rule, LR(1e-3)] if coupling == "lr" else [LR(1e-3), rule]
+            optimizer = Chain([param], Wrap(cls, **settings), *parts)
+            stats = optimizer.stats
+        else:
+            optimizer = cls([param], lr=1e-3, weight_decay=0, **settings)
+            stats = attach(optimizer, rule, coupling=coupling).stats
+        for _ in range(3):
+            param.grad = torch.randn(64, 8).to(dtype)
+            optimizer.step()
+        values[how] = param.detach(), stats()["RelativeWeightDecay"]["metric"].item()
+    assert torch.equal(values["chain"][0], values["attach"][0])
+    assert values["chain"][1] == values["attach"][1] > 0
+
+
+def test_an_update_that_is_rounded_away_is_warned_of():
+    param = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = SignSGD([param], 1e-3)
+    attach(optimizer, RelativeWeightDecay(DECAY))
+    param.grad = torch.linspace(-1, 1, 64).bfloat16()
+    param.data[:8] = 1e-3
+    with pytest.warns(UserWarning, match="has moved 8 of 64 elements"):
+        optimizer.step()
+
+
+# --- who decays -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["chain", "attach", "attach twice"])
+def test_a_group_that_is_excluded_is_excluded_from_every_rule(how):
+    decayed, free = start(), start()
+    key = "weight_decay" if how == "chain" else "distwd_weight_decay"
+    groups = [{"params": [decayed]}, {"params": [free], key: 0.0}]
+    rules = [WeightDecay(DECAY), RelativeWeightDecay(DECAY, norm_input="params"), WeightDecay(DECAY, ord=1)]
+    if how == "chain":
+        optimizer = Chain(groups, *rules, LR(RATE))
+    else:
+        optimizer = torch.optim.SGD(groups, lr=RATE)
+        for some in [rules] if how == "attach" else [rules[:1], rules[1:]]:
+            attach(optimizer, *some)
+    decayed.grad, free.grad = torch.zeros(3), torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(free, start())
+    assert not torch.equal(decayed, start())
+
+
+def test_one_rule_may_be_off_and_another_on():
+    param = start()
+    optimizer = torch.optim.SGD([{"params": [param], "distwd_weight_decay": 0.0, "distwd_weight_decay_1": 0.5}], lr=1.0)
+    attach(optimizer, WeightDecay(DECAY), WeightDecay(DECAY, ord=1))
+    param.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(param, start() - 0.5 * start().sign())
+
+
+def test_decay_is_taken_over_and_given_back():
+    decayed, free, other = start(), start(), start()
+    groups = [{"params": [decayed]}, {"params": [free], "weight_decay": 0.0}, {"params": [other], "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY)
+    with pytest.raises(ValueError, match="take_over=True"):
+        attach(optimizer, WeightDecay(0.3))
+    saved = optimizer.state_dict()
+    attachment = attach(optimizer, WeightDecay(0.3), WeightDecay(0.2, ord=1), take_over=True)
+    for _ in range(2):
+        assert [group["distwd_weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0, 0.1]
+        assert [group["distwd_weight_decay_1"] for group in optimizer.param_groups] == [0.2, 0.0, 0.2]
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0, 0.0]
+        for param in (decayed, free, other):
+            param.grad = torch.zeros(3)
+        optimizer.load_state_dict(saved)  # of the run that decayed by itself
+        optimizer.step()
+    assert torch.equal(free, start())
+    attachment.remove()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0, 0.1]
+    assert not any(key.startswith("distwd") for group in optimizer.param_groups for key in group)
+
+
+def test_an_equal_rule_is_attached_once():
+    optimizer = torch.optim.SGD([start()], lr=RATE)
+    first = attach(optimizer, WeightDecay(DECAY))
+    with pytest.raises(ValueError, match="attached to SGD already"):
+        attach(optimizer, WeightDecay(DECAY))
+    attach(optimizer, WeightDecay(DECAY, ord=1))
+    attach(optimizer, CautiousWeightDecay(DECAY))
+    first.remove()
+    attach(optimizer, WeightDecay(DECAY))

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..checks import is_zero
 from ..kernels.apply import apply_from_
 from ..kernels.blocks import BufferPool
-from ..kernels.stochastic import LOW
 from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
 from ..step.runner import StepRunner
 from ..step.step import Batch, PendingUpdate, Step
 from .joint import JointStep
+from .watch import Watch, decay_copies_
 from .zero_proxy import ZeroProxyCapture
 
 Optimizer = torch.optim.Optimizer
@@ -32,11 +33,15 @@ class UpdateCapture:
     joint: the steps that belong together.
     coupling: "lr": the update is what the optimizer did over its learning rate; "none": what it did.
     decays_at_once: whether a rule changes the parameters before the step is written.
+    measures_update: whether a rule looks at the update; else the optimizer may look at the parameters.
     """
 
-    def __init__(self, runner: StepRunner, joint: JointStep, coupling: str, decays_at_once: bool) -> None:
+    def __init__(
+        self, runner: StepRunner, joint: JointStep, coupling: str, decays_at_once: bool, measures_update: bool
+    ) -> None:
         self._runner, self._joint = runner, joint
         self._over_lr, self._decays_at_once = coupling == "lr", decays_at_once
+        self._watches = {id(each): Watch(measures_update) for each in joint.optimizers}
         self.forget()
 
     def forget(self) -> None:
@@ -63,8 +68,8 @@ class UpdateCapture:
                 uses_proxy = self._uses_proxy(each)
                 for position, entry in self._params_of(each):
                     local = local_tensor(entry.tensor)
-                    # Zeros are plain tensors, in a dtype that holds −lr·u well; bf16 and fp16 would round it again.
-                    if uses_proxy and type(local) in _torch.ORDINARY and local.dtype not in LOW:
+                    # Zeros are plain tensors.
+                    if uses_proxy and type(local) in _torch.ORDINARY:
                         self._on_zeros.add(position)
                     else:
                         copied.append((position, entry))
@@ -86,7 +91,10 @@ class UpdateCapture:
         for batch in step.batches:
             # The optimizer, or a scheduler that steps before the others have, may change it.
             if (lr := batch.group.get("lr")) is not None:
-                batch.group = {**batch.group, "lr": lr.clone() if isinstance(lr, Tensor) else lr}
+                # Prodigy and D-Adaptation step with d·lr, with a d that they find in their step and show in their groups.
+                d = batch.group.get("d", 1.0)
+                lr = lr * d if isinstance(d, Tensor) or d != 1 else lr.clone() if isinstance(lr, Tensor) else lr
+                batch.group = {**batch.group, "lr": lr}
         # Each part of a batch is written in its own way. What has no gradient now is in neither part.
         on_zeros, copied = (
             [part for batch in step.batches if (part := batch.select(positions)).index]
@@ -113,6 +121,15 @@ class UpdateCapture:
         # It has not called the closure that it was given.
         elif self._step is None:
             self.act(optimizer, is_first=not self._parts_copied)
+        if not self._uses_proxy(optimizer):
+            own, step = list(self._params_of(optimizer)), self._step
+            assert step is not None
+            updated = [position for batch in step.batches for position in batch.index]
+            has_lr = not any(is_zero(batch.group.get("lr")) for batch in step.batches)
+            self._watches[id(optimizer)].look(optimizer, own, self._snapshot.old, updated, has_lr)
+            for position, entry in own:
+                if copies := self._watches[id(optimizer)].copies_of(optimizer, position, entry.tensor):
+                    self._snapshot.copies[position] = copies
         if not is_complete:
             return
         assert self._step is not None
@@ -147,10 +164,12 @@ class SnapshotCapture:
 
     def __init__(self) -> None:
         self.old: dict[int, Tensor] = {}  # copies, by position
+        self.copies: dict[int, list[Tensor]] = {}  # what the optimizer itself keeps and steps from, by position
         self._buffers = BufferPool()
 
     def take(self, entries: Iterable[tuple[int, NamedParam]]) -> None:
         """Copy the parameters of these (position, parameter) pairs."""
+        self.copies = {}
         # Into the buffers of earlier snapshots where they fit: a new buffer in each step costs more than the copy.
         found = [(position, local_tensor(entry.tensor)) for position, entry in entries]
         positions, locals_ = [position for position, _ in found], [local for _, local in found]
@@ -189,10 +208,17 @@ class SnapshotCapture:
             yield
             for batch, params in zip(batches, moved_to, strict=True):
                 # The new parameters hold the update, but not the decay that has gone into it or into the old ones.
+                copies = [self.copies.get(position, []) for position in batch.index] if self.copies else []
                 if batch.is_absorbed or decays_at_once:
                     batch.apply_(batch.terms, with_update=True)
+                    for param, decayed, own in zip(params, batch.params, copies, strict=False):
+                        for copy in own:
+                            copy.sub_(param.to(copy.dtype) - decayed)
                     torch._foreach_copy_(params, batch.params)
                 else:
+                    # Before the parameters: a mask looks at what the optimizer has made of them.
+                    if any(copies):
+                        decay_copies_(batch, copies)
                     # Without the decay nothing would be written here, so the parameters as they are tell what it changes.
                     tally = batch.tally if batch.terms else None
                     without = None if tally is None else [param.clone() for param in params]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..checks import check_number
+from ..checks import check_number, is_zero
 
 KEY = "distwd_weight_decay"
 
@@ -32,17 +32,23 @@ def unused_keys(optimizers: Sequence[torch.optim.Optimizer], count: int, key: st
     return [name for name in names if name not in taken][:count]
 
 
-def write_keys(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+def write_keys(
+    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], others: Mapping[str, Any] | None = None
+) -> None:
     """Give every group its own value of each key, where it has none yet.
 
     groups: the param groups.
     defaults: the values for groups without the key, by key.
+    others: the same of other attachments.
     Raises ValueError for values that would not decay.
     """
     # In every step, since others add groups, and replace them by those of a checkpoint.
-    for key, default in defaults.items():
-        for group in groups:
-            check_number(key, group.setdefault(key, default))
+    for group in groups:
+        # Who excludes a group from one rule's decay excludes it from all: 0 where that rule decays elsewhere.
+        decays = {key: value for key, value in {**(others or {}), **defaults}.items() if key.startswith(KEY)}
+        is_excluded = any(is_zero(group.get(key)) and not is_zero(value) for key, value in decays.items())
+        for key, default in defaults.items():
+            check_number(key, group.setdefault(key, 0.0 if is_excluded and key in decays else default))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..kernels.blocks import ZeroPool
+from ..kernels.stochastic import LOW
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
 from ..step.step import Batch, PendingUpdate
@@ -104,9 +105,15 @@ class ZeroProxyCapture:
         groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             on_zeros = [(param, zero_of[id(param)]) for param in group["params"] if id(param) in zero_of]
+            # bf16 and fp16 hold the update itself better than lr times it, which fp16 may not hold at all.
+            low, wide = (
+                [(param, zero) for param, zero in on_zeros if (zero.dtype in LOW) is is_low] for is_low in (True, False)
+            )
             rest = [(param, param) for param in group["params"] if id(param) not in zero_of and param.grad is not None]
             # In groups of their own, since DTensors and plain tensors do not go together in one list.
-            groups += [{**group, "params": [one for _, one in some]} for some in (on_zeros, rest) if some]
+            for some, settings in ((low, {"lr": 1.0}), (wide, {}), (rest, {})):
+                if some:
+                    groups.append({**group, **settings, "params": [one for _, one in some]})
             proxy.stepped += on_zeros + rest
         # Keyed by what is stepped. The tensors in it are the original's, so what the step changes in place needs no commit.
         states = ((one, borrow_state(optimizer.state, param, "", one is not param)) for param, one in proxy.stepped)
@@ -144,8 +151,11 @@ class ZeroProxyCapture:
         over_lr: whether the update is what the optimizer did over its learning rate.
         """
         for batch in batches:
-            lr = batch.group["lr"] if over_lr else None
-            batch.pending = PendingUpdate(self._zeros.taken(batch.index), is_owned=True, is_negated=True, applied_lr=lr)
+            zeros, lr = self._zeros.taken(batch.index), batch.group["lr"]
+            # See `show_gradients`: the zeros of bf16 and fp16 parameters have been stepped at lr 1.
+            scale = lr if batch.is_low and not over_lr else 1.0
+            applied_lr = lr if over_lr and not batch.is_low else None
+            batch.pending = PendingUpdate(zeros, is_owned=True, is_negated=True, scale=scale, applied_lr=applied_lr)
         yield
         for batch in batches:
             # Decay and update in one pass over memory, which leaves the zeros clean for the next step.

@@ -196,7 +196,9 @@ def measure(
     for request in requests:
         device = request.device or plan.world.device
         numels.append(slots.numel(request.scope, device))
-        partials.append(_local_statistics(request, numels[-1], slots, workspace))
+        if (taken := request.taken) is None:
+            take(request, slots, workspace, taken := Taken())
+        partials.append(_local_statistics(request, taken, numels[-1], slots))
     totals = reduce_statistics(partials, plan.world)
     return [request.metric(total, numel) for request, total, numel in zip(requests, totals, numels, strict=True)]
 
@@ -266,11 +268,8 @@ def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> N
         into.parts.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
 
 
-def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: Workspace) -> dict[Statistic, Tensor]:
+def _local_statistics(request: Request, taken: Taken, numel: Tensor, slots: Slots) -> dict[Statistic, Tensor]:
     """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
-    taken = request.taken
-    if taken is None:
-        take(request, slots, workspace, taken := Taken())
     slots_of_values = [slot for own, _, _ in taken.parts for slot in own]
     # Parameters without a tensor count as zeros. To most statistics they add nothing, but they are the smallest |x|, and a
     # power of zero with a negative exponent is infinite.

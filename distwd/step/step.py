@@ -287,8 +287,11 @@ class Step:
         found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
         for position, entry in enumerate(entries):
             param, group = entry.tensor, entry.group
+            if group not in active_groups:
+                continue
             # A parameter without a gradient is left alone, by torch's optimizers too.
-            if (gradient := param.grad) is None or group not in active_groups:
+            if (gradient := param.grad) is None:
+                check_no_gradient(entry.name, param)
                 continue
             if only is not None and group not in only:
                 continue
@@ -419,3 +422,14 @@ def check_gradient(name: str, gradient: Tensor) -> None:
     """Raise ValueError for a gradient that no rule can work on."""
     if gradient.layout is not torch.strided:
         raise ValueError(f"the gradient of {name} is sparse; use dense gradients (for an embedding: sparse=False)")
+
+
+def check_no_gradient(name: str, param: Tensor) -> None:
+    """Raise ValueError for a parameter whose gradient lies beside `.grad`, where no rule looks and optimizers may."""
+    # Megatron's main_grad, and the decoupled_grad of its precision-aware optimizer.
+    for place in ("main_grad", "decoupled_grad"):
+        if isinstance(getattr(param, place, None), Tensor) and param.requires_grad:
+            raise ValueError(
+                f"the gradient of {name} lies in .{place}, and its .grad is None: rules look at .grad, so nothing would decay; set "
+                f".grad before the step, or use the optimizer's own weight_decay"
+            )

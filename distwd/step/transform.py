@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import is_zero
 from ..metrics.metric import Measure
 from .step import Step
 
@@ -125,7 +126,7 @@ class BoundTransform:
             self.transform.check({name: 0.0 if isinstance(v, Tensor) else v for name, v in values.items()})
         asks, keeps = self._asks(values)
         # A tensor is not read to find out: where it is 0, so is the rate.
-        is_off = isinstance(decay := values.get("weight_decay"), (int, float)) and decay == 0
+        is_off = is_zero(values.get("weight_decay"))
         return GroupSettings(values, asks, keeps, self.transform.is_absolute(values), is_off)
 
     def sign(self, group: Mapping[str, Any]) -> int:
