@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental import _config
@@ -64,10 +66,25 @@ def timeout_of(backend: Any) -> timedelta | None:
     return timeout
 
 
+def store_of(group: dist.ProcessGroup) -> Any:
+    """The key-value store of a process group."""
+    # Before torch 2.9 a group does not hand out its store.
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    return dist.distributed_c10d._get_process_group_store(group)
+
+
 # --- FSDP1 ----------------------------------------------------------------------------------------------------------
 
-# What torch's wrappers call the module that they wrap. Waits for: a public way to names without them.
-WRAPPED_CHILD_NAMES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+# What torch's wrappers call the module that they wrap. Waits for: a public way to names without them. The last two are
+# Lightning Fabric's, for the module as it runs and as it was: the same parameters twice.
+WRAPPED_CHILD_NAMES = (
+    "_fsdp_wrapped_module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
+)
 
 
 def flat_param_of(module: nn.Module) -> Tensor | None:
@@ -93,6 +110,12 @@ def is_flat_param(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_flat_param", False)
 
 
+def is_in_fsdp1(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that FSDP1 shards, flattened or original."""
+    # Waits for: as above.
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
 def padding_of_shard(tensor: Tensor) -> int:
     """Elements at the end of a local FlatParameter that belong to nobody; 0 for other tensors."""
     # Waits for: as above.
@@ -111,6 +134,20 @@ def write_count(tensor: Tensor) -> int:
     """A number that grows with each write to a tensor."""
     # Waits for: a public version counter.
     return tensor._version
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as all have that are made under FakeTensorMode."""
+    # Waits for: a public class.
+    return isinstance(tensor, FakeTensor)
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Tensors made within are real and on the CPU, whatever FakeTensorMode and torch.set_default_device say outside."""
+    # Waits for: a public way out of FakeTensorMode.
+    with unset_fake_temporarily(), torch.device("cpu"):
+        yield
 
 
 def is_in_backward() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checks import is_zero
+from .checks import is_zero, plain_number
 from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
@@ -19,6 +19,7 @@ from .optimizers.state import NO_PARAMS_KEY, mark_initialized, without_mark
 from .optimizers.wrap import Wrap
 from .sharding.layout import Layout
 from .sharding.params import NamedParam, ParamList, normalised_groups
+from .step.coefficients import check_coefficient
 from .step.rounding import Rounding
 from .step.runner import StepRunner, step_method
 from .step.state import kept_in, restore_kept
@@ -36,24 +37,25 @@ class Chain(torch.optim.Optimizer):
     group: the ranks that together hold the model; default all ranks if torch.distributed is initialised, else this
         process. No group is created.
     layout: who holds what, for tensors whose ownership no DTensor tells (see `Plan.build`).
-    check_replicas: whether the bits of copies are compared (see `Plan.build`), and, by a first step that builds the plan,
-        their gradients.
-    rounding: how parameters in bf16 and fp16 are written: to the "nearest", or "stochastic": to the neighbour above with
-        the probability of the distance from the one below, so that small decays are not lost but right in the mean. The
-        noise is a hash of seed, number of the step, name (or position) of the parameter and place of the element in the
-        whole tensor: the same on every replica, in every run and on any sharding. Its step is a key of the groups.
+    check_replicas: whether the bits of copies are compared (see `Plan.build`), and, by a first step that builds the
+        plan, their gradients.
+    rounding: how parameters in bf16 and fp16 are written: to the "nearest", or "stochastic": to the neighbour above
+        with the probability of the distance from the one below, so that small decays are not lost but right in the
+        mean. The noise is a hash of seed, number of the step, name (or position) of the parameter and place of the
+        element in the whole tensor: the same on every replica, in every run and on any sharding. Its step is a key of
+        the groups.
     seed: an integer, the same on every rank.
-    track_unchanged: whether `stats()` shows for how many elements the decay made no difference. That costs computing what
-        is written a second time.
-    compile: whether to let torch.compile fuse what distwd itself computes on tensors of more than 32 K elements (on GPUs
-        4 M): the first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs, Triton on
-        GPUs; ValueError where there is none. On CPUs the parameters get the same bits as without it.
+    track_unchanged: whether `stats()` shows for how many elements the decay made no difference. That costs computing
+        what is written a second time.
+    compile: whether to let torch.compile fuse what distwd itself computes on tensors of more than 32 K elements (on
+        GPUs 4 M): the first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs,
+        Triton on GPUs; ValueError where there is none. On CPUs the parameters get the same bits as without it.
 
-    Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two transforms
-    bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer works: groups,
-    schedulers, hooks, closures, state_dict, checkpoints. Absolute decay never communicates; relative decay costs one
-    all-reduce per phase (`phases` is their number). `print(optimizer)` shows what is decayed, by how much and by which
-    rule, without communication.
+    Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two
+    transforms bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer
+    works: groups, schedulers, hooks, closures, state_dict, checkpoints. Absolute decay never communicates; relative
+    decay costs one all-reduce per phase (`phases` is their number). `print(optimizer)` shows what is decayed, by how
+    much and by which rule, without communication.
 
     Raises ValueError for what cannot work, naming it; PlanError at the first step if the ranks do not agree on who
     holds what.
@@ -94,7 +96,9 @@ class Chain(torch.optim.Optimizer):
         self._has_stepped = False
         self._make_runner()
         defaults = {
-            key: bound.transform.defaults[name] for bound in self._transforms for name, key in bound.keys.items()
+            key: plain_number(bound.transform.defaults[name])
+            for bound in self._transforms
+            for name, key in bound.keys.items()
         }
         super().__init__(normalised_groups(params, group), {**defaults, **self._rounding.defaults})
         self._runner.check()
@@ -122,17 +126,17 @@ class Chain(torch.optim.Optimizer):
     # --- what torch.optim.Optimizer asks of an optimizer -------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does. Raises ValueError, with nothing added, for settings that a transform cannot use."""
+        """Add a group, as torch does. Raises ValueError, and adds nothing, for settings that a transform cannot use."""
         # What is excluded from decay is excluded for every rule: 0 for the first is 0 for the others, where nothing is said.
         if is_zero(param_group.get("weight_decay")):
             others = [bound.keys["weight_decay"] for bound in self._transforms if "weight_decay" in bound.keys]
             param_group = {**dict.fromkeys(others, 0.0), **param_group}
         settings = {**self.defaults, **param_group}
         for bound in self._transforms:
-            bound.read(settings)
+            check_coefficient(bound, bound.read(settings))
         is_complete = self._known is not None  # not while the base class adds the first groups
         if is_complete:
-            # First forget tensors that others have replaced: with one more group their places could not be told any more.
+            # First forget tensors that others have replaced: with one more group their places are not known any more.
             self._follow_params(self._runner.params.read().entries)
         super().add_param_group(param_group)
         # This rank may have parameters now; if it has none still, `_initialize` marks it again.
@@ -155,8 +159,8 @@ class Chain(torch.optim.Optimizer):
             mark_initialized(self.state, [])
         restore_kept(self, kept)
         if self._runner.kept.keeps_any:
-            # What the checkpoint lacks begins anew. The optimizers' state too, and first: Adam begins its own only while
-            # a parameter has none, and cannot know that a kept number is not Adam's.
+            # What the checkpoint lacks begins anew. The optimizers' state too, and first: Adam begins its own only
+            # while a parameter has none, and cannot know that a kept number is not Adam's.
             self._initialize(is_loaded=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,16 +214,17 @@ class Chain(torch.optim.Optimizer):
 
     @property
     def phases(self) -> int:
-        """Collectives per step (of a closure target: per evaluation of the closure); 0 for absolute rules and on one rank."""
+        """Collectives per step (closure targets: per evaluation of the closure); 0 for absolute rules and on one rank."""
         return self._runner.phases
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """The last `metric` and `coefficient` (λ·metric, without learning rate) of every relative rule, by its label in `repr`.
+        """The last `metric` and `coefficient` (λ·metric, without lr) of every relative rule, by its label in `repr`.
 
-        0-d tensors, not synchronised. For scope="all" one of each (by group index where groups have settings of their own),
-        for "group" by group index, for "tensor" by the names of the parameters that this rank holds. {} before the first step.
-        With track_unchanged=True also "unchanged_here", by group index: the share of the elements that *this rank* wrote in
-        the last step which have the bits that they would have without the decay.
+        0-d tensors, not synchronised. For scope="all" one of each (by group index where groups have settings of their
+        own), for "group" by group index, for "tensor" by the names of the parameters that this rank holds. {} before
+        the first step.
+        With track_unchanged=True also "unchanged_here", by group index: the share of the elements that *this rank* wrote
+        in the last step which have the bits that they would have without the decay.
         """
         return self._runner.stats()
 
@@ -242,7 +247,7 @@ class Chain(torch.optim.Optimizer):
         params = runner.prepare()
         self._follow_params(params.entries)
 
-        # Checkpoint code steps an optimizer whose state it misses, with every lr and gradient 0; that must change nothing.
+        # Checkpoint code steps an optimizer whose state it misses, every lr and gradient 0: that must change nothing.
         # A wrapped optimizer that keeps no state, and is not known to, is stepped so again and again.
         was_real = self._first_step.is_past
         has_stepped = bool(set(self.state) - {NO_PARAMS_KEY}) if was_real else self._has_stepped

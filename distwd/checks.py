@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from torch import Tensor
+
+
+def plain_number(value: Any) -> Any:
+    """A number of another library (numpy's float32, say) as Python's own; anything else as it is.
+
+    It computes with all its digits then, and a checkpoint that holds it is loaded without that library.
+    """
+    if isinstance(value, (bool, Tensor)) or type(value) in (int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_nonnegative(name: str, value: Any) -> None:
@@ -23,6 +34,7 @@ def check_nonnegative(name: str, value: Any) -> None:
         if value.is_meta:
             return
         value = value.item()
+    value = plain_number(value)
     # bool is an int to Python; weight_decay=True is a mistake.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number or a 0-d tensor, not {value!r}")
@@ -39,6 +51,7 @@ def check_number(name: str, value: Any) -> None:
 
 def check_ord(ord: Any) -> None:
     """Raise ValueError unless `ord` is a finite number ≥ 1."""
+    ord = plain_number(ord)
     if isinstance(ord, bool) or not isinstance(ord, (int, float)) or not ord >= 1 or math.isinf(ord):
         raise ValueError(
             f"ord={ord!r} is not usable: the direction sign(p)·|p|^(ord-1) needs a finite number ord >= 1; 2 is ordinary weight decay"
@@ -53,4 +66,4 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def is_zero(value: Any) -> bool:
     """Whether a value is the number 0; a tensor is not read to find out."""
-    return isinstance(value, (int, float)) and value == 0
+    return isinstance(value := plain_number(value), (int, float)) and value == 0

@@ -58,11 +58,11 @@ def measure_plan(here: Here, num_params: int, num_ranks: int, held: str = "cut")
     """
     rows = HELD[held](num_params, num_ranks)
     start = time.perf_counter()
-    found = resolve(rows, 0, 1)
+    found = resolve(rows, 0)
     seconds = time.perf_counter() - start
     assert [*found.mismatched, *found.uncovered, *found.drifted] == [], "the made-up descriptions should make a plan"
     assert int(found.owned.sum()) == len(rows[0]), "the first rank is the lowest holder of all it holds"
-    _, peak = here.bytes_of(lambda: None, lambda: resolve(rows, 0, 1))
+    _, peak = here.bytes_of(lambda: None, lambda: resolve(rows, 0))
     described = sum(part.numel() * part.element_size() for part in rows)
     return {
         "held": held,

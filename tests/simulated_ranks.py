@@ -65,4 +65,4 @@ def owners(held: Sequence[Sequence[Tensor]]) -> list[OwnerTable]:
     for tensors in held:
         pieces = [describe(f"t{number}", tensor) for number, tensor in enumerate(tensors)]
         rows.append(rows_of(pieces, [0] * len(pieces), checksums_of([local_tensor(t) for t in tensors]), named=True))
-    return [resolve(rows, rank, 1) for rank in range(len(held))]
+    return [resolve(rows, rank) for rank in range(len(held))]

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from distwd import LR, Adam, CautiousWeightDecay, Chain, RelativeWeightDecay, WeightDecay, Wrap, attach
-from distwd.attach.overrides import attachments_on
+from distwd.attach.joint import attachments_on
 from tests import wire
 from tests.one_process import fp32_parameters
 from tests.runs import differing, grads_of

@@ -169,8 +169,8 @@ def test_gradients_are_afterwards_what_they_were(rules, coupling):
     """The same objects with the same numbers, whether one attachment or two."""
     params = parameters()
     optimizer = optimizer_of(params, "adam")
-    for _ in range(2):
-        attach(optimizer, *rules, coupling=coupling)
+    for more in ([], [CautiousWeightDecay(0.1, 1.5)]):
+        attach(optimizer, *(more or rules), coupling=coupling)
         for name, grad in grads_of(0, torch.float64).items():
             params[name].grad = grad
         given = {name: param.grad for name, param in params.items()}

@@ -19,7 +19,8 @@ RULES = {
 }
 
 
-# torch wraps the step of a class when the first optimizer of just that class is made. So hooks run for the base class, too.
+# torch wraps the step of a class when the first optimizer of just that class is made. So hooks run for the base class,
+# too.
 torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
 
 
@@ -57,13 +58,13 @@ class Smoothed(RelativeWeightDecay):
 
 
 class FailsOnce(RelativeWeightDecay):
-    """Cannot be computed when it is first asked."""
+    """Cannot be computed once, after `fails` has been set."""
 
-    asked = 0
+    fails = False
 
     def coefficient(self, settings, measured, kept):
-        self.asked += 1
-        if self.asked == 1:
+        if self.fails:
+            self.fails = False
             raise Flaky
         return super().coefficient(settings, measured, kept)
 
@@ -107,6 +108,7 @@ def test_a_decay_of_several_optimizers_that_has_failed_can_be_tried_again():
         feed(params, 0)
         before = values(params)
         if isinstance(rule, FailsOnce):
+            rule.fails = True
             optimizers[0].step()
             with pytest.raises(Flaky):
                 optimizers[1].step()
@@ -164,6 +166,30 @@ def test_removed_in_the_closure_of_a_step_nothing_stays_behind(rule, coupling, f
         ends.append((values(params), settings))
     assert ends[0][1] == ends[1][1]
     assert differing(ends[0][0], ends[1][0]) == []
+
+
+@pytest.mark.parametrize("removed", ["of params", "of the update"])
+@pytest.mark.parametrize("first", [False, True], ids=["attached last", "attached first"])
+def test_one_of_two_attachments_is_removed_in_the_closure_of_a_step(removed, first):
+    """The other one decays this step as it would have alone."""
+    ends = []
+    for attached in (False, True):
+        params = fp32_parameters()
+        optimizer = torch.optim.AdamW(params.items(), lr=LR, weight_decay=0)
+        attachment = attach(optimizer, RULES[removed]) if attached and first else None
+        attach(optimizer, RelativeWeightDecay(DECAY, metric="l2"))
+        attachment = attach(optimizer, RULES[removed]) if attached and not first else attachment
+
+        def closure():
+            feed(params, 0)
+            if attachment is not None:
+                attachment.remove()
+
+        for _ in range(2):
+            optimizer.step(closure)
+        ends.append(values(params))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_third_attachment_does_not_share_the_kept_numbers_of_the_second():

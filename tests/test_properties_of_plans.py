@@ -192,8 +192,8 @@ def check_without(case: Case, victim: int, name: str) -> None:
 
 
 def every_holder_owns(resolve: Callable) -> Callable:
-    def wrong(rows: Any, rank: int, num_groups: int) -> Any:
-        found = resolve(rows, rank, num_groups)
+    def wrong(rows: Any, rank: int) -> Any:
+        found = resolve(rows, rank)
         return dataclasses.replace(found, owned=torch.ones_like(found.owned))
 
     return wrong

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _torch
-from ..checks import check_choice, is_zero
+from ..checks import check_choice, is_zero, plain_number
 from ..metrics.plan import Plan, PlanOptions
 from ..optimizers.init_step import FirstStep, mark_if_no_params
 from ..optimizers.lr import LR
@@ -27,8 +27,7 @@ from ..step.step import Step
 from ..step.transform import BoundTransform, Transform, bind, with_current_values
 from .before import WriteBefore
 from .capture import UpdateCapture
-from .joint import JointStep, refuse_under_scaler
-from .overrides import Overrides, attachments_on, unused_keys, write_keys
+from .joint import JointStep, Overrides, attachments_on, refuse_under_scaler, unused_keys, write_keys
 from .validate import check_groups, list_optimizers, needs_update, validate_optimizers
 
 COUPLINGS = ("lr", "gradient", "none")
@@ -48,18 +47,19 @@ def attach(
     compile: bool = False,
     take_over: bool = False,
 ) -> Attachment:
-    """Add decay to an optimizer that exists, through its own step hooks:  p ← p − lr·λ·d(p),  d(p) = sign(p)·|p|^(ord−1).
+    """Add decay to an optimizer that exists, through its own step hooks:  p ← p − lr·λ·d(p).
 
-    λ is the rule's `weight_decay`, times the metric for a relative rule. d(p) is of the parameter before the step.
+    d(p) = sign(p)·|p|^(ord−1), of the parameter before the step. λ is the rule's `weight_decay`, times the metric for a
+    relative rule.
 
-    optimizer: any torch optimizer with step hooks, its own weight_decay 0. Or several of one model that are stepped once
-        each, in any order, and share one metric and one collective. (Under a GradScaler, which may skip one and not the
-        others: numbers of the parameters, and of the updates of fused ones.)
-    decays: rules, per step. λ is the key `distwd_weight_decay` of the optimizer's param groups: it is read at every step,
-        and saved with them.
+    optimizer: any torch optimizer with step hooks, its own weight_decay 0. Or several of one model that are stepped
+        once each, in any order, and share one metric and one collective. (Under a GradScaler, which may skip one and
+        not the others: numbers of the parameters, and of the updates of fused ones.)
+    decays: rules. λ is per step (times lr for coupling="lr"). It is the key `distwd_weight_decay` of the optimizer's
+        param groups: it is read at every step, and saved with them.
     coupling: how the decay meets the learning rate. Each equals the `Chain` with the rules at that place.
-        "lr" (AdamW's): p ← p − lr·λ·d(p). norm_input="update" then is what the optimizer did to the parameters, over lr.
-        "none": p ← p − λ·d(p). The update is what the optimizer did.
+        "lr" (AdamW's): p ← p − lr·λ·d(p). The update, for norm_input="update", is what the optimizer did, over lr.
+        "none": p ← p − λ·d(p). The update is what the optimizer did to the parameters.
         "gradient": g ← g + λ·d(p), before the optimizer. The update is the gradient.
     group: the ranks that together hold the model, as for `Chain`.
     layout: who holds what, where no DTensor tells, as for `Chain`.
@@ -105,7 +105,7 @@ def attach(
 
 
 class ExternalOptimizer(Transform):
-    """The attached optimizer among the transforms: rules behind it see its update. It steps by itself, between the hooks."""
+    """The attached optimizer among the transforms. It steps by itself, between the hooks; rules behind it see its update."""
 
     is_linear = False
     optimizer_name = "the optimizer"
@@ -162,7 +162,9 @@ class Attachment:
             for rule, key in zip(rules, unused_keys(optimizers, len(rules)), strict=True)
         ]
         decays = {
-            key: rule.defaults[name] for rule, own in zip(rules, rule_keys, strict=True) for name, key in own.items()
+            key: plain_number(rule.defaults[name])
+            for rule, own in zip(rules, rule_keys, strict=True)
+            for name, key in own.items()
         }
         self.defaults = decays | self._rounding.defaults
         self.keys = list(self.defaults)
@@ -173,7 +175,7 @@ class Attachment:
         lr: list[tuple[Transform, dict[str, str]]] = [(LR(1.0), {"lr": "lr"})] if coupling == "lr" else []
         own_rules: list[tuple[Transform, dict[str, str]]] = list(zip(rules, rule_keys, strict=True))
         ordered = own_rules + external if coupling == "gradient" else external + own_rules + lr
-        # A second attachment keeps numbers under keys of its own in the optimizers' state, as it has group keys of its own.
+        # Two attachments must not share kept numbers in the optimizers' state, as they do not share group keys.
         others = {other.state_suffix for optimizer in optimizers for other in attachments_on(optimizer)}
         suffixes = ["", *(f"_attachment_{number}" for number in range(1, len(others) + 1))]
         self.state_suffix = next(suffix for suffix in suffixes if suffix not in others)
@@ -199,15 +201,13 @@ class Attachment:
         in_step = [rule for rule in rules if rule.target != "closure"]
         self._needs_updates = coupling != "gradient" and bool(in_step) and needs_update(in_step, optimizers)
         # Rules that need no metric share nothing: each optimizer is decayed in its own hooks, whatever the others do.
-        each_alone = len(optimizers) == 1 or not any(rule.sources(rule.defaults) for rule in rules)
+        each_alone = len(optimizers) == 1 or not any(rule.sources() for rule in rules)
         self.overrides = Overrides()
         self._joint = JointStep(self._runner, optimizers, each_alone, self._needs_updates)
         self._strategy: WriteBefore | UpdateCapture
         if self._needs_updates:
             at_once = any(rule.target == "params_direct" for rule in in_step)
-            measures_update = any(
-                rule.is_cautious(rule.defaults) or "update" in rule.sources(rule.defaults) for rule in in_step
-            )
+            measures_update = any(rule.is_cautious(rule.defaults) or "update" in rule.sources() for rule in in_step)
             self._strategy = UpdateCapture(self._runner, self._joint, coupling, at_once, measures_update)
         else:
             self._strategy = WriteBefore(self._runner, self._joint, coupling, self.overrides)
@@ -235,7 +235,7 @@ class Attachment:
             self._handles += [
                 after,
                 optimizer.register_step_pre_hook(self._before),
-                # A state dict, and hence a checkpoint, shows the optimizer's own settings, also where a step has raised.
+                # A state dict shows the optimizer's own settings, also after a step that has raised.
                 optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
                 optimizer.register_state_dict_post_hook(lambda _, saved: without_mark(saved)),
                 optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
@@ -271,7 +271,7 @@ class Attachment:
 
     @property
     def phases(self) -> int:
-        """Collectives per step (of a closure target: per evaluation of the closure); 0 for absolute rules and on one rank."""
+        """Collectives per step (closure targets: per evaluation of the closure); 0 for absolute rules and on one rank."""
         return self._runner.phases
 
     def stats(self) -> dict[str, dict[str, Any]]:
@@ -309,7 +309,8 @@ class Attachment:
         return {}
 
     def _may_keep(self, param: Tensor) -> bool:
-        """Whether numbers of ours may lie in the state of `param`. Many optimizers begin theirs only while it is empty."""
+        """Whether numbers of ours may lie in the state of `param`."""
+        # Many optimizers begin their own only while it is empty.
         states = self._state_of(param)
         if states.get(param):
             return True
@@ -343,7 +344,7 @@ class Attachment:
 
     @step_method
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre hook: act before the optimizer's step, or at its first evaluation of the closure, when gradients are there."""
+        """Pre hook: act before the optimizer steps, or at its first evaluation of the closure, when gradients are there."""
         if self._depth.get(id(optimizer), 0) and self._is_nested(optimizer):
             self._depth[id(optimizer)] += 1
             return None
@@ -381,16 +382,16 @@ class Attachment:
             self._act(optimizer, is_first)
             return None
 
-        # With a closure the gradients of now are stale: Lightning clears and computes them in it. A proxy gets a closure
-        # too, and asks for its gradients when it steps: hooks that come after this one may still change them.
+        # With a closure the gradients of now are stale: Lightning clears and computes them in it. A proxy gets a
+        # closure too, and asks for its gradients when it steps: hooks that come after this one may still change them.
         evaluate_model = self._runner.decaying(closure or (lambda: None))
         has_acted = False
 
         def evaluate() -> Any:
             nonlocal has_acted
             loss = evaluate_model()
-            # LBFGS evaluates many times; the first evaluation counts. The closure may have called `remove()`: then nothing
-            # would put back what is changed here.
+            # LBFGS evaluates many times; the first evaluation counts. The closure may have called `remove()`: then
+            # nothing would put back what is changed here.
             if not has_acted and self._handles:
                 has_acted = True
                 self._act(optimizer, is_first)
@@ -404,12 +405,12 @@ class Attachment:
 
     @step_method
     def _act(self, optimizer: Optimizer, is_first: bool) -> None:
-        """The gradients of `optimizer` are there, and it steps next. A step method too, since the optimizer calls it."""
+        """The gradients of `optimizer` are there, and it steps next. (The optimizer's step may call this, by the closure.)"""
         if not self._is_init_step:
             self._joint.note_gradients(optimizer)
             self._strategy.act(optimizer, is_first)
         elif self._has_stepped:
-            # An optimizer without state at lr 0 looks so on one rank alone; the others may train, and wait for its part.
+            # A real step may look so on one rank alone (no state, lr 0, gradients 0). The others wait for its part.
             self._runner.measure_only(self._joint.new_step(optimizer))
 
     @step_method
@@ -444,8 +445,8 @@ class Attachment:
     def _is_nested(self, optimizer: Optimizer) -> bool:
         """Whether a step of the optimizer itself has called this one: a subclass whose step calls `super().step()`.
 
-        torch wraps `step` once for every class, so hooks run for both. The stack is searched, and only where the last step
-        has not come to its post hook: whether that one still runs, or has raised, nothing else tells.
+        torch wraps `step` once for every class, so hooks run for both. The stack is searched, and only where the last
+        step has not come to its post hook: whether that one still runs, or has raised, nothing else tells.
         """
         wrapper = type(optimizer).step.__code__  # the same code for every class
         num_steps = 0

@@ -11,14 +11,15 @@ from ..optimizers.elementwise import own_decay
 from ..optimizers.state import like_whole
 from ..step.runner import StepRunner
 from ..step.step import Step, zero_where
-from .joint import JointStep
-from .overrides import Overrides
+from .joint import JointStep, Overrides
 
 Optimizer = torch.optim.Optimizer
 
 
 class WriteBefore:
-    """Rules that need not know what the optimizer will do: those before it, and absolute ones around elementwise optimizers.
+    """Rules that need not know what the optimizer will do.
+
+    These are the rules before it, and around elementwise optimizers those that look at no update.
 
     runner: runs the rules.
     joint: the steps that belong together.
@@ -60,6 +61,9 @@ class WriteBefore:
             # The step was made before this optimizer's scale and verdict were known: no term may act where a GradScaler
             # skips the step. By selection on the device; reading the verdict would wait for it.
             grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+            # Kept numbers go by it when the step is finished.
+            own = [index for index, group in enumerate(step.groups) if id(group) in own_groups]
+            step.found_inf = {**step.found_inf, **dict.fromkeys(own, found_inf)}
             for batch in batches:
                 if decays_gradients and grad_scale is not None:
                     batch.terms = [term.scaled(grad_scale) for term in batch.terms]

@@ -13,7 +13,7 @@ from ..checks import is_zero
 from ..kernels.apply import apply_from_
 from ..kernels.blocks import BufferPool
 from ..sharding.local import local_tensor
-from ..sharding.params import NamedParam
+from ..sharding.params import NamedParam, is_frozen
 from ..step.runner import StepRunner
 from ..step.step import Batch, PendingUpdate, Step
 from .joint import JointStep
@@ -24,10 +24,10 @@ Optimizer = torch.optim.Optimizer
 
 
 class UpdateCapture:
-    """Learns the update of optimizers, by a shadow copy on zeros or from a copy of the parameters, and writes decay after it.
+    """Learns what optimizers do, by a shadow copy on zeros or from a copy of the parameters, and writes decay after it.
 
-    Which of the two serves a parameter depends on nothing but the parameter, its optimizer and the rules. So all its copies
-    on other ranks go the same way, whatever those ranks hold beside it: the two round differently.
+    Which of the two serves a parameter depends on nothing but the parameter, its optimizer and the rules. So all its
+    copies on other ranks go the same way, whatever those ranks hold beside it: the two round differently.
 
     runner: runs the rules.
     joint: the steps that belong together.
@@ -47,6 +47,7 @@ class UpdateCapture:
     def forget(self) -> None:
         """Let go of all memory."""
         self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
+        self._proxied: set[int] = set()  # optimizers whose last step was a proxy's
         self._on_zeros: set[int] = set()  # positions of parameters whose update is learnt from zeros
         self._step: Step | None = None  # of the optimizer that has come last
         # What optimizers have stepped with, part by part: which parameters had a gradient, and their learning rates.
@@ -59,13 +60,18 @@ class UpdateCapture:
         is_first: whether it is the first of a joint step.
         Returns what steps in its place, once it has been shown its gradients; None if the optimizer steps itself.
         """
+        # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps
+        # at once, so that everyone sees its step.
+        may_use_proxy = not self._decays_at_once and self._joint.each_alone
+        # Settled once in a step: the closure may attach another rule, or remove one.
+        uses_proxy = may_use_proxy and self._zero_proxies.works_for(optimizer)
+        self._proxied = self._proxied | {id(optimizer)} if uses_proxy else self._proxied - {id(optimizer)}
         if is_first:
             self._zero_proxies.begin()
             self._on_zeros, self._parts_on_zeros, self._parts_copied = set(), [], []
             copied = []
             # All optimizers of a joint step at once: if the decay fails, the steps of all of them are undone.
             for each in [optimizer] if self._joint.each_alone else self._joint.optimizers:
-                uses_proxy = self._uses_proxy(each)
                 for position, entry in self._params_of(each):
                     local = local_tensor(entry.tensor)
                     # Zeros are plain tensors.
@@ -75,7 +81,7 @@ class UpdateCapture:
                         copied.append((position, entry))
             self._snapshot.take(copied)
         self._step = None
-        return self._zero_proxies.proxy_of(optimizer) if self._uses_proxy(optimizer) else None
+        return self._zero_proxies.proxy_of(optimizer) if uses_proxy else None
 
     def act(self, optimizer: Optimizer, is_first: bool) -> None:
         """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones.
@@ -100,7 +106,7 @@ class UpdateCapture:
             [part for batch in step.batches if (part := batch.select(positions)).index]
             for positions in (self._on_zeros, self._snapshot.old)
         )
-        if self._uses_proxy(optimizer):
+        if id(optimizer) in self._proxied:
             self._zero_proxies.show_gradients(optimizer, on_zeros)
         # Gradients that the optimizer lets go are let go here too, but where a rule will write to them.
         if not any("grad" in bound.transform.changes for bound in self._runner.in_step):
@@ -116,12 +122,12 @@ class UpdateCapture:
         is_complete: whether it was the last one.
         Raises ValueError if a hook has replaced the proxy. Where an error comes from the rules, all steps are undone.
         """
-        if self._uses_proxy(optimizer):
+        if id(optimizer) in self._proxied:
             self._zero_proxies.commit(optimizer, stepped)
         # It has not called the closure that it was given.
         elif self._step is None:
             self.act(optimizer, is_first=not self._parts_copied)
-        if not self._uses_proxy(optimizer):
+        if id(optimizer) not in self._proxied:
             own, step = list(self._params_of(optimizer)), self._step
             assert step is not None
             updated = [position for batch in step.batches for position in batch.index]
@@ -146,21 +152,21 @@ class UpdateCapture:
         # Several optimizers count their steps together, here; one that shares nothing counts its own.
         self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
 
-    def _uses_proxy(self, optimizer: Optimizer) -> bool:
-        # A decay at once is undone from the copy if the step fails. And an optimizer whose decay waits for others steps at
-        # once, so that everyone sees its step.
-        return not self._decays_at_once and self._joint.each_alone and self._zero_proxies.works_for(optimizer)
-
     def _params_of(self, optimizer: Optimizer) -> Iterator[tuple[int, NamedParam]]:
         """The parameters of an optimizer that are shown now, with their positions among all."""
         params = self._runner.now
         own = set(map(id, optimizer.param_groups))
         indices = {index for index in params.active if id(params.groups[index]) in own}
-        return ((position, entry) for position, entry in enumerate(params.entries) if entry.group in indices)
+        return (
+            (position, entry)
+            for position, entry in enumerate(params.entries)
+            # What is frozen is not updated: it needs no copy, which would cost as much as the model.
+            if entry.group in indices and not is_frozen(entry.tensor)
+        )
 
 
 class SnapshotCapture:
-    """Copies the local parameters before the optimizer steps; the update is the difference. Right for every optimizer."""
+    """Copies local parameters before the optimizer steps; the update is the difference. Right for every optimizer."""
 
     def __init__(self) -> None:
         self.old: dict[int, Tensor] = {}  # copies, by position
@@ -187,8 +193,8 @@ class SnapshotCapture:
     def adopted(self, step: Step, batches: Sequence[Batch], over_lr: bool, decays_at_once: bool) -> Iterator[None]:
         """Make batches what they would be if the optimizer had not written yet; write decay when the block has ended.
 
-        Their parameters are the old ones, and their pending update is what the optimizer did. The terms, which are of the
-        old parameters, are then written to the new ones. If the block raises, the optimizer's step is undone.
+        Their parameters are the old ones, and their pending update is what the optimizer did. The terms, which are of
+        the old parameters, are then written to the new ones. If the block raises, the optimizer's step is undone.
 
         step: the step that the batches are of.
         batches: those whose parameters were copied.
@@ -201,8 +207,8 @@ class SnapshotCapture:
             for batch in batches:
                 moved_to.append(batch.params)
                 batch.params = [self.old[position] for position in batch.index]
-                # new − old is −u. The difference is left to whoever needs it, a block at a time: as a whole it would cost
-                # the memory of another shard.
+                # new − old is −u. The difference is left to whoever needs it, a block at a time: as a whole it would
+                # cost the memory of another shard.
                 lr = batch.group["lr"] if over_lr else None
                 batch.pending = PendingUpdate(moved_to[-1], minus=batch.params, is_negated=True, applied_lr=lr)
             yield

@@ -1,8 +1,9 @@
-"""Several optimizers of one model under one attachment: whose steps belong together, and what a GradScaler does to them."""
+"""The optimizers of one attachment: what is changed on them, and whose steps belong together, also under a GradScaler."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -10,28 +11,139 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..checks import check_number, is_zero
 from ..rules.base import Rule
 from ..step.runner import StepRunner
 from ..step.step import Step
-from .overrides import attachments_on
 
 Optimizer = torch.optim.Optimizer
+
+KEY = "distwd_weight_decay"
+
+# --- keys of their groups --------------------------------------------------------------------------------------------
+
+
+def attachments_on(optimizer: Optimizer) -> list[Any]:
+    """The attachments that live in the step hooks of `optimizer`."""
+    # Nothing of ours is written on the optimizer: a copy or a pickle of it has no hooks, and then no attachment either.
+    owners = (getattr(hook, "__self__", None) for hook in _torch.step_pre_hooks(optimizer))
+    return [owner for owner in owners if isinstance(getattr(owner, "overrides", None), Overrides)]
+
+
+def unused_keys(optimizers: Sequence[Optimizer], count: int, key: str = KEY) -> list[str]:
+    """`count` group keys, called `key`, `key`_1, ..., that no other attachment of these optimizers uses.
+
+    The same in every run that attaches the same rules in the same order, since checkpoints hold them.
+    """
+    taken = {key for optimizer in optimizers for other in attachments_on(optimizer) for key in other.keys}
+    names = (key if not number else f"{key}_{number}" for number in range(count + len(taken)))
+    return [name for name in names if name not in taken][:count]
+
+
+def write_keys(
+    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], others: Mapping[str, Any] | None = None
+) -> None:
+    """Give every group its own value of each key, where it has none yet.
+
+    groups: the param groups.
+    defaults: the values for groups without the key, by key.
+    others: the same of other attachments.
+    Raises ValueError for values that would not decay.
+    """
+    # In every step, since others add groups, and replace them by those of a checkpoint.
+    for group in groups:
+        # Who excludes a group from one rule's decay excludes it from all: 0 where that rule decays elsewhere.
+        decays = {key: value for key, value in {**(others or {}), **defaults}.items() if key.startswith(KEY)}
+        is_excluded = any(is_zero(group.get(key)) and not is_zero(value) for key, value in decays.items())
+        for key, default in defaults.items():
+            check_number(key, group.setdefault(key, 0.0 if is_excluded and key in decays else default))
+
+
+# --- what is changed for the length of a step ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOverride:
+    """A param group whose own decay does a rule's work during a step, and the settings that it had."""
+
+    group: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GradOverride:
+    """A parameter that shows its optimizer another gradient during a step.
+
+    own: the gradient that it had.
+    shown: what the optimizer sees; written_at: its version when it was put there.
+    """
+
+    param: Tensor
+    own: Tensor | None
+    shown: Tensor
+    written_at: int
+
+
+@dataclass(slots=True)
+class Overrides:
+    """Everything that is changed for the length of a step, and has to be put back.
+
+    groups: changed settings, by identity of the group.
+    grads: changed gradients, in the order of the changes.
+    """
+
+    groups: dict[int, GroupOverride] = field(default_factory=dict)
+    grads: list[GradOverride] = field(default_factory=list)
+
+    def set_decay(self, group: dict[str, Any], weight_decay: float) -> None:
+        """Let the optimizer do a decoupled decay of its own in this group.
+
+        group: a param group of Adam or one of its relatives.
+        weight_decay: λ, which the optimizer multiplies by the group's lr.
+        """
+        # Batches of several dtypes share a group; what the second found is not the group's own setting.
+        if id(group) not in self.groups:
+            own = {key: group[key] for key in ("weight_decay", "decoupled_weight_decay")}
+            self.groups[id(group)] = GroupOverride(group, own)
+            group.update(weight_decay=weight_decay, decoupled_weight_decay=True)
+
+    def set_grad(self, param: Tensor, grad: Tensor) -> None:
+        """Show the optimizer `grad` as the gradient of `param`."""
+        self.grads.append(GradOverride(param, param.grad, grad, _torch.write_count(grad)))
+        param.grad = grad
+
+    def restore(self, has_stepped: bool) -> None:
+        """Put everything back, unless somebody else than the optimizer has written there since.
+
+        has_stepped: whether the optimizer has stepped, and so may have written to the gradients itself.
+        """
+        for override in self.groups.values():
+            override.group.update(override.settings)
+        for each in self.grads:
+            # Before the step a new value there is somebody's own gradient (a second backward(), a clipping): it stays.
+            is_untouched = has_stepped or _torch.write_count(each.shown) == each.written_at
+            if each.param.grad is each.shown and is_untouched:
+                each.param.grad = each.own
+        self.groups, self.grads = {}, []
+
+
+# --- several optimizers of one model ---------------------------------------------------------------------------------
 
 
 class JointStep:
     """The steps of optimizers that share their metrics: each steps once, in any order, and the first measures for all.
 
-    A joint step ends when all have stepped. A new one begins before that where an optimizer steps again, or a GradScaler
-    has been updated since: then the others were skipped, by the scaler or by the training loop, which is legal. They were
-    skipped, too, where an optimizer has other gradients than when the last one stepped; but decay that waits for all
-    updates can wait for those, whatever gradients they come from.
+    A joint step ends when all have stepped. A new one begins before that where an optimizer steps again, or a
+    GradScaler has been updated since: then the others were skipped, by the scaler or by the training loop, which is
+    legal. They were skipped, too, where an optimizer has other gradients than when the last one stepped; but decay that
+    waits for all updates can wait for those, whatever gradients they come from.
 
     runner: runs the transforms.
     optimizers: all of the attachment.
     each_alone: whether they share nothing; then every step is a joint step of its own.
     needs_updates: whether the decay waits until all have stepped.
-    shared: the Step that the first optimizer has measured for all, where rules act before the optimizers; None: the next
-        optimizer measures.
+    shared: the Step that the first optimizer has measured for all, where rules act before the optimizers; None: the
+        next optimizer measures.
     """
 
     def __init__(
@@ -124,14 +236,14 @@ def refuse_under_scaler(
 ) -> None:
     """Raise ValueError where a GradScaler that skips one of several optimizers would leave shared metrics undefined.
 
-    It unscales and judges them one after the other. So metrics of gradients are not to be had together; nor is the update
-    of an optimizer that it may pass over without a word. On every rank alike: all use a scaler, or none.
+    It unscales and judges them one after the other. So metrics of gradients are not to be had together; nor is the
+    update of an optimizer that it may pass over without a word. On every rank alike: all use a scaler, or none.
     """
     # Fused optimizers carry the scale themselves, also where something else than a GradScaler's `step` has called them.
     uses_scaler = _scaler_of_this_step() is not None
     if not uses_scaler and not any(getattr(each, "grad_scale", None) is not None for each in optimizers):
         return
-    sources = {of for rule in rules for of in rule.sources(rule.defaults)}
+    sources = {of for rule in rules for of in rule.sources()}
     # Before the optimizer, "update" is the gradient, and so is what a mask compares with.
     of_gradients = "grad" in sources or (coupling == "gradient" and "update" in sources)
     of_gradients |= coupling == "gradient" and any(rule.is_cautious(rule.defaults) for rule in rules)

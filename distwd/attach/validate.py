@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..checks import plain_number
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.full_params import needs_closure
 from ..rules.base import Rule
 from ..step.runner import IN_BACKWARD
-from .overrides import attachments_on
+from .joint import attachments_on
 
 _TWICE = (
     "param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice (or pass take_over=True, which moves "
@@ -23,7 +24,7 @@ _TWICE = (
 
 
 def list_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers that `attach` was given. Raises ValueError for none, for one twice, and for a parameter in two of them."""
+    """The optimizers that `attach` was given. Raises ValueError for none, for one twice, or for a parameter in two."""
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise ValueError("attach got no optimizer; pass one, or a list of those that step one model")
@@ -71,7 +72,7 @@ def validate_optimizers(
         if any(optimizer in _torch.optimizers_in_backward(param) for param in params):
             # An absolute rule needs nothing of other parameters, so it may act there.
             for rule in rules:
-                if rule.sources(rule.defaults):
+                if rule.sources():
                     raise ValueError(IN_BACKWARD.format(label=type(rule).__name__))
 
         # A class whose `step` torch has not wrapped would take our hooks, and never call them.
@@ -137,7 +138,12 @@ def check_groups(optimizer: torch.optim.Optimizer, coupling: str, take_over: boo
     for index, group in enumerate(optimizer.param_groups):
         decay = group.get("weight_decay")
         # A scheduler or a checkpoint may have set it again. Tensors are not read in a step.
-        if isinstance(decay, (int, float)) and decay != 0 and id(group) not in overridden and not take_over:
+        if (
+            isinstance(plain_number(decay), (int, float))
+            and decay != 0
+            and id(group) not in overridden
+            and not take_over
+        ):
             raise ValueError(_TWICE.format(index=index, decay=decay))
         # Nothing that distwd computes is recorded by autograd.
         if group.get("differentiable"):
@@ -161,7 +167,4 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     targets = [rule.target for rule in rules]
     if "params_direct" in targets and "update" in targets[: len(targets) - targets[::-1].index("params_direct")]:
         return True
-    return any(
-        rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources(rule.defaults)
-        for rule in rules
-    )
+    return any(rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources() for rule in rules)

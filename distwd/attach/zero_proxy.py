@@ -17,7 +17,7 @@ from ..kernels.stochastic import LOW
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
 from ..step.step import Batch, PendingUpdate
-from .overrides import attachments_on
+from .joint import attachments_on
 
 Optimizer = torch.optim.Optimizer
 
@@ -49,10 +49,10 @@ class ProxyOptimizer:
 
 
 class ZeroProxyCapture:
-    """Steps shadow copies of optimizers on zeros. The parameters stay as they are until the decay is written with the update.
+    """Steps shadow copies of optimizers on zeros. Parameters stay as they are until decay and update are written together.
 
-    Compared with copying the parameters and taking a difference this saves memory traffic, and −lr·u is not rounded to what
-    p has room for. Zeros are local tensors, so an optimizer of DTensors is spared their dispatch.
+    Compared with copying the parameters and taking a difference this saves memory traffic, and −lr·u is not rounded to
+    what p has room for. Zeros are local tensors, so an optimizer of DTensors is spared their dispatch.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class ZeroProxyCapture:
                 if some:
                     groups.append({**group, **settings, "params": [one for _, one in some]})
             proxy.stepped += on_zeros + rest
-        # Keyed by what is stepped. The tensors in it are the original's, so what the step changes in place needs no commit.
+        # By what is stepped. The tensors are the original's, so what the step changes in place needs no commit.
         states = ((one, borrow_state(optimizer.state, param, "", one is not param)) for param, one in proxy.stepped)
         proxy.optimizer.param_groups, proxy.optimizer.state = groups, defaultdict(dict, states)
 

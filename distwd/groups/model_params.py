@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from .._torch import WRAPPED_CHILD_NAMES, flat_param_of, is_flat_param, original_params
+from ..sharding.params import check_has_shape
 
 # --- the parameters of a model ----------------------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ def params_of(model: nn.Module | Sequence[nn.Module]) -> list[ModelParam]:
                 f"{name} is many parameters that FSDP1 has flattened into one; wrap with use_orig_params=True, so that "
                 "matrices and vectors can be told apart"
             )
+        check_has_shape(name, param)
         # A DTensor's shape is the whole one. DeepSpeed's ZeRO-3 leaves an empty tensor and keeps the shape in ds_shape.
         shape = flattened.get(key) or tuple(getattr(param, "ds_shape", param.shape))
         found.append(ModelParam(name, param, shape, tuple(aliases[key])))
@@ -96,8 +99,10 @@ def _named_params(root: nn.Module) -> Iterator[tuple[ParamName, Tensor]]:
         if path:
             parent, _, child = path.rpartition(".")
             prefix, outer = around[parent]
-            # DDP and DataParallel call what they wrap "module". Other models may use this name for a real part.
-            is_parallel = child == "module" and isinstance(outer[-1], (DistributedDataParallel, DataParallel))
+            # These call what they wrap "module". Other models may use this name for a real part.
+            is_parallel = child == "module" and isinstance(
+                outer[-1], (DistributedDataParallel, DataParallel, AveragedModel)
+            )
             if child not in WRAPPED_CHILD_NAMES and not is_parallel:
                 prefix = f"{prefix}{child}."
             within = (*outer, module)

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_nonnegative
+from ..checks import check_nonnegative, plain_number
 from ..sharding.collectives import gather_objects
 from ..sharding.tables import AuditRow, audit_table
 from ..sharding.world import World
@@ -83,6 +83,7 @@ def param_groups(
         rule, is_vector = key
         own = {"weight_decay": 0.0 if is_vector else weight_decay}
         own.update({} if rule == NO_RULE else matches.rules[rule].settings)
+        own = {name: plain_number(value) for name, value in own.items()}
         same = [index for index, other in enumerate(settings) if _are_equal(own, other)]
         index_of[key] = same[0] if same else len(settings)
         settings += [] if same else [own]

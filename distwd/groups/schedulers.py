@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_nonnegative
+from ..checks import check_choice, check_nonnegative, plain_number
 
 FORMS = ("corrected", "independent")
 
@@ -38,7 +38,7 @@ class WeightDecayScheduler(ABC):
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"{type(optimizer).__name__} is not an optimizer: it has no param_groups")
         self.optimizer = optimizer
-        self.last_epoch = last_epoch
+        self.last_epoch = plain_number(last_epoch)
         self._keys = None if keys is None else tuple(keys)
         self._bases: list[dict[str, float]] = []  # base values by param group, by key
         self._last: list[dict[str, Any]] = []  # the values that the last step wrote, likewise
@@ -99,7 +99,11 @@ class WeightDecayScheduler(ABC):
         # The last values too: those of a function, or of a learning rate, cannot be computed again on loading.
         last = [{key: float(value) for key, value in values.items()} for values in self._last]
         own = {name: getattr(self, name) for name in self._settings}
-        return {"last_epoch": self.last_epoch, "bases": [dict(bases) for bases in self._bases], "last": last, **own}
+        # A group that was added since the last step has no base value yet, and gets none by being saved: the next step
+        # notes the value that it has then.
+        num_new = len(self.optimizer.param_groups) - len(self._bases)
+        bases = [dict(bases) for bases in self._bases] + [{} for _ in range(num_new)]
+        return {"last_epoch": self.last_epoch, "bases": bases, "last": last, **own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from a saved state, and write its values into the groups.
@@ -229,7 +233,9 @@ class LinearWeightDecay(WeightDecayScheduler):
         check_nonnegative("start_factor", start_factor)
         check_nonnegative("end_factor", end_factor)
         _check_count("total_iters", total_iters, 1)
-        self.start_factor, self.end_factor, self.total_iters = start_factor, end_factor, total_iters
+        self.start_factor: float = plain_number(start_factor)
+        self.end_factor: float = plain_number(end_factor)
+        self.total_iters: int = plain_number(total_iters)
         super().__init__(optimizer, last_epoch, keys)
 
     def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
@@ -274,7 +280,9 @@ class CosineWeightDecay(WeightDecayScheduler):
         _check_count("T_max", T_max, 1)
         _check_count("warmup_iters", warmup_iters, 0)
         check_nonnegative("wd_min", wd_min)
-        self.T_max, self.wd_min, self.warmup_iters = T_max, wd_min, warmup_iters
+        self.T_max: int = plain_number(T_max)
+        self.wd_min: float = plain_number(wd_min)
+        self.warmup_iters: int = plain_number(warmup_iters)
         super().__init__(optimizer, last_epoch, keys)
 
     def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
@@ -327,10 +335,12 @@ class CorrectedWeightDecay(WeightDecayScheduler):
         keys: Sequence[str] | None = None,
     ) -> None:
         check_choice("form", form, FORMS)
-        for peak in lr_max if isinstance(lr_max, Sequence) else [] if lr_max is None else [lr_max]:
+        is_list = isinstance(lr_max, Sequence)
+        peaks = [plain_number(peak) for peak in (lr_max if isinstance(lr_max, Sequence) else [lr_max])]
+        for peak in [] if lr_max is None else peaks:
             if isinstance(peak, bool) or not isinstance(peak, (int, float)) or not 0 < peak < math.inf:
                 raise ValueError(f"lr_max={peak!r} is not usable: it must be a finite number > 0, or a list of them")
-        self.form, self.lr_max = form, list(lr_max) if isinstance(lr_max, Sequence) else lr_max
+        self.form, self.lr_max = form, peaks if is_list else peaks[0]
         self.peaks: list[Any] = []  # η_max of each group
         super().__init__(optimizer, last_epoch, keys)
 
@@ -348,7 +358,7 @@ class CorrectedWeightDecay(WeightDecayScheduler):
                 # max() would read the tensor.
                 peak = torch.maximum(torch.as_tensor(peak, dtype=lr.dtype, device=lr.device), lr)
             else:
-                peak = max(float(peak), lr)
+                peak = max(float(peak), float(lr))
             peaks.append(peak)
         self.peaks = peaks
         super().step()
@@ -378,5 +388,6 @@ def _of_group(name: str, values: Sequence[Any], index: int) -> Any:
 
 def _check_count(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless `value` is a whole number, at least `least`."""
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} is not usable: it must be a whole number >= {least}")

@@ -60,6 +60,7 @@ class GlobalIndices:
     def place_of_row(self, number: int) -> int:
         """Where in the whole a row begins."""
         place = 0
+        # Rows are counted in local order, so the innermost dimension is what changes fastest.
         for intervals, stride in reversed(self.outer):
             number, index = divmod(number, sum(stop - start for start, stop in intervals))
             for start, stop in intervals:
@@ -123,6 +124,7 @@ class RandomBits:
             is_slice = target.numel() != whole.numel()
             start = int(target.storage_offset() - whole.storage_offset()) if is_slice else 0
             spans.append((position, start, start + target.numel()))
+        # One flat tensor, however many targets: a hash is a dozen operations, and each is one call then.
         flat = values[0].reshape(-1) if len(values) == 1 else torch.cat([value.reshape(-1) for value in values])
         rounded = dithered(flat, self.bits(spans, flat.device, workspace), targets[0].dtype)
         parts = rounded.split([target.numel() for target in targets])

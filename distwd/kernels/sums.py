@@ -150,7 +150,11 @@ def _of_rows(
     if isinstance(ops, Workspace) and len(pieces) > 1:
         # Small tensors are joined, so that each operation is one call. torch joins many fast only where it need not
         # convert them: first in their own dtype, if they have one, and then all at once.
-        dtype = pieces[0].dtype if all(piece.dtype == pieces[0].dtype for piece in pieces) else wide
+        dtype = pieces[0].dtype
+        if any(piece.dtype != dtype for piece in pieces):
+            # Of two kinds of numbers torch takes the wider one, but for float8, which it refuses to join with others.
+            dtype = wide
+            pieces = [piece.to(wide) if piece.dtype.itemsize == 1 else piece for piece in pieces]
         x = ops.empty(sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
         shapes = {piece.shape for piece in pieces}
         rows = {shape[1:] for shape in shapes}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.blocks import Workspace
-from ..kernels.sums import COUNT, SUM, Statistic, local_statistics, statistics_of_each, wide_dtype
+from ..kernels.sums import COUNT, MAX, SUM, Statistic, local_statistics, statistics_of_each, wide_dtype
 from ..sharding.collectives import max_over_ranks, sum_over_ranks
 from ..sharding.world import World
 from .metric import Metric
@@ -65,7 +65,7 @@ class Request:
     """One metric, in one or several slots.
 
     metric: what to measure.
-    sources: local tensors; parameters that are in none of them count as zeros.
+    sources: local tensors; parameters that are in none of them count as zeros, unless they are frozen.
     scope: "all", "group" or "tensor".
     taken: what `take` has found; then `sources` are not looked at.
     """
@@ -102,10 +102,15 @@ class Slots:
 
     None of it changes from step to step, so whoever measures in every step keeps this object beside the plan. A
     step must not walk over all parameters again, nor copy anything to a device.
+
+    plan: who holds what.
+    frozen: positions of parameters that are not trained now, on any rank. They count nowhere.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, frozen: Sequence[int] = ()) -> None:
         self.plan = plan
+        excluded = set(frozen)
+        self._counts = [owned and position not in excluded for position, owned in enumerate(plan.owned)]
         self._by_scope: dict[str, tuple[Sequence[int], Counter[int]]] = {}
         self._numel: dict[tuple[str, torch.device], Tensor] = {}
         self._owned_among: dict[tuple[tuple[int, ...], str], dict[int, list[int]]] = {}
@@ -113,37 +118,38 @@ class Slots:
         self._has_padding = any(piece.padding for piece in plan.pieces)
 
     def by_scope(self, scope: str) -> tuple[Sequence[int], Counter[int]]:
-        """The slot of each parameter, and by slot how many pieces this rank owns."""
+        """The slot of each parameter, and by slot how many pieces this rank counts."""
         if scope not in self._by_scope:
             plan = self.plan
             slots: Sequence[int] = (0,) * len(plan.entries)
             if scope != "all":
                 slots = [entry.group for entry in plan.entries] if scope == "group" else plan.name_ids
-            self._by_scope[scope] = slots, Counter(compress(slots, plan.owned))
+            self._by_scope[scope] = slots, Counter(compress(slots, self._counts))
         return self._by_scope[scope]
 
     def numel(self, scope: str, device: torch.device) -> Tensor:
-        """[slots] float64: elements over all ranks, on `device`."""
+        """[slots] float64: elements that this rank counts, on `device`."""
         key = scope, device
         if key not in self._numel:
-            dtype = wide_dtype(device)
-            if scope == "all":
-                # Filled there: a copy from the host would make the host wait, and `Plan.metric` keeps no slots.
-                self._numel[key] = torch.full((1,), self.plan.numel, dtype=dtype, device=device)
-            else:
-                by_slot = self.plan.numel_by_group if scope == "group" else self.plan.numel_by_name
-                self._numel[key] = by_slot.to(device, dtype)
+            plan, dtype = self.plan, wide_dtype(device)
+            num_slots = {"all": 1, "group": plan.num_groups, "tensor": plan.num_names}[scope]
+            numel = [0] * num_slots
+            for slot, piece in compress(zip(self.by_scope(scope)[0], plan.pieces, strict=True), self._counts):
+                numel[slot] += piece.numel
+            # Filled there: a copy from the CPU would make it wait, and `Plan.metric` keeps no slots.
+            one = torch.full((1,), numel[0], dtype=dtype, device=device) if num_slots == 1 else None
+            self._numel[key] = torch.tensor(numel, dtype=dtype, device=device) if one is None else one
         return self._numel[key]
 
     def owned_among(self, positions: Sequence[int], scope: str) -> dict[int, list[int]]:
-        """By slot, the places in `positions` of pieces that this rank owns."""
+        """By slot, the places in `positions` of pieces that this rank counts."""
         key = tuple(positions), scope
         if key not in self._owned_among:
             slots, _ = self.by_scope(scope)
             found = defaultdict[int, list[int]](list)
             for place, position in enumerate(positions):
                 # A piece that several ranks hold would count several times, so only its owner counts it.
-                if self.plan.owned[position]:
+                if self._counts[position]:
                     found[slots[position]].append(place)
             if len(self._owned_among) >= _MAX_KEPT:
                 self._owned_among.clear()
@@ -156,7 +162,9 @@ class Slots:
         if key not in self._index:
             if len(self._index) >= _MAX_KEPT:
                 self._index.clear()
-            self._index[key] = torch.tensor([self.plan.name_ids[position] for position in positions], device=device)
+            ids = [self.plan.name_ids[position] for position in positions]
+            # Spelled out, since of no positions (a rank may hold none of a group) torch would make float32.
+            self._index[key] = torch.tensor(ids, dtype=torch.int64, device=device)
         return self._index[key]
 
     def counted(self, source: Source, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -192,15 +200,32 @@ def measure(
     slots, workspace = slots or Slots(plan), workspace or Workspace()
     # A rank without sources takes part all the same: which collectives are made depends on the plan alone, never on
     # gradients.
-    numels, partials = [], []
+    devices: list[torch.device] = []
+    partials: list[dict[Statistic, Tensor]] = []
+    # How many elements there are travels with the sums, since parameters may be frozen and unfrozen between steps. Once
+    # for each scope, whatever the devices: all ranks pack the same, those that hold nothing too.
+    counts: dict[tuple[str, Statistic], Tensor] = {}
     for request in requests:
-        device = request.device or plan.world.device
-        numels.append(slots.numel(request.scope, device))
+        devices.append(request.device or plan.world.device)
+        numel = slots.numel(request.scope, devices[-1])
         if (taken := request.taken) is None:
             take(request, slots, workspace, taken := Taken())
-        partials.append(_local_statistics(request, taken, numels[-1], slots))
-    totals = reduce_statistics(partials, plan.world)
-    return [request.metric(total, numel) for request, total, numel in zip(requests, totals, numels, strict=True)]
+        partials.append(_local_statistics(request, taken, numel, slots))
+        counts.setdefault((request.scope, _count_kind(request.metric)), numel)
+    totals = reduce_statistics([*partials, *({kind: numel} for (_, kind), numel in counts.items())], plan.world)
+    numels = {key: total[key[1]] for key, total in zip(counts, totals[len(requests) :], strict=True)}
+    return [
+        request.metric(total, numels[request.scope, _count_kind(request.metric)].to(device))
+        for request, total, device in zip(requests, totals[: len(requests)], devices, strict=True)
+    ]
+
+
+def _count_kind(metric: Metric) -> Statistic:
+    """How ranks combine the number of elements that a metric is of, so that it travels in the metric's own collective.
+
+    Formulas of extrema only ask whether there is any element: there the largest number of a rank will do.
+    """
+    return SUM if all(statistic.is_sum for statistic in metric.statistics) else MAX
 
 
 # --- over ranks -------------------------------------------------------------------------------------------------------

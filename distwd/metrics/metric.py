@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, plain_number
 from ..kernels.sums import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic
 
 # What a metric may be taken of, and over which parameters.
@@ -68,6 +68,7 @@ def parse_metric(metric: str | float) -> Metric:
     >>> parse_metric("l2") == parse_metric(2)
     True
     """
+    metric = plain_number(metric)
     if isinstance(metric, str):
         if metric in _NAMED:
             return _NAMED[metric]

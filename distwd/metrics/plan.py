@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from ..sharding.build import BuildArgs, build
 from ..sharding.explain import explain_change
 from ..sharding.layout import Layout, check_layout
 from ..sharding.local import local_like
-from ..sharding.params import NamedParam, entries_of
+from ..sharding.params import NamedParam, entries_of, frozen_in
 from ..sharding.pieces import Piece
 from ..sharding.tables import plan_table
-from ..sharding.world import World, check_group
+from ..sharding.world import World, check_group, current_group
 from .measure import Request, measure, sources_of
 from .metric import parse_metric
 
@@ -39,12 +39,11 @@ class Plan:
     owned: whether this rank owns the piece.
     name_ids: the place of each name among all names of the model, the order of numbers by parameter.
     num_holders: how many ranks hold the piece.
+    num_names: parameters of the whole model.
     num_groups: param groups of the model.
     numel: elements of the whole model, each counted once.
     has_copies: whether any piece of the model is held by several ranks. This and the next are the same on every rank.
     result_dtype: of metrics: float32, or float64 for a model in float64.
-    numel_by_name: [names] int64, elements of each parameter of the model.
-    numel_by_group: [groups] int64, elements of each param group.
 
     >>> import torch
     >>> from distwd import Plan
@@ -59,12 +58,11 @@ class Plan:
     owned: tuple[bool, ...]
     name_ids: tuple[int, ...]
     num_holders: tuple[int, ...]
+    num_names: int
     num_groups: int
     numel: int
     has_copies: bool
     result_dtype: torch.dtype
-    numel_by_name: Tensor = field(repr=False)
-    numel_by_group: Tensor = field(repr=False)
     # Of no use to users: see `offset_of` and `fits`.
     _offsets: tuple[int, ...] = field(repr=False)
     _stamps: list[Any] = field(repr=False)
@@ -123,11 +121,6 @@ class Plan:
             (value,) = measure(self, [Request(parsed, sources_of(locals_))])
         return value[0].to(self.result_dtype)
 
-    @property
-    def num_names(self) -> int:
-        """Number of parameters of the whole model."""
-        return len(self.numel_by_name)
-
     def offset_of(self, position: int) -> int:
         """Elements of the whole before a counted piece; 0 for other pieces. The plan must be built with `offsets`."""
         return self._offsets[position]
@@ -168,15 +161,17 @@ def build_plan(
     check_replicas: bool = True,
     rules: str = "",
     offsets: bool = False,
+    frozen: Collection[int] = (),
 ) -> Plan:
     """`Plan.build` for parameters that have been read already.
 
     rules: what will be measured, as text; must be the same on every rank.
     offsets: whether `Plan.offset_of` will be asked.
+    frozen: positions of parameters that are not trained now; these may be anything, and their copies are not compared.
     """
     # On this rank alone, since it is an error of the call, the same on every rank that runs the same program.
     check_layout(layout or {})
-    args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets)
+    args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets, frozenset(frozen))
     found = build(entries, args)
     return Plan(
         world=replace(args.world, error_store=found.error_store),
@@ -185,12 +180,11 @@ def build_plan(
         owned=found.owned,
         name_ids=found.name_ids,
         num_holders=found.num_holders,
+        num_names=found.num_names,
         num_groups=found.num_groups,
-        numel=int(found.numel.sum()),
+        numel=found.numel,
         has_copies=found.has_copies,
         result_dtype=torch.float64 if found.is_wide else torch.float32,
-        numel_by_name=found.numel,
-        numel_by_group=found.group_numel,
         _offsets=found.offsets,
         _stamps=[_stamp(entry.tensor) for entry in entries],
     )
@@ -235,15 +229,22 @@ class PlanCache:
         self._with_offsets = with_offsets
         self._key: Hashable = None
         self.has_published = False
+        self.num_worlds = 0  # how often the ranks have become others
 
     @property
     def world(self) -> World:
         """The ranks as they are now."""
         return World.of(self.options.group)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the plan is there, and of the ranks that `group=` means now."""
+        return self.plan is not None and self.plan.world.group is current_group(self.options.group)
+
     def fits(self, entries: tuple[NamedParam, ...], key: Hashable = None) -> bool:
         """Whether the plan is there, and is of these parameters; key: what else it must have been built for."""
-        return self.plan is not None and self.plan.fits(entries) and (key is None or self._key == key)
+        plan = self.plan if self.is_current else None
+        return plan is not None and plan.fits(entries) and (key is None or self._key == key)
 
     def build(self, entries: tuple[NamedParam, ...], rules: str, key: Hashable) -> Plan:
         """Build the plan together with the other ranks.
@@ -251,6 +252,11 @@ class PlanCache:
         rules: a text that must be the same on every rank.
         key: what makes the plan fit, besides the parameters.
         """
+        if self.plan is not None and not self.is_current:
+            # The default process group has been made after the plan, or anew with other ranks. The old one may be dead,
+            # and all ranks of the new one find that out in the same step.
+            self.plan, self.has_published = None, False
+            self.num_worlds += 1
         if self.plan is not None:
             # The others go on with the old plan unless they come here too: an exchange that they do not expect would
             # pair up with whatever collective they are in.
@@ -258,7 +264,13 @@ class PlanCache:
             self.plan = None
         options = self.options
         self.plan = build_plan(
-            entries, options.group, options.layout, options.check_replicas, rules, self._with_offsets
+            entries,
+            options.group,
+            options.layout,
+            options.check_replicas,
+            rules,
+            self._with_offsets,
+            frozen_in(entries),
         )
         self._key = key
         return self.plan

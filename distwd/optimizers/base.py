@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.local import local_tensor
+from ..step.state import PREFIX
 from ..step.step import WaitingOptimizer
 from ..step.transform import BoundTransform
 from .state import borrow_state, commit_state, initial_state, own_key
@@ -89,10 +90,15 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
         states = self.chain.state
         # Under the parameters' own keys the chain's state serves as it is. A suffix, shards kept as DTensors or kept
         # numbers need a copy of the dict: many optimizers begin their state only while the dict is empty.
+        borrowed = list(steps_on)
         is_shared = on_params and not self.suffix and isinstance(states, defaultdict)
-        borrowed: list[tuple[Tensor, Tensor]] = []
-        if not is_shared:
-            borrowed = list(steps_on)
+        # A parameter that was frozen has kept numbers before the optimizer begins its state there, and lets it find nothing.
+        is_shared = is_shared and not any(
+            next(iter(states.get(param, ())), "").startswith(PREFIX) for _, param in borrowed
+        )
+        if is_shared:
+            borrowed = []
+        else:
             as_local = not self.reads_params
             states = defaultdict(dict)
             for stepped, param in borrowed:

@@ -33,7 +33,8 @@ KNOWS_DECOUPLED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch
 def own_decay(cls: type[torch.optim.Optimizer], terms: Sequence[DecayTerm]) -> float | None:
     """λ, if `terms` are what an optimizer of this class can do itself:  p ← p·(1 − lr·λ).
 
-    Its kernels round the decay in their own way, and skip it together with the step, so it is theirs wherever it can be.
+    Its kernels round the decay in their own way, and skip it together with the step, so it is theirs wherever it can
+    be.
 
     cls: the class of the optimizer.
     terms: the decay that waits to be written.

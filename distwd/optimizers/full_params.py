@@ -46,7 +46,8 @@ class FullParamOptimizer(GradientOptimizer):
                 for param, update in zip(batch.whole, batch.pending.tensors, strict=True):
                     param.grad = like_whole(update.to(param.dtype), param)
         self._run(groups, ((param, param) for param in params))
-        # Users see the gradients that backward() has left. Some optimizers clear `p.grad` in their step, so all are set.
+        # Users see the gradients that backward() has left. Some optimizers clear `p.grad` in their step, so all are
+        # set.
         for param, grad in zip(params, own_grads, strict=True):
             param.grad = grad
 

@@ -22,17 +22,23 @@ class FirstStep:
     """Finds out, together with the other ranks, whether a step is real, until one is.
 
     The others are asked in every step until one is real, and all get the same answer. So no rank can be alone with its
-    question, whatever differs between ranks (a loaded state, an lr of 0). From then on nobody is asked, and nothing read.
-    A flag inside the phase's own all-reduce would not do: wrapped optimizers must not count a hidden step, so this process
-    has to know before it runs them.
-
-    is_past: whether a real step has been taken, on all ranks.
+    question, whatever differs between ranks (a loaded state, an lr of 0). From then on nobody is asked, and nothing
+    read. A flag inside the phase's own all-reduce would not do: wrapped optimizers must not count a hidden step, so
+    this process has to know before it runs them.
     """
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
-        self._num_asked = 0
-        self.is_past = False
+        self._num_asked, self._num_worlds = 0, 0
+        self._is_past = False
+
+    @property
+    def is_past(self) -> bool:
+        """Whether a real step has been taken, on all ranks that there are now."""
+        # Where the process group has been made anew, other ranks may be at their first step, and ask.
+        if (num_worlds := self._runner.plans.num_worlds) != self._num_worlds:
+            self._num_worlds, self._num_asked, self._is_past = num_worlds, 0, False
+        return self._is_past
 
     def is_init_step(self, is_idle: bool) -> bool:
         """Whether every rank is idle and has no gradient but zeros.
@@ -60,7 +66,7 @@ class FirstStep:
         if is_real and self._runner.has_built_plan:
             # This step has built the plan, so it talks and reads anyway.
             check_gradients(self._runner.plan)
-        self.is_past = is_real
+        self._is_past = is_real
         return not is_real
 
     def is_init_step_of(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> bool:
@@ -82,8 +88,8 @@ def has_only_zero_grads(entries: Sequence[NamedParam]) -> bool:
 
 def mark_if_no_params(optimizer: torch.optim.Optimizer) -> None:
     """Mark an optimizer without parameters on this rank as initialized, if it keeps state on the others."""
-    # SGD without momentum has no state anywhere. All ranks must look alike to checkpoint code: either all are stepped by
-    # it, or none is.
+    # SGD without momentum has no state anywhere. All ranks must look alike to checkpoint code: either all are stepped
+    # by it, or none is.
     keeps_none = isinstance(optimizer, torch.optim.SGD) and not any(
         group["momentum"] for group in optimizer.param_groups
     )

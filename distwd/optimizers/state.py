@@ -1,4 +1,4 @@
-"""The state of wrapped optimizers: kept in the chain, by parameter, with shards as DTensors; borrowed as local tensors."""
+"""The state of wrapped optimizers: the chain keeps it by parameter, shards as DTensors; they borrow local tensors."""
 
 from __future__ import annotations
 
@@ -145,9 +145,11 @@ def mark_initialized(states: dict[Any, State], params: Sequence[Tensor]) -> None
     optimizer.
     """
     for param in params:
-        if param.requires_grad and not states.get(param):
-            # Of one dimension, and where the parameter is: torch asks states for their device, but no scalar.
-            states[param] = {"stateless": torch.ones(1, device=local_tensor(param).device)}
+        if param.requires_grad and all(map(is_kept_key, states.get(param, ()))):
+            # Of one dimension, and where the parameter is: torch asks states for their device, but no scalar, so numbers
+            # that rules keep are not enough. FSDP1 asks no state, but takes all that are no scalars for shards.
+            shape = () if _torch.is_in_fsdp1(param) else (1,)
+            states.setdefault(param, {})["stateless"] = torch.ones(shape, device=local_tensor(param).device)
     if not params:
         states[NO_PARAMS_KEY] = {}
 

@@ -17,18 +17,18 @@ from .full_params import ClosureOptimizer, FullParamOptimizer, needs_closure
 
 
 class Wrap(Transform):
-    """A torch optimizer as a transform:  u ← what `optimizer_class` would subtract from the parameters for the gradient u, at lr 1.
+    """A torch optimizer as a transform:  u ← what the optimizer would subtract from p for the gradient u, at lr 1.
 
     optimizer_class: a subclass of torch.optim.Optimizer.
     kwargs: its arguments but `lr` (that is `LR`'s) and `weight_decay` (a rule's, at its own place in the chain). Each
         becomes a key of the chain's param groups.
 
     u, p: any float dtype and sharding that the class itself can step.
-    Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the local
-    shards, whatever the meshes; any other runs on the parameters themselves, as it would alone, one inner group for each
-    mesh. Where nothing later in the chain needs the update, an elementwise optimizer steps the parameters directly.
-    Optimizers that need a closure (LBFGS) come first in a chain, but for rules with target="closure".
-    State lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's: "exp_avg_1").
+    Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the
+    local shards, whatever the meshes; any other runs on the parameters themselves, as it would alone, one inner group
+    for each mesh. Where nothing later in the chain needs the update, an elementwise optimizer steps the parameters
+    directly. Optimizers that need a closure (LBFGS) come first in a chain, but for rules with target="closure". State
+    lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's: "exp_avg_1").
     Raises ValueError for `lr`, for a non-zero `weight_decay`, and for arguments that the class refuses.
     Source: torch.optim; the form is torchzero's `Wrap`.
 
@@ -62,7 +62,8 @@ class Wrap(Transform):
         # What the chain decides, as far as the class knows it.
         known = inspect.signature(optimizer_class).parameters
         self._fixed = {key: value for key, value in (("lr", 1.0), ("weight_decay", 0.0)) if key in known}
-        # The class itself knows what its hyperparameters are, and refuses bad ones. (A matrix, since Muon takes no other.)
+        # The class itself knows what its hyperparameters are, and refuses bad ones. (A matrix, since Muon takes no
+        # other.)
         example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self._fixed})
         # AdamW's flag goes with its weight_decay: the chain sets both where it lets the optimizer do a decay.
         hidden = {*self._fixed, "decoupled_weight_decay"}
@@ -93,7 +94,8 @@ class Wrap(Transform):
     def apply(self, step: Step, bound: BoundTransform) -> None:
         if self.evaluates_closure:
             return  # its update was found together with the closure, before the step began
-        # It is not run yet. What stands behind it decides: if nothing needs its update, it steps the parameters directly.
+        # It is not run yet. What stands behind it decides: if nothing needs its update, it steps the parameters
+        # directly.
         step.materialize(exact=True)
         step.waiting = step.inner_optimizers[bound.index]
 

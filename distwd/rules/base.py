@@ -15,6 +15,8 @@ from ..step.step import Batch, Step, zero_where
 from ..step.transform import BoundTransform, Transform
 
 TARGETS = ("update", "grad", "params_direct", "closure")
+# Keys that torch and transforms take for the group's own, whoever has brought them.
+_KEYS_OF_OPTIMIZERS = frozenset({"params", "param_names", "lr", "maximize"})
 _GROWTH = ("params_difference", "update_difference")
 
 
@@ -63,6 +65,11 @@ class Rule(Transform):
                 "use target='update', or 'params_direct' to decay the parameters at once"
             )
         check_choice("target", target, TARGETS)
+        for name in _KEYS_OF_OPTIMIZERS & settings.keys():
+            raise ValueError(
+                f"{type(self).__name__}: {name!r} is a key that optimizers read from their param groups; give the setting "
+                "another name"
+            )
         self.target = target
         self.defaults = settings
         self.check(settings)
@@ -102,10 +109,14 @@ class Rule(Transform):
         # By what phases know: a closure target changes the gradient of each evaluation.
         return frozenset({{"params_direct": "params", "closure": "grad"}.get(self.target, self.target)})
 
-    def sources(self, settings: Mapping[str, Any]) -> set[str]:
-        """What its metrics are taken of: some of "params", "grad", "update"."""
-        begins = [begin for begin in self.keeps(settings).values() if isinstance(begin, Measure)]
-        return {ask.of for ask in (*self.measures(settings).values(), *begins)}
+    def sources(self) -> set[str]:
+        """What its metrics may be taken of in any group: some of "params", "grad", "update"."""
+        # Under `attach` groups differ in λ alone. A rule may measure nothing at λ = 0, and a group may switch it on.
+        found = set()
+        for settings in (self.defaults, {**self.defaults, "weight_decay": 1.0}):
+            begins = [begin for begin in self.keeps(settings).values() if isinstance(begin, Measure)]
+            found |= {ask.of for ask in (*self.measures(settings).values(), *begins)}
+        return found
 
     def is_absolute(self, settings: Mapping[str, Any]) -> bool:
         # Whatever a subclass computes, nobody else may assume that it is λ.

@@ -6,20 +6,22 @@ Two all-gathers of integers. A third exchange, of text, is made only to explain 
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._torch import is_fake, plain_tensors
 from ..errors import PlanError
 from .collectives import gather_objects, gather_rows
-from .explain import SHOWN, PieceReport, explain
+from .explain import SHOWN, PieceReport, explain, explain_alike
 from .layout import Layout, Mark, find_mark
 from .local import local_tensor
 from .ownership import CHECKSUM, NUM_COLUMNS, OwnerTable, checksums_of, offsets_of, resolve, rows_of, stable_hash
 from .params import NamedParam
-from .pieces import Meshes, Piece, describe
+from .pieces import Meshes, Piece, check_params, describe, is_measurable
 from .world import ErrorStore, World
 
 # The first row of every rank is about the rank itself: whether it objects, a hash of its rules, whether its tensors are
@@ -42,6 +44,7 @@ class BuildArgs:
     check_replicas: whether to compare the bits of copies.
     rules: what will be measured, as text; must be the same on every rank.
     offsets: whether to find where counted pieces begin in their wholes.
+    frozen: positions of parameters that are not trained now.
     """
 
     world: World
@@ -49,6 +52,7 @@ class BuildArgs:
     check_replicas: bool = True
     rules: str = ""
     offsets: bool = False
+    frozen: frozenset[int] = frozenset()
 
     @property
     def arguments(self) -> str:
@@ -66,9 +70,9 @@ class Ownership:
     num_holders: how many ranks hold each piece.
     offsets: elements of the whole before each counted piece; () if that was not asked for.
     has_copies: whether any piece is held by several ranks.
+    num_names: how many names there are.
     num_groups: the largest number of param groups of any rank.
-    numel: [names] int64, elements of each whole tensor.
-    group_numel: [param groups] int64, elements of each group.
+    numel: elements of all whole tensors.
     is_wide: whether every tensor is float64.
     error_store: where these ranks publish errors.
     """
@@ -79,9 +83,9 @@ class Ownership:
     num_holders: tuple[int, ...]
     offsets: tuple[int, ...]
     has_copies: bool
+    num_names: int
     num_groups: int
-    numel: Tensor
-    group_numel: Tensor
+    numel: int
     is_wide: bool
     error_store: ErrorStore | None
 
@@ -92,6 +96,13 @@ def build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
     entries: the parameters of this rank.
     Raises PlanError on every rank alike, and with the same text, if anything is wrong on any of them.
     """
+    # What is described and exchanged are numbers. They must be real ones on the CPU, also where a user makes tensors
+    # without values (FakeTensorMode) or on another device by default.
+    with plain_tensors():
+        return _build(entries, args)
+
+
+def _build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
     local = _report(entries, args)
     gathered = gather_rows(local.rows, args.world)
     headers = torch.stack([part[0] for part in gathered])
@@ -99,18 +110,20 @@ def build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
     # A pipeline stage may have fewer groups than another. Per-group numbers are vectors over the longest list.
     num_groups = int(headers[:, _GROUPS].max())
     rows = [part[1:] for part in gathered]
-    found = resolve(rows, args.world.rank, num_groups)
-    _check_pieces(found, entries, local, args.world)
+    found = resolve(rows, args.world.rank)
+    # The other ranks of a fake backend, which simulates many in one process, have told nothing.
+    if not args.world.is_fake:
+        _check_pieces(found, entries, local, args.world)
     return Ownership(
         pieces=local.pieces,
         owned=tuple(found.owned.tolist()),
         name_ids=tuple(found.name_ids.tolist()),
         num_holders=tuple(found.holders.tolist()),
         offsets=offsets_of(local.pieces, rows) if args.offsets else (),
-        has_copies=found.has_copies,
+        has_copies=found.has_copies and not args.world.is_fake,
+        num_names=len(found.names),
         num_groups=num_groups,
         numel=found.numel,
-        group_numel=found.group_numel,
         # By the dtypes of all ranks: a metric must have the same bits on a rank that holds other tensors, or none.
         is_wide=len(found.names) > 0 and not any(mask & _NARROW for mask in headers[:, _MATCHED].tolist()),
         # Every rank drew a random number; the first rank's is the plan's, so no two plans share keys of the store.
@@ -146,11 +159,16 @@ def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
     # An error is sent, not raised: a rank that raises alone leaves the others waiting in the exchange. ValueErrors come
     # from our checks, RuntimeErrors from torch, of tensors whose bits cannot be read.
     try:
-        pieces = tuple(_describe_all(entries, args.layout, matched))
-        checksums = [0] * len(entries)
+        check_params(entries, args.frozen)
+        pieces = tuple(_describe_all(entries, args, matched))
+        checksums = [(0, 0)] * len(entries)
         # With one process there are no copies to compare.
         if args.world.size > 1 and args.check_replicas:
-            checksums = checksums_of([local_tensor(entry.tensor) for entry in entries])
+            # Reading what is frozen would cost as much as reading the model, and its bits may be packed.
+            compared = [position for position, entry in enumerate(entries) if _has_bits(position, entry, args.frozen)]
+            found = checksums_of([local_tensor(entries[position].tensor) for position in compared])
+            for position, checksum in zip(compared, found, strict=True):
+                checksums[position] = checksum
         rows = rows_of(pieces, [entry.group for entry in entries], checksums, named != _UNNAMED)
     except (ValueError, RuntimeError) as error:
         objection = str(error)
@@ -168,26 +186,36 @@ def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
     return LocalReport(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))
 
 
-def _describe_all(entries: Sequence[NamedParam], layout: Layout, matched: set[int]) -> Iterator[Piece]:
+def _has_bits(position: int, entry: NamedParam, frozen: frozenset[int]) -> bool:
+    """Whether the bits of a parameter are compared: it is trained, and has values."""
+    return position not in frozen and not is_fake(local_tensor(entry.tensor))
+
+
+def _describe_all(entries: Sequence[NamedParam], args: BuildArgs, matched: set[int]) -> Iterator[Piece]:
     """The pieces in order. Adds to `matched` the numbers of the layout's patterns that match something."""
+    layout = args.layout
     if len(layout) > _MAX_PATTERNS:
         raise ValueError(
             f"layout has {len(layout)} patterns; at most {_MAX_PATTERNS}: join some by a wildcard or a predicate"
         )
-    seen: dict[object, str] = {}
+    seen: set[str] = set()
     meshes: Meshes = {}
-    for entry in entries:
-        # Tied parameters, listed under both names, would be decayed twice and count twice in every metric.
-        for key in (entry.name, id(entry.tensor)):
-            if key in seen:
-                what = "is listed twice" if seen[key] == entry.name else f"is the same tensor as {seen[key]} (tied)"
-                raise ValueError(f"{entry.name} {what}; pass every parameter once, as model.named_parameters() does")
-            seen[key] = entry.name
+    for position, entry in enumerate(entries):
+        # Ranks match their pieces by name.
+        if entry.name in seen:
+            raise ValueError(
+                f"{entry.name} is listed twice; pass every parameter once, as model.named_parameters() does"
+            )
+        seen.add(entry.name)
         mark: Mark | None = None
         if (found := find_mark(entry.name, entry.tensor, layout)) is not None:
             number, mark = found
             matched.add(number)
-        yield describe(entry.name, entry.tensor, mark, meshes)
+        if position in args.frozen and not is_measurable(entry.tensor):
+            # It will never be trained (4-bit weights in integers, say), so its shape and where it lies do not matter.
+            yield Piece(entry.name, (0,), entry.tensor.dtype, ((),), (0,), "frozen", ())
+        else:
+            yield describe(entry.name, entry.tensor, mark, meshes)
 
 
 # --- what all ranks decide alike --------------------------------------------------------------------------------------
@@ -235,15 +263,22 @@ def _by_rank(texts: Sequence[str | None], world: World) -> str:
 
 
 def _check_pieces(found: OwnerTable, entries: Sequence[NamedParam], local: LocalReport, world: World) -> None:
-    """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of those names."""
-    # The table is the same on every rank, so all return here, or all take part in the exchange below.
+    """Raise PlanError on every rank if pieces do not fit together, with what each rank holds of those names.
+
+    Names that may be one weight are no error, since they may only have begun alike: a warning on every rank.
+    """
+    # The table is the same on every rank, so all go the same way here, and take part in the same exchanges.
+    if found.alike:
+        mine = {name_id: entry.name for name_id, entry in zip(found.name_ids.tolist(), entries, strict=True)}
+        names = {name_id: name for of_rank in gather_objects(mine, world) for name_id, name in of_rank.items()}
+        warnings.warn(explain_alike([[names[name_id] for name_id in alike] for alike in found.alike]), stacklevel=2)
     if not (found.mismatched or found.uncovered or found.drifted):
         return
     wrong = {name_id for names in (found.mismatched, found.uncovered, found.drifted) for name_id in names[:SHOWN]}
     # As unsigned, which people compare more easily.
     bits = [checksum % (1 << 64) for checksum in local.rows[1:, CHECKSUM].tolist()]
     reports = [
-        PieceReport(name_id, piece, entry.named, entry.group, f"bits {checksum:016x}")
+        PieceReport(name_id, piece, entry.named, entry.group, f"bits {checksum:016x}" if checksum else "frozen")
         for name_id, piece, entry, checksum in zip(found.name_ids.tolist(), local.pieces, entries, bits, strict=True)
         if name_id in wrong
     ]

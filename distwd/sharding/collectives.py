@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch import plain_tensors
 from ..errors import CollectiveError, PlanError
 from .world import World
 
@@ -48,7 +49,9 @@ def max_over_ranks(values: Tensor, world: World) -> Tensor:
 
 def is_true_on_any_rank(flag: bool, world: World) -> bool:
     """Whether `flag` is true on any rank. One all-reduce, and the result is read: not for every step."""
-    return bool(_all_reduce(torch.tensor([flag], dtype=torch.int32), dist.ReduceOp.MAX, world)[0] > 0)
+    # A real number, whatever kind of tensors is made by default.
+    with plain_tensors():
+        return bool(_all_reduce(torch.tensor([flag], dtype=torch.int32), dist.ReduceOp.MAX, world)[0] > 0)
 
 
 def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, world: World) -> Tensor:
@@ -85,6 +88,8 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     """One small picklable value from every rank, in order of rank. Not for every step: for texts of an error, say."""
     if world.size == 1:
         return [value]
+    if world.is_fake:
+        return [value] * world.size
     # Pickled by torch, through a tensor on the group's device.
     values: list[Any] = [None] * world.size
     with _errors_explained(world, in_step=False):
@@ -93,6 +98,9 @@ def gather_objects(value: Any, world: World) -> list[Any]:
 
 
 def _gather(tensor: Tensor, world: World) -> list[Tensor]:
+    # A fake backend sends nothing and leaves the other parts as they were made: with any numbers.
+    if world.is_fake:
+        return [tensor] * world.size
     sent = world.sendable(tensor)
     parts = [torch.empty_like(sent) for _ in range(world.size)]
     with _errors_explained(world, in_step=False):
@@ -105,6 +113,11 @@ def _errors_explained(world: World, in_step: bool) -> Iterator[None]:
     """Turn a backend's error into one that says what to do: another rank died, raised, or does something else."""
     try:
         yield
+    except ValueError as error:
+        raise ValueError(
+            f"the process group of {world.size} ranks that the model was planned for is gone ({error}); make the optimizer (or "
+            "the attachment) anew with the new group, or without group=: then it follows the default group"
+        ) from error
     except RuntimeError as error:
         # While a plan is built no rank can have published anything: its store comes with the plan.
         if not in_step:

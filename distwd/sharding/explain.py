@@ -91,6 +91,17 @@ def explain_gradients(wrong: Sequence[int], reports: Sequence[Sequence[PieceRepo
     return "\n".join([_section(wrong, reports, problem, _copy, _GRADIENT_FIX), *_names_fix(reports)])
 
 
+def explain_alike(alike: Sequence[Sequence[str]]) -> str:
+    """The text of a warning for names that may be one weight; alike: the names of each such weight."""
+    names = "; ".join(" and ".join(names) for names in alike[:SHOWN])
+    return (
+        f"different ranks hold the same bits by different names: {names}{'; ...' * (len(alike) > SHOWN)}. If that is one "
+        "weight (an embedding on the first pipeline stage, and the head that is tied to it on the last), it counts twice in "
+        "every number: give both one name, [(name_of[p], p) for ...]. If they are different parameters that were "
+        "initialised alike, seed the ranks differently, or pass check_replicas=False."
+    )
+
+
 def explain_change(planned: Sequence[NamedParam], now: Sequence[NamedParam], rules: str) -> str:
     """Why this rank needs another plan, for ranks that go on with the old one.
 

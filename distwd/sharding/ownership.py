@@ -16,9 +16,9 @@ from torch import Tensor
 from .pieces import Piece
 
 # NAME: hash of the name. META: hash of what must be equal on all ranks. WHOLE, VOLUME: of the whole tensor and of the
-# piece, see `_volume`. NUMEL: elements of the piece. GROUP: index of its param group. CHECKSUM: of its bits.
+# piece, see `_volume`. NUMEL: elements of the piece. CHECKSUM: of its bits. VARIES: 1 if its elements are not all equal.
 NUM_COLUMNS = 7
-NAME, META, WHOLE, VOLUME, NUMEL, GROUP, CHECKSUM = range(NUM_COLUMNS)
+NAME, META, WHOLE, VOLUME, NUMEL, CHECKSUM, VARIES = range(NUM_COLUMNS)
 _CHECKSUM_BLOCK = 1 << 20
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -26,12 +26,14 @@ _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 # --- one rank's rows --------------------------------------------------------------------------------------------------
 
 
-def rows_of(pieces: Sequence[Piece], groups: Sequence[int], checksums: Sequence[int], named: bool) -> Tensor:
+def rows_of(
+    pieces: Sequence[Piece], groups: Sequence[int], checksums: Sequence[tuple[int, int]], named: bool
+) -> Tensor:
     """This rank's pieces as rows of integers.
 
     pieces: in any order, which the rows keep.
     groups: the index of the param group of each piece.
-    checksums: a number for the bits of each piece, see `checksums_of`.
+    checksums: two numbers for the bits of each piece, see `checksums_of`.
     named: whether users gave the names; else pieces are matched by position.
     Returns [pieces, 7] int64.
     """
@@ -42,7 +44,7 @@ def rows_of(pieces: Sequence[Piece], groups: Sequence[int], checksums: Sequence[
         # index.
         meta = (piece.shape, piece.is_counted, str(piece.dtype), () if named else piece.mesh, group)
         whole = _volume([((0, size),) for size in piece.shape])
-        numbers = [stable_hash(piece.name), stable_hash(meta), whole, _volume(piece.cuts), piece.numel, group, checksum]
+        numbers = [stable_hash(piece.name), stable_hash(meta), whole, _volume(piece.cuts), piece.numel, *checksum]
         rows.append(numbers)
     return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), NUM_COLUMNS)
 
@@ -68,8 +70,8 @@ def _volume(cuts: Sequence[Sequence[tuple[int, int]]]) -> int:
     return (volume + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def checksums_of(locals_: Sequence[Tensor]) -> list[int]:
-    """A number for the bits of each local tensor:  Σᵢ (2i + 1)·bitsᵢ  mod 2^64.
+def checksums_of(locals_: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """For the bits of each local tensor:  Σᵢ (2i + 1)·bitsᵢ  mod 2^64,  and 1 if the elements are not all equal, else 0.
 
     Works through blocks, so without a copy of a tensor, and reads all devices once, at the end.
     """
@@ -78,14 +80,15 @@ def checksums_of(locals_: Sequence[Tensor]) -> list[int]:
     sums = []
     for tensor in locals_:
         bits = tensor.detach().contiguous().view(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
-        total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+        total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
         for start in range(0, bits.numel(), _CHECKSUM_BLOCK):
             block = bits[start : start + _CHECKSUM_BLOCK].to(torch.int64)
             # A plain sum would not notice two elements that changed places. Odd weights lose no bit of any element.
             weight = torch.arange(start, start + block.numel(), device=tensor.device, dtype=torch.int64).mul_(2).add_(1)
-            total += (block * weight).sum()
+            total[0] += (block * weight).sum()
+            total[1] |= (block != bits[0]).any()
         sums.append(total)
-    return torch.stack([total.cpu() for total in sums]).tolist()
+    return [(checksum, varies) for checksum, varies in torch.stack([total.cpu() for total in sums]).tolist()]
 
 
 # --- all ranks' rows --------------------------------------------------------------------------------------------------
@@ -96,8 +99,7 @@ class OwnerTable:
     """What the rows of all ranks say together; but for the three fields of `rank`, the same on every rank.
 
     names: [names] int64, sorted hashes of every name that any rank holds; per-tensor numbers are in this order.
-    numel: [names] int64, elements of each whole tensor.
-    group_numel: [param groups] int64, elements of all tensors of a group.
+    numel: elements of all whole tensors.
     name_ids: [rows of rank] int64, the place of each row's name in `names`.
     owned: [rows of rank] bool, whether this rank owns the piece.
     holders: [rows of rank] int64, how many ranks hold the piece.
@@ -105,11 +107,11 @@ class OwnerTable:
     mismatched: places in `names` where ranks mean different shapes, dtypes or groups.
     uncovered: places where the pieces do not cover the whole exactly once.
     drifted: places where copies have different bits. If all three are empty, the plan holds.
+    alike: tuples of places that may be one weight under several names: the same bits, and no rank holds two of them.
     """
 
     names: Tensor
-    numel: Tensor
-    group_numel: Tensor
+    numel: int
     name_ids: Tensor
     owned: Tensor
     holders: Tensor
@@ -117,14 +119,14 @@ class OwnerTable:
     mismatched: list[int]
     uncovered: list[int]
     drifted: list[int]
+    alike: list[tuple[int, ...]]
 
 
-def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> OwnerTable:
+def resolve(rows: Sequence[Tensor], rank: int) -> OwnerTable:
     """Find the owner of every piece, the lowest rank that holds it, and what is wrong.
 
     rows: [rows of the rank, 7] int64 for each rank, in order of rank.
     rank: for whose rows to return owners.
-    num_groups: the largest number of param groups of any rank.
     Time and memory grow with the number of all rows.
     """
 
@@ -144,9 +146,6 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> OwnerTable:
     first[1:] = (ids[1:] != ids[:-1]) | (volume[1:] != volume[:-1])
     # A piece without elements has no owner: nothing of it could be measured.
     owned = first & (elements > 0)
-    numel = zeros.index_add(0, ids[owned], elements[owned])
-    group_numel = torch.zeros(num_groups, dtype=torch.int64)
-    group_numel.index_add_(0, column(GROUP)[order][owned], elements[owned])
     # Here pieces without elements count, since a whole without elements must be covered too. Sums wrap at 2^64, as
     # volumes do.
     covered = zeros.index_add(0, ids[first], volume[first])
@@ -158,14 +157,18 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> OwnerTable:
     low = zeros.scatter_reduce(0, name_ids, column(META), "amin", include_self=False)
     high = zeros.scatter_reduce(0, name_ids, column(META), "amax", include_self=False)
     mismatched = low != high
+    # A name's bits on any sharding that cuts it alike: the sum over its pieces of a hash of (which piece, its bits).
+    bits = checksum * 0x2545F4914F6CDD1D + volume
+    bits = (bits ^ (bits >> 29)) * 0x369DEA0F31A53F85
+    bits_of_name = zeros.index_add(0, ids[owned], bits[owned])
+    varies = zeros.scatter_reduce(0, name_ids, column(VARIES), "amax") > 0
     # The rows of `rank`, found among the sorted ones and put back into their own order.
     begin = sum(len(part) for part in rows[:rank])
     own = (order >= begin) & (order < begin + len(rows[rank]))
     back = order[own].argsort()
     return OwnerTable(
         names,
-        numel,
-        group_numel,
+        int(elements[owned].sum()),
         ids[own][back],
         owned[own][back],
         run.bincount()[run[own]][back],
@@ -173,7 +176,29 @@ def resolve(rows: Sequence[Tensor], rank: int, num_groups: int) -> OwnerTable:
         mismatched=mismatched.nonzero().flatten().tolist(),
         uncovered=((covered != whole) & ~mismatched).nonzero().flatten().tolist(),
         drifted=ids[drifted].unique().tolist(),
+        alike=_alike(bits_of_name + whole, varies, name_ids, [len(part) for part in rows]),
     )
+
+
+def _alike(bits: Tensor, varies: Tensor, name_ids: Tensor, num_rows: Sequence[int]) -> list[tuple[int, ...]]:
+    """The names that may be one weight, see `OwnerTable.alike`.
+
+    bits, varies: [names] a hash of all bits; whether the elements are not all equal.
+    name_ids: [rows of all ranks] the place of each row's name.
+    num_rows: of each rank.
+    """
+    # Norms begin as ones and biases as zeros: those are alike and not tied.
+    candidates = varies.nonzero().flatten()
+    _, kinds, counts = torch.unique(bits[candidates], return_inverse=True, return_counts=True)
+    ranks = torch.arange(len(num_rows)).repeat_interleave(torch.tensor(num_rows))
+    found = []
+    for kind in (counts > 1).nonzero().flatten():
+        names = candidates[kinds == kind]
+        holders = [set(ranks[name_ids == name].tolist()) for name in names]
+        # A rank that holds two of them in different memory has not tied them: layers that begin alike, as Mamba's A.
+        if len(set().union(*holders)) == sum(map(len, holders)):
+            found.append(tuple(names.tolist()))
+    return found
 
 
 def offsets_of(pieces: Sequence[Piece], gathered: Sequence[Tensor]) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.parameter import is_lazy
 
+from ..checks import plain_number
 from .world import World
 
 Groups = Sequence[dict[str, Any]]
@@ -33,6 +34,19 @@ class NamedParam:
     decay: str = ""
 
 
+def is_frozen(param: Tensor) -> bool:
+    """Whether a parameter of an optimizer is not trained now: it requires no gradient, and has none.
+
+    A tensor that requires none may still be given one, and then every optimizer steps it: the fp32 copies of Megatron.
+    """
+    return param.grad is None and not param.requires_grad
+
+
+def frozen_in(entries: Sequence[NamedParam]) -> frozenset[int]:
+    """The positions of an optimizer's parameters that are not trained now."""
+    return frozenset(position for position, entry in enumerate(entries) if is_frozen(entry.tensor))
+
+
 def entries_of(params: Iterable[Any]) -> tuple[NamedParam, ...]:
     """What torch.optim takes as `params`, as a flat list in the same order.
 
@@ -52,13 +66,14 @@ def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, 
     entries: list[NamedParam] = []
     for index, group in enumerate(groups):
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        decays = [value for key, value in group.items() if key.startswith(("weight_decay", "distwd_weight_decay"))]
+        decays = [
+            plain_number(value)
+            for key, value in group.items()
+            if key.startswith(("weight_decay", "distwd_weight_decay"))
+        ]
         # A decay that is a tensor is not read: that would wait for the device.
         decay = " ".join(f"{d:g}" if isinstance(d, (int, float)) else type(d).__name__.lower() for d in decays)
-        names = group.get("param_names") or []
-        # DeepSpeed puts one flat tensor in the place of many and leaves their names.
-        if len(names) != len(members):
-            names = [None] * len(members)
+        names = group.get("param_names") or [None] * len(members)
         for name, member in zip(names, members, strict=True):
             if isinstance(member, tuple):
                 name, member = member
@@ -76,7 +91,8 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
     group: the ranks that hold the model.
     Returns [one empty group] for a rank of several that has no parameters (a pipeline stage, say), else the same
     members.
-    Raises ValueError for no parameters in a world of one, TypeError for a lone tensor or a set, as torch does.
+    Raises ValueError for no parameters in a world of one and for parameters of lazy modules, TypeError for a lone tensor
+        or a set, as torch does.
     """
     if isinstance(params, Tensor):
         raise TypeError(
@@ -90,6 +106,7 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
             raise ValueError("optimizer got an empty parameter list; pass model.named_parameters()")
         return [{"params": []}]
     if not isinstance(items[0], dict):
+        _check_not_lazy(items)
         return items
     groups = []
     for item in items:
@@ -100,12 +117,27 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
                 "params of a group must be an ordered collection, not a set: ranks would disagree on the order; pass a list"
             )
         groups.append({**item, "params": [members] if isinstance(members, Tensor) else list(members)})
+        _check_not_lazy(groups[-1]["params"])
     # torch refuses a group without names beside groups with names, and an empty group has none to look at.
     if any("param_names" in item or any(isinstance(member, tuple) for member in item["params"]) for item in groups):
         for item in groups:
             if not item["params"]:
                 item["param_names"] = []
     return groups
+
+
+def check_has_shape(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a parameter of a lazy module that has not seen a batch: it has no shape yet."""
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{name} is of a lazy module and has no shape yet; run one forward pass first, then make groups and optimizer"
+        )
+
+
+def _check_not_lazy(members: Sequence[Any]) -> None:
+    for position, member in enumerate(members):
+        name, tensor = member if isinstance(member, tuple) and len(member) == 2 else (f"param {position}", member)
+        check_has_shape(name, tensor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,21 +162,28 @@ class ParamList:
     ones.
 
     shown: returns the param groups that the optimizers have now.
-    named_parameters: (name, tensor) pairs, for optimizers that were made without names. No tensor is kept alive by
-        them.
+    named_parameters: (name, tensor) pairs, for optimizers that were made without names; None for one that is being made.
+        A tensor that another has taken the place of is not kept alive by them.
     """
 
-    def __init__(self, shown: Callable[[], Groups], named_parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
+    def __init__(
+        self, shown: Callable[[], Groups], named_parameters: Iterable[tuple[str, Tensor]] | None = None
+    ) -> None:
         self._shown = shown
         self._all: Groups = ()
         self._ids: tuple[list[int], list[int]] = [], []
         self._entries: tuple[NamedParam, ...] = ()
-        # Weak, since an old tensor may be gigabytes; and keys by identity, since `==` of tensors compares elements.
-        self._names = WeakTensorKeyDictionary({tensor: name for name, tensor in named_parameters})
-        # The names by place, for tensors that take the place of known ones later.
-        self._names_by_place: list[list[str | None]] = []
-        if self._names:
-            self._names_by_place = [[self._names.get(param) for param in group["params"]] for group in shown()]
+        # By identity, since `==` of tensors compares elements; the tensor stands beside its name, so that its id cannot
+        # come to mean another. Not weakly: torch refuses to move or cast a parameter that has a weak reference.
+        self._given = {id(tensor): (name, tensor) for name, tensor in named_parameters or ()}
+        # By group and member, the names that were seen first.
+        self._places: list[list[str | None]] = []
+        # The names of tensors in the groups, beside them; see `_given`.
+        self._known: dict[int, tuple[str, Tensor]] = {}
+        # An optimizer that is there already has the names of this run now: before the first step a checkpoint may bring
+        # others, and other tensors may take the places.
+        if named_parameters is not None:
+            self._with_names(shown())
 
     @property
     def groups(self) -> Groups:
@@ -172,18 +211,32 @@ class ParamList:
         self._all = ()
 
     def _with_names(self, groups: Groups) -> Groups:
-        """The groups, with `param_names` where they have none of their own and the names of all members are known."""
-        # The usual case, without a look at the parameters.
-        if not self._names and not self._names_by_place:
-            return groups
-        named = []
+        """The groups, with `param_names` where the names of all members are known, and without where not.
+
+        A tensor keeps the name that it was first seen with. So the names of this run are kept when a checkpoint is
+        loaded, which brings those of the run that saved it (`_orig_mod.weight`, say).
+        """
+        named, known = [], {}
         for index, group in enumerate(groups):
-            names = [self._names.get(param) for param in group["params"]]
-            # A group that was added later has no places yet. One that has lost or gained a member has no known order.
-            places = self._names_by_place[index] if index < len(self._names_by_place) else []
-            if len(places) == len(names):
-                names = [name or place for name, place in zip(names, places, strict=True)]
-            # torch's own names come from the user too. A group that is named in part would mix names and positions.
-            is_known = "param_names" not in group and None not in names
-            named.append({**group, "param_names": names} if is_known else group)
+            params, own = group["params"], group.get("param_names") or []
+            # DeepSpeed puts one flat tensor in the place of many and leaves their names.
+            if len(own) != len(params):
+                own = [None] * len(params)
+            # A group that has lost or gained a member has no known order. That of a new group is known from now on.
+            places = self._places[index] if index < len(self._places) else own
+            if len(places) != len(params):
+                places = own
+            names = [
+                self._known.get(id(param), (None,))[0] or name or self._given.get(id(param), (None,))[0] or place
+                for param, name, place in zip(params, own, places, strict=True)
+            ]
+            if index == len(self._places):
+                self._places.append(names)
+            known.update({id(param): (name, param) for param, name in zip(params, names, strict=True) if name})
+            # A group that is named in part would mix names and positions.
+            named.append({**group, "param_names": [] if None in names else names})
+        # What has left the groups may be gigabytes that another library has replaced, so it is let go. What has not been
+        # in them may still come, by add_param_group.
+        self._known = known
+        self._given = {key: one for key, one in self._given.items() if key not in known}
         return named

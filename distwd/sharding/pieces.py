@@ -9,7 +9,7 @@ FSDP2 over TP can leave several, since each cuts what the other has left.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from .._torch import StridedShard, padding_of_shard
+from .._torch import ORDINARY, StridedShard, padding_of_shard
 from .layout import Mark, Sharded
 from .local import local_tensor
+from .params import NamedParam, check_has_shape
 from .world import World
 
 Intervals = tuple[tuple[int, int], ...]  # ascending [start, stop) intervals of indices
@@ -67,10 +68,8 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     name, tensor: of the parameter. A plain tensor is whole, unless its mark says otherwise.
     mark: what `layout=` says of it.
     meshes: the ranks of meshes that were met before; is added to. Thousands of parameters share one mesh.
-    Raises ValueError for what no rule can work on (see `check_tensor`), and for a local tensor of a shape that its
-    placements do not give.
+    Raises ValueError for a local tensor of a shape that its placements do not give.
     """
-    check_tensor(name, tensor)
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
     whole = tuple(((0, size),) for size in shape)
     piece = Piece(name, shape, tensor.dtype, whole, local, "plain", ())
@@ -117,8 +116,47 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     )
 
 
+def check_params(entries: Sequence[NamedParam], frozen: Collection[int] = ()) -> None:
+    """Raise ValueError for what no rule can work on, and for one weight under two names.
+
+    Listed twice, a weight would be decayed twice and count twice in every metric.
+
+    frozen: positions of parameters that may be anything: nobody reads or writes them.
+    """
+    by_id: dict[int, str] = {}
+    by_address: dict[tuple[torch.device, int, int], str] = {}
+    for position, entry in enumerate(entries):
+        name, tensor = entry.name, entry.tensor
+        if position in frozen:
+            continue
+        if (other := by_id.setdefault(id(tensor), name)) != name:
+            raise ValueError(
+                f"{name} is the same tensor as {other} (tied); pass every parameter once, as model.named_parameters() does"
+            )
+        check_tensor(name, tensor)
+        local = local_tensor(tensor)
+        # Tied by `.data`: two parameters with the same elements. A subclass need not have an address.
+        if type(local) in ORDINARY and local.numel():
+            other = by_address.setdefault((local.device, local.data_ptr(), local.numel()), name)
+            if other != name:
+                raise ValueError(
+                    f"{name} lies in the memory of {other} (tied by .data): one step would decay it twice; make it one "
+                    "parameter (head.weight = embedding.weight) and pass that once"
+                )
+
+
+def is_measurable(tensor: Tensor) -> bool:
+    """Whether a rule can work on a tensor."""
+    try:
+        check_tensor("", tensor)
+    except ValueError:
+        return False
+    return True
+
+
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise ValueError, with the name and the way out, for meta, sparse, complex, integer and `Partial` tensors."""
+    """Raise ValueError, with the name and the way out, for lazy, meta, sparse, complex, integer and `Partial` tensors."""
+    check_has_shape(name, tensor)
     local = local_tensor(tensor)
     # During deferred initialisation either of the two may still be a meta tensor.
     if tensor.is_meta or local.is_meta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def audit_table(rows: Sequence[AuditRow]) -> str:
         first = alike[0]
         # A lone `layers.7.weight` is not a pattern: the other layers are in another group, or of another shape.
         name = first.name if len(alike) == 1 else _NUMBER.sub("*", first.name)
-        decays = "; ".join(f"{decay:g}" for decay in first.decays) or "-"
+        # A rule of one's own may have no λ; its coefficient comes from something else.
+        decays = "; ".join("?" if math.isnan(decay) else f"{decay:g}" for decay in first.decays) or "-"
         elements = f"{sum(row.numel for row in alike):,}"
         lines.append(
             (

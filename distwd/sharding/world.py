@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from .._torch import device_types, first_backend, timeout_of
+from .._torch import device_types, first_backend, store_of, timeout_of
 from ..errors import PlanError
 
 
@@ -27,6 +27,8 @@ class World:
     device: where a tensor of any other device type is copied before it is sent.
     error_store: where these ranks publish why they cannot continue; None without a plan, on one rank, and where the
         backend has no timeout.
+    is_fake: whether the backend is torch's "fake" one, which sends nothing: one process stands for many ranks, to try
+        out a configuration or its memory. A step runs, and its numbers mean nothing.
     """
 
     group: dist.ProcessGroup | None
@@ -35,6 +37,7 @@ class World:
     serves: tuple[str, ...]
     device: torch.device
     error_store: ErrorStore | None = None
+    is_fake: bool = False
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> World:
@@ -43,13 +46,12 @@ class World:
         group: None for all ranks if torch.distributed is initialised, else for this process alone.
         Raises ValueError for what is not a group of this process, see `check_group`.
         """
-        if group is None:
-            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        group = current_group(group)
         if group is None:
             return cls(None, 0, 1, (), torch.device("cpu"))
         check_group(group)
-        serves = device_types(group)
-        return cls(group, dist.get_rank(group), dist.get_world_size(group), serves, _device(serves))
+        serves, is_fake = device_types(group), dist.get_backend(group) == "fake"
+        return cls(group, dist.get_rank(group), dist.get_world_size(group), serves, _device(serves), is_fake=is_fake)
 
     def sendable(self, tensor: Tensor) -> Tensor:
         """`tensor` on a device that the group can send from: where it is, if possible."""
@@ -60,8 +62,15 @@ class World:
         return "" if self.error_store is None else self.error_store.read()
 
 
+def current_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The process group that an argument `group=` means now: None is the default group, if there is one at this moment."""
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return group
+
+
 def check_group(group: Any) -> None:
-    """Raise ValueError for what is not a process group that this process belongs to."""
+    """Raise ValueError for what is not a process group that this process belongs to, or does not know its ranks."""
     # What `new_group` returns on ranks that it leaves out.
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
@@ -70,6 +79,15 @@ def check_group(group: Any) -> None:
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"group must be a torch.distributed.ProcessGroup, not {type(group).__name__}; for a DeviceMesh pass mesh.get_group(...)"
+        )
+    # torchft registers every replica's group as one of this rank alone, under a size() of all. Each rank would take itself
+    # for the first, and own everything.
+    num_known = len(dist.get_process_group_ranks(group))
+    if num_known != group.size():
+        raise ValueError(
+            f"group: torch knows it as a group of {num_known}, and its size() is {group.size()} (a managed group, such as "
+            "torchft's), so no rank knows its place in it; pass the group of the ranks within one replica. Replicas are "
+            "equal: each finds the same numbers by itself"
         )
 
 
@@ -115,7 +133,7 @@ class ErrorStore:
         # nothing.
         if timeout_of(backend) is None:
             return None
-        store = PrefixStore(f"distwd/{number}", group.get_group_store())
+        store = PrefixStore(f"distwd/{number}", store_of(group))
         return cls(store, group.rank(), group.size(), backend)
 
     @property

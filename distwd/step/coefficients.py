@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import plain_number
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import Request, Slots, Source, Taken, measure, take
@@ -21,6 +22,8 @@ from .state import COUNT, KeptNumbers
 from .step import Batch, Step
 from .transform import BoundTransform, GroupSettings
 
+_MAX_KEPT = 16  # sets of frozen parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Coefficient:
@@ -30,6 +33,7 @@ class Coefficient:
     numbers: measured and kept ones by name, float64: as the rule was given them, and kept ones as they are after the step.
     value: the coefficient, float32.
     old, new: kept numbers before the step, and those that the rule answered; stored when the step has been written.
+    has_gradient: [parameters of the model] bool, where numbers of single parameters are kept; None: they all move.
     dtype: of the numbers that users are shown.
     plan: whose slots the numbers of single parameters have; the plan of today may number them otherwise. None for others.
     """
@@ -39,6 +43,7 @@ class Coefficient:
     value: Tensor
     old: Mapping[str, Tensor]
     new: Mapping[str, Tensor]
+    has_gradient: Tensor | None
     dtype: torch.dtype
     plan: Plan | None
 
@@ -59,14 +64,17 @@ class Coefficients:
         self._last: dict[str, dict[int, Coefficient]] = {}
         self._taken: dict[tuple[int, Measure], Taken] = {}  # by the position of the phase that will reduce them
         self._has_gradient: Tensor | None = None  # [parameters of the model] bool, where a rule keeps numbers of them
-        self._slots_of_plan: Slots | None = None
+        self._slots_of_plan: dict[tuple[int, ...], Slots] = {}  # by what is frozen
 
-    def _slots(self) -> Slots:
+    def _slots(self, frozen: tuple[int, ...] = ()) -> Slots:
         """In which slot each parameter counts; kept as long as the plan is the same."""
-        plan = self._plan()
-        if self._slots_of_plan is None or self._slots_of_plan.plan is not plan:
-            self._slots_of_plan = Slots(plan)
-        return self._slots_of_plan
+        plan, known = self._plan(), self._slots_of_plan
+        # A GAN freezes its parts in turn, so what was frozen once comes back. But it might be other parameters each time.
+        if known and (next(iter(known.values())).plan is not plan or len(known) >= _MAX_KEPT):
+            known.clear()
+        if frozen not in known:
+            known[frozen] = Slots(plan, frozen)
+        return known[frozen]
 
     # --- in a step -------------------------------------------------------------------------------
 
@@ -83,11 +91,11 @@ class Coefficients:
                 if at == position:
                     request = Request(ask.parsed, step.tensors_for(ask.of), ask.scope)
                     into = self._taken.setdefault((phase.position, ask), Taken())
-                    take(request, self._slots(), step.workspace, into)
+                    take(request, self._slots(step.frozen), step.workspace, into)
 
     def measure(self, phase: Phase, step: Step) -> None:
         """Take all metrics of a phase, with one reduction."""
-        slots = self._slots()
+        slots = self._slots(step.frozen)
         # Several rules may ask for the same; it is measured once. Tensors are asked for once, too: an update that a rule
         # asks for makes a waiting optimizer run.
         asks = list(dict.fromkeys(ask for _, ask in phase.asks))
@@ -157,15 +165,14 @@ class Coefficients:
         positions = _trainable(step, index) if begins else []
         entries = [step.entries[position] for position in positions]
         is_shared = scope != "tensor"
-        stored = self._kept.read(bound, begins, entries, like.device, is_shared) if begins else {}
+        stored = self._kept.read(bound, begins, entries, index, like.device, is_shared) if begins else {}
         for name, values in stored.items():
             if scope == "tensor":
                 # Slots of parameters that other ranks hold stay NaN: nobody here asks for them.
                 slots = self._slots().index(positions, like.device)
                 kept[name] = torch.full_like(like, torch.nan).index_copy(0, slots, values)
             else:
-                # A rank that holds nothing of the group has nowhere to keep its numbers.
-                kept[name] = (values[0] if len(values) else torch.full_like(like[0], torch.nan)).expand(len(like))
+                kept[name] = values.expand(len(like))
         old = dict(kept)
         has_begun = kept.get(COUNT)
         # By selection and not by reading the count: a number that begins as a metric is measured in every step.
@@ -173,37 +180,20 @@ class Coefficients:
             if isinstance(begin, Measure) and has_begun is not None:
                 kept[name] = torch.where(has_begun > 0, kept[name], measured.pop(name))
 
-        # Tensors among the settings as the numbers are: on their device, in float64.
-        given = {
-            name: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
-            for name, value in settings.values.items()
-        }
         own = {name: kept[name] for name in begins}
-        answer = bound.transform.coefficient(given, measured, own)  # type: ignore[attr-defined]
-        # What a rule of one's own returns is checked before it can go wrong in silence: a missing name would keep its old
-        # value for ever, a wrong shape would broadcast.
-        new: dict[str, Tensor] = {}
-        if begins:
-            if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
-                raise ValueError(
-                    f"{bound.label}.coefficient must return a pair (coefficient, new kept numbers), since `keeps` names "
-                    f"{sorted(begins)}; it returned {type(answer).__name__}"
-                )
-            answer, updated = answer
-            if set(updated) != set(begins):
-                raise ValueError(
-                    f"{bound.label}.coefficient returned kept numbers {sorted(updated)}; `keeps` names {sorted(begins)}"
-                )
-            new = {name: _as_slots(bound, f"kept number {name!r}", value, like) for name, value in updated.items()}
-            if has_begun is not None:
-                new[COUNT] = has_begun + 1
-        value = _as_slots(bound, "coefficient", answer, like)
+        value, new = _answer(bound, settings, measured, own, like)
+        if has_begun is not None:
+            new[COUNT] = has_begun + 1
         # λ = 0 is off, also where the metric is not finite. By selection, since 0·inf is NaN.
-        if "weight_decay" in given and (settings.is_off or isinstance(given["weight_decay"], Tensor)):
-            value = torch.zeros_like(value) if settings.is_off else torch.where(given["weight_decay"] == 0, 0.0, value)
+        if settings.is_off:
+            value = torch.zeros_like(value)
+        elif isinstance(decay := settings.values.get("weight_decay"), Tensor):
+            value = torch.where(decay.to(value.device) == 0, 0.0, value)
         dtype = self._plan().result_dtype if asks else torch.float32
+        # A rule in a closure acts before the others of the step measure, so this belongs to its answer.
+        has_gradient = None if is_shared else self._has_gradient
         own_plan = self._plan() if scope == "tensor" else None
-        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, dtype, own_plan)
+        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, has_gradient, dtype, own_plan)
 
     def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
         """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter of the batch."""
@@ -221,7 +211,7 @@ class Coefficients:
                 continue
             device, is_shared = known.value.device, known.scope != "tensor"
             # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
-            rests = None if is_shared or self._has_gradient is None else ~self._has_gradient
+            rests = None if known.has_gradient is None else ~known.has_gradient
             found_inf = step.found_inf.get(index)
             if found_inf is not None:
                 is_skipped = found_inf.to(device, non_blocking=True) != 0
@@ -234,15 +224,13 @@ class Coefficients:
 
             positions = _trainable(step, index)
             entries = [step.entries[position] for position in positions]
-            if not entries:
-                continue  # this rank has nowhere to keep them
             if is_shared:
                 slot = index if known.scope == "group" else 0
                 values = {name: value[slot].reshape(1) for name, value in now.items()}
             else:
                 slots = self._slots().index(positions, device)
                 values = {name: value[slots] for name, value in now.items()}
-            self._kept.write(bound, values, entries, is_shared)
+            self._kept.write(bound, values, entries, index, is_shared)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -285,7 +273,9 @@ class Coefficients:
 
 def _sharing_key(bound: BoundTransform, settings: GroupSettings) -> Any:
     """What two groups must have in common to share a coefficient; None if that cannot be told."""
-    names = bound.transform.coefficient_settings
+    # A subclass that computes its coefficient anew may read other settings than those that its base has named.
+    cls = next(cls for cls in type(bound.transform).__mro__ if "coefficient" in vars(cls))
+    names = vars(cls).get("coefficient_settings")
     # Kept numbers are a group's own.
     if settings.keeps or (
         names is None and not all(isinstance(v, (int, float, str, Tensor)) for v in settings.values.values())
@@ -301,6 +291,52 @@ def _trainable(step: Step, group: int) -> list[int]:
     return [i for i, entry in enumerate(step.entries) if entry.group == group and entry.tensor.requires_grad]
 
 
+def check_coefficient(bound: BoundTransform, settings: GroupSettings) -> None:
+    """Raise ValueError, naming rule and method, if a rule's `coefficient` returns what is none. Tries it on ones.
+
+    In a step it would be too late: an optimizer before the rule may have moved its state by then.
+    """
+    if settings.is_absolute:
+        return
+    like = torch.ones(2, dtype=torch.float64)
+    measured = {name: like.clone() for name in settings.asks if name not in settings.keeps}
+    # A rule may hold tensors of another device; in a step its numbers are on that.
+    with suppress(RuntimeError):
+        _answer(bound, settings, measured, {name: like.clone() for name in settings.keeps}, like)
+
+
+def _answer(
+    bound: BoundTransform,
+    settings: GroupSettings,
+    measured: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    like: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a rule answers: c, and the new kept numbers, float64 like `like`. Raises ValueError for anything else."""
+    # Tensors among the settings as the numbers are: on their device, in float64.
+    given = {
+        name: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
+        for name, value in settings.values.items()
+    }
+    answer = bound.transform.coefficient(given, measured, kept)  # type: ignore[attr-defined]
+    # What a rule of one's own returns is checked before it can go wrong in silence: a missing name would keep its old
+    # value for ever, a wrong shape would broadcast.
+    new: dict[str, Tensor] = {}
+    if kept:
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
+            raise ValueError(
+                f"{bound.label}.coefficient must return a pair (coefficient, new kept numbers), since `keeps` names "
+                f"{sorted(kept)}; it returned {type(answer).__name__}"
+            )
+        answer, updated = answer
+        if set(updated) != set(kept):
+            raise ValueError(
+                f"{bound.label}.coefficient returned kept numbers {sorted(updated)}; `keeps` names {sorted(kept)}"
+            )
+        new = {name: _as_slots(bound, f"kept number {name!r}", value, like) for name, value in updated.items()}
+    return _as_slots(bound, "coefficient", answer, like), new
+
+
 def _as_slots(bound: BoundTransform, what: str, value: Any, like: Tensor) -> Tensor:
     """A rule's answer as one float64 number for each slot. Raises ValueError for anything else."""
     if isinstance(value, Tensor):
@@ -310,6 +346,7 @@ def _as_slots(bound: BoundTransform, what: str, value: Any, like: Tensor) -> Ten
                 f"each of the {len(like)} numbers that it was given"
             )
         return value.to(like.device, like.dtype).expand(len(like))
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{bound.label}.coefficient: the {what} is {value!r}; it must be a number or a tensor")
     return torch.full_like(like, value)

@@ -14,10 +14,10 @@ from ..errors import PlanError
 from ..kernels.blocks import Workspace
 from ..kernels.compile import check_compiler
 from ..metrics.plan import Plan, PlanCache, PlanOptions
-from ..sharding.params import ParamList, Params
-from ..sharding.pieces import check_tensor
+from ..sharding.params import ParamList, Params, frozen_in
+from ..sharding.pieces import check_params
 from .audit import audit
-from .coefficients import Coefficients
+from .coefficients import Coefficients, check_coefficient
 from .phases import Schedule
 from .rounding import Rounding
 from .state import KeptNumbers
@@ -87,9 +87,10 @@ class StepRunner:
         return sum(schedule.num_collectives(world) for schedule in schedules)
 
     def check(self) -> None:
-        """Raise ValueError for what can be known to fail before a step: what rules ask for, and torch.compile."""
+        """Raise ValueError for what can be known to fail before a step: what rules ask for and return, and torch.compile."""
         for bound in (*self.in_closure, *self.in_step):
-            bound.read({})
+            for group in ({}, *self.params.groups):
+                check_coefficient(bound, bound.read(group))
         if self._compiles:
             # Found out now, and not in the first step, after the model has been sharded and loaded.
             for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
@@ -131,15 +132,14 @@ class StepRunner:
         # A layout tells stochastic rounding only that there are pieces; where each begins comes with the plan.
         if measures or (self._rounding.is_stochastic and self.plans.options.layout):
             # A step that builds the plan talks and reads anyway; one that finds it built costs no more than those after it.
-            if self.plans.plan is None and measures and self.plans.options.check_replicas:
+            if not self.plans.is_current and measures and self.plans.options.check_replicas:
                 self.has_built_plan = True
             # Other metrics than before are other collectives: that, too, all ranks have to do together.
             if not self.plans.fits(params.entries, schedules):
                 self._build(params, schedules)
         # Absolute rules need no plan: each rank looks at its own tensors, and only at those that are new.
         elif self._checked is not params.entries:
-            for entry in params.entries:
-                check_tensor(entry.name, entry.tensor)
+            check_params(params.entries, frozen_in(params.entries))
             self._checked = params.entries
         return params
 

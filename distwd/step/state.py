@@ -17,14 +17,14 @@ from .transform import BoundTransform, Transform
 
 State = dict[str, Any]
 
-_PREFIX = "distwd_"
+PREFIX = "distwd_"  # of the keys of kept numbers in an optimizer's state
 # Counts the steps of numbers that begin as a metric. It tells that they have begun; no value of theirs could.
 COUNT = "num_steps"
 
 
 def is_kept_key(key: str) -> bool:
     """Whether a key of an optimizer's state is ours and not the optimizer's."""
-    return key.startswith(_PREFIX)
+    return key.startswith(PREFIX)
 
 
 class KeptNumbers:
@@ -47,8 +47,14 @@ class KeptNumbers:
         # Most rules keep nothing, and then a step shall not even ask.
         self._transforms = [bound for bound in transforms if type(bound.transform).keeps is not Transform.keeps]
         self.keeps_any = bool(self._transforms)
-        self._state_of, self._may_keep = state_of, may_keep
-        self._has_warned = False
+        self._state_of = state_of
+        # FSDP1 saves no state of a piece without elements, and refuses to save numbers that differ between ranks: what
+        # such a piece began anew after loading would.
+        self._may_keep: Callable[[Tensor], bool] = lambda param: not is_empty_piece(param) and may_keep(param)
+        self._has_warned = self._is_loaded = False
+        # Numbers that have moved while they may not lie in the state yet, by key and parameter: many optimizers begin a
+        # parameter's state with its first gradient. And by key and group, of groups without parameters on this rank.
+        self._unplaced: dict[tuple[str, Tensor | int], Tensor] = {}
 
     def is_kept_by(self, index: int) -> bool:
         """Whether the transform with this index may keep numbers."""
@@ -67,6 +73,10 @@ class KeptNumbers:
 
         is_loaded: whether a checkpoint has just been loaded. What that did not bring begins anew, with a warning.
         """
+        if is_loaded:
+            # What has moved until now belongs to the run before. What was loaded lies in the state.
+            self._unplaced.clear()
+            self._is_loaded = True
         missing: set[str] = set()
         for bound in self._transforms:
             for index, group in enumerate(groups):
@@ -79,7 +89,8 @@ class KeptNumbers:
                     for name, begins in names.items():
                         key = f"{bound.state_prefix}_{name}"
                         if key not in state:
-                            state[key] = torch.full((), begins, dtype=torch.float32, device=local_tensor(param).device)
+                            new = torch.full((), begins, dtype=torch.float32, device=local_tensor(param).device)
+                            state[key] = self._unplaced.pop((key, param), new)
                             missing.add(bound.label)
         # A run that adds such a rule to an old checkpoint is legal, but nobody shall take the numbers for resumed ones.
         if is_loaded and missing and not self._has_warned:
@@ -95,12 +106,13 @@ class KeptNumbers:
         bound: BoundTransform,
         keeps: Mapping[str, float | Measure],
         entries: Sequence[NamedParam],
+        group: int,
         device: torch.device,
         is_shared: bool,
     ) -> dict[str, Tensor]:
         """The kept numbers of one rule for the parameters of one group, float64: [entries], or [1] if they share them.
 
-        [0] for a group of which this rank holds nothing.
+        Of a group without elements on this rank: NaN once a checkpoint has been loaded, since none was loaded here.
         """
         wide = wide_dtype(device)
         found: dict[str, Tensor] = {}
@@ -108,9 +120,16 @@ class KeptNumbers:
             key = f"{bound.state_prefix}_{name}"
             # Without making an entry: an optimizer begins its state only where there is none.
             values = [self._state_of(entry.tensor).get(entry.tensor, {}).get(key) for entry in entries]
+            if self._unplaced:
+                values = [
+                    self._unplaced.get((key, entry.tensor)) if value is None else value
+                    for value, entry in zip(values, entries, strict=True)
+                ]
             # Under `attach` some parameters may have no state yet; any that has it tells the shared number.
-            if is_shared and values:
-                values = [next((value for value in values if value is not None), None)]
+            if is_shared:
+                values = [next((value for value in values if value is not None), self._unplaced.get((key, group)))]
+                if self._is_loaded and all(is_empty_piece(entry.tensor) for entry in entries):
+                    begins = torch.nan
             known = [
                 torch.full((), begins, dtype=wide, device=device) if value is None else value.to(device, wide)
                 for value in values
@@ -119,18 +138,27 @@ class KeptNumbers:
         return found
 
     def write(
-        self, bound: BoundTransform, values: Mapping[str, Tensor], entries: Sequence[NamedParam], is_shared: bool
+        self,
+        bound: BoundTransform,
+        values: Mapping[str, Tensor],
+        entries: Sequence[NamedParam],
+        group: int,
+        is_shared: bool,
     ) -> None:
-        """Store the numbers of a step that counts: one for each of `entries`, or one for all of them."""
+        """Store the numbers of a step that counts: one for each of `entries` of a group, or one for all of them."""
         for name, value in values.items():
             key = f"{bound.state_prefix}_{name}"
             targets: list[Tensor] = []
             parts: list[Tensor] = []
             shared: dict[torch.device, Tensor] = {}
+            if is_shared and not entries:
+                self._unplaced[key, group] = value[0].to(torch.float32)
             for place, entry in enumerate(entries):
                 param = entry.tensor
                 if not self._may_keep(param):
+                    self._unplaced[key, param] = value[0 if is_shared else place].to(torch.float32)
                     continue
+                self._unplaced.pop((key, param), None)
                 state, device = self._state_of(param).setdefault(param, {}), local_tensor(param).device
                 target = state.get(key)
                 # A parameter that had no room for it in earlier steps gets it now, with the value that the others have.
@@ -159,6 +187,11 @@ class KeptNumbers:
                 # An entry that was there for our numbers alone: an optimizer without state had none.
                 if entry.tensor in states and not state:
                     del states[entry.tensor]
+
+
+def is_empty_piece(param: Tensor) -> bool:
+    """Whether a plain tensor holds nothing, as FSDP1's pieces do on some ranks. (A DTensor's size is that of the whole.)"""
+    return param.numel() == 0
 
 
 def kept_in(state_dict: Mapping[str, Any]) -> dict[int, State]:

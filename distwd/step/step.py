@@ -245,6 +245,7 @@ class Step:
     """One step over local tensors. Transforms say what shall happen; nothing is written before it must be.
 
     entries: all parameters of the optimizer, in order.
+    frozen: the positions of those that are not trained: they require no gradient and have none. No metric counts them.
     groups: all param groups.
     active_groups: indices of the groups that this step is of; the others are as if they had no parameters.
     settings: the `GroupSettings` of every transform in every group, by (index of the transform, index of the group).
@@ -285,13 +286,17 @@ class Step:
         self.shows_bare_update = False
 
         found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
+        frozen = []
         for position, entry in enumerate(entries):
             param, group = entry.tensor, entry.group
-            if group not in active_groups:
-                continue
             # A parameter without a gradient is left alone, by torch's optimizers too.
             if (gradient := param.grad) is None:
-                check_no_gradient(entry.name, param)
+                if group in active_groups:
+                    check_no_gradient(entry.name, param)
+                if not param.requires_grad:
+                    frozen.append(position)
+                continue
+            if group not in active_groups:
                 continue
             if only is not None and group not in only:
                 continue
@@ -308,6 +313,7 @@ class Step:
             batch.params.append(local)
             batch.grads.append(local_like(gradient, param))
         self.batches = list(found.values())
+        self.frozen = tuple(frozen)
 
     # --- what transforms ask ---------------------------------------------------------------------
 
@@ -324,12 +330,15 @@ class Step:
     def tensors_for(self, of: str) -> list[Source]:
         """What a metric of `of` is taken of. Parameters without a gradient are missing in all but "params"."""
         if of == "params":
-            # All of them, with a gradient or without, as they were when the step began.
+            # All that are trained, with a gradient or without, as they were when the step began.
             locals_: list[Tensor | None] = []
+            frozen = set(self.frozen)
             for position, entry in enumerate(self.entries):
-                is_active = entry.group in self.active_groups
-                old = self.old.get(position)
-                locals_.append(None if not is_active else local_tensor(entry.tensor) if old is None else old)
+                if entry.group not in self.active_groups or position in frozen:
+                    locals_.append(None)
+                else:
+                    old = self.old.get(position)
+                    locals_.append(local_tensor(entry.tensor) if old is None else old)
             return sources_of(locals_)
         # Gradients that a GradScaler has multiplied: metrics are of what the optimizer will make of them.
         unscale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.to(wide_dtype(self.grad_scale.device))

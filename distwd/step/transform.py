@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import is_zero
+from ..checks import is_zero, plain_number
 from ..metrics.metric import Measure
 from .step import Step
 
@@ -103,7 +103,8 @@ class BoundTransform:
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The transform's hyperparameters as this param group has them now."""
         # A group may lack a key: the checkpoint of an optimizer that had no decay yet replaces the attached one's groups.
-        return {**self.transform.defaults, **{name: group[key] for name, key in self.keys.items() if key in group}}
+        values = {**self.transform.defaults, **{name: group[key] for name, key in self.keys.items() if key in group}}
+        return {name: plain_number(value) for name, value in values.items()}
 
     def read(self, group: Mapping[str, Any], known: GroupSettings | None = None) -> GroupSettings:
         """The hyperparameters of a param group, checked, and what follows from them.
@@ -135,24 +136,29 @@ class BoundTransform:
 
     def _asks(self, values: Mapping[str, Any]) -> tuple[dict[str, Measure], Mapping[str, float | Measure]]:
         """All metrics that it needs, those that kept numbers begin with included; and what it keeps. Checked."""
-        found: list[Mapping[str, Any]] = []
-        for method in (self.transform.measures, self.transform.keeps):
+        found: dict[str, Mapping[str, Any]] = {}
+        # By the methods' names here: those of the functions may be others, of a lambda or a decorator.
+        for method in ("measures", "keeps"):
             try:
-                found.append(method(values))
+                found[method] = getattr(self.transform, method)(values)
             except ValueError as error:  # of Measure, which does not know who asks
-                raise ValueError(f"{self.label}.{method.__name__}: {error}") from error
-            if not isinstance(found[-1], Mapping):
-                raise ValueError(f"{self.label}.{method.__name__} must return a dict by name, not {found[-1]!r}")
-        measures, keeps = found
+                raise ValueError(f"{self.label}.{method}: {error}") from error
+            if not isinstance(found[method], Mapping):
+                raise ValueError(f"{self.label}.{method} must return a dict by name, not {found[method]!r}")
+            if "coefficient" in found[method]:  # in `stats`, one of the two would hide the other
+                raise ValueError(f"{self.label}.{method}: 'coefficient' is what stats() calls c; use another name")
+        measures, keeps = found["measures"], found["keeps"]
         for name, measure in measures.items():
             if not isinstance(measure, Measure):
                 raise ValueError(
                     f"{self.label}.measures: {name!r} is {measure!r}; it must be a Measure, e.g. Measure('params', 'l2')"
                 )
         for name, begins in keeps.items():
+            begins = plain_number(begins)
             is_number = isinstance(begins, (int, float)) and not isinstance(begins, bool)
             # Checkpoints cut state keys at dots; "num_steps" counts the steps of numbers that begin as a metric.
-            if not (is_number or isinstance(begins, Measure)) or "." in name or name in ("num_steps", *measures):
+            is_free = isinstance(name, str) and "." not in name and name not in ("num_steps", *measures)
+            if not (is_number or isinstance(begins, Measure)) or not is_free:
                 raise ValueError(
                     f"{self.label}.keeps: {name!r} begins as {begins!r}; it must be a number or a Measure, under a name "
                     "without dots that `measures` does not use, and not 'num_steps'"
@@ -193,7 +199,8 @@ def bind(
                 lr_key = own.get("lr") if other.is_linear else None
                 break
         coupling = _coupling(transform, transforms[index + 1 :], bound_keys[index + 1 :])
-        prefix = f"distwd_{labels[index]}{state_suffix}"
+        # The suffix comes before the label: at the end, keys of a second attachment would begin like those of the first.
+        prefix = f"distwd{state_suffix}_{labels[index]}"
         bound.append(
             BoundTransform(
                 transform, index, labels[index], bound_keys[index], coupling, tuple(maximize), lr_key, prefix
