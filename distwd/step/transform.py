@@ -60,6 +60,10 @@ class Transform(ABC):
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.defaults.items())})"
 
 
+# Settings that are no numbers of another library.
+_AS_THEY_ARE = (float, int, bool, str, tuple, type(None), Tensor)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupSettings:
     """A transform's hyperparameters in one param group, and what follows from them.
@@ -104,7 +108,8 @@ class BoundTransform:
         """The transform's hyperparameters as this param group has them now."""
         # A group may lack a key: the checkpoint of an optimizer that had no decay yet replaces the attached one's groups.
         values = {**self.transform.defaults, **{name: group[key] for name, key in self.keys.items() if key in group}}
-        return {name: plain_number(value) for name, value in values.items()}
+        # By type, since this runs for every setting in every step: numpy's numbers are subclasses of Python's.
+        return {name: v if type(v) in _AS_THEY_ARE else plain_number(v) for name, v in values.items()}
 
     def read(self, group: Mapping[str, Any], known: GroupSettings | None = None) -> GroupSettings:
         """The hyperparameters of a param group, checked, and what follows from them.
