@@ -212,7 +212,9 @@ def measure(
             take(request, slots, workspace, taken := Taken())
         partials.append(_local_statistics(request, taken, numel, slots))
         counts.setdefault((request.scope, _count_kind(request.metric)), numel)
-    totals = reduce_statistics([*partials, *({kind: numel} for (_, kind), numel in counts.items())], plan.world)
+    totals = reduce_statistics(
+        [*partials, *({kind: numel} for (_, kind), numel in counts.items())], plan.world, plan.mark
+    )
     numels = {key: total[key[1]] for key, total in zip(counts, totals[len(requests) :], strict=True)}
     return [
         request.metric(total, numels[request.scope, _count_kind(request.metric)].to(device))
@@ -236,12 +238,15 @@ def num_collectives(statistics: Sequence[Statistic], world: World) -> int:
     return 0 if world.size == 1 else len({statistic.is_sum for statistic in statistics})
 
 
-def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World) -> list[dict[Statistic, Tensor]]:
+def reduce_statistics(
+    partials: Sequence[dict[Statistic, Tensor]], world: World, mark: int = 0
+) -> list[dict[Statistic, Tensor]]:
     """Combine statistics over all ranks.
 
     partials: for each request, [slots] float64 by statistic, of this rank's own elements; other requests may be on
         other devices.
-    Returns the same, over all ranks, on the devices they came from.
+    mark: a number that no other plan of these ranks has; 0 for none.
+    Returns the same, over all ranks, on the devices they came from. NaN where ranks have reduced other plans' numbers.
     """
     if world.size == 1:
         return list(partials)
@@ -255,8 +260,16 @@ def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World)
         signed = [-values if statistic.kind == "min" else values for _, statistic, values in some]
         # Tensors may be on several devices; a collective takes one vector on one device.
         device = world.sendable(signed[0]).device
-        packed = torch.cat([values.to(device) for values in signed])
+        # Two optimizers that ranks step in another order each would exchange one model's numbers for the other's, if the
+        # vectors are of one length. So the mark travels with them, and is compared on the device, without a read.
+        marks = [mark] if is_sum else [mark, -mark]
+        own_marks = torch.cat([torch.full((1,), one, dtype=signed[0].dtype, device=device) for one in marks])
+        packed = torch.cat([*(values.to(device) for values in signed), own_marks])
         reduced = sum_over_ranks(packed, world) if is_sum else max_over_ranks(packed, world)
+        reduced, met = reduced[: -len(marks)], reduced[-len(marks) :]
+        if mark and not world.is_fake:
+            is_same = (met == own_marks * (world.size if is_sum else 1)).all()
+            reduced = torch.where(is_same, reduced, torch.nan)
         for (number, statistic, values), part in zip(some, reduced.split(list(map(len, signed))), strict=True):
             part = part.to(values.device)
             totals[number][statistic] = -part if statistic.kind == "min" else part

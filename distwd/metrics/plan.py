@@ -44,6 +44,7 @@ class Plan:
     numel: elements of the whole model, each counted once.
     has_copies: whether any piece of the model is held by several ranks. This and the next are the same on every rank.
     result_dtype: of metrics: float32, or float64 for a model in float64.
+    mark: travels with its numbers, to tell them from those of another plan.
 
     >>> import torch
     >>> from distwd import Plan
@@ -63,6 +64,7 @@ class Plan:
     numel: int
     has_copies: bool
     result_dtype: torch.dtype
+    mark: int = field(repr=False)
     # Of no use to users: see `offset_of` and `fits`.
     _offsets: tuple[int, ...] = field(repr=False)
     _stamps: list[Any] = field(repr=False)
@@ -185,6 +187,7 @@ def build_plan(
         numel=found.numel,
         has_copies=found.has_copies,
         result_dtype=torch.float64 if found.is_wide else torch.float32,
+        mark=found.mark,
         _offsets=found.offsets,
         _stamps=[_stamp(entry.tensor) for entry in entries],
     )
