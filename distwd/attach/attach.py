@@ -66,7 +66,7 @@ def attach(
     named_parameters: (name, tensor) pairs, where the optimizer was built without names.
     check_replicas: whether copies are compared, as for `Chain`.
     rounding: "nearest" or "stochastic", as for `Chain`, of what distwd itself writes to bf16 and fp16 parameters: the
-        decay. How the optimizer rounds its own step, it has done already.
+        decay, and the update of torch's elementwise optimizers where a rule looks at it.
     seed: an integer, the same on every rank.
     track_unchanged: as for `Chain`.
     compile: as for `Chain`.
