@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checks import plain_number
+from .checks import is_zero, plain_number
 from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
@@ -127,6 +127,10 @@ class Chain(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. Raises ValueError, and adds nothing, for settings that a transform cannot use."""
+        # What is excluded from decay is excluded for every rule: 0 for the first is 0 for the others, where nothing is said.
+        if is_zero(param_group.get("weight_decay")):
+            others = [bound.keys["weight_decay"] for bound in self._transforms if "weight_decay" in bound.keys]
+            param_group = {**dict.fromkeys(others, 0.0), **param_group}
         settings = {**self.defaults, **param_group}
         for bound in self._transforms:
             check_coefficient(bound, bound.read(settings))
@@ -178,6 +182,8 @@ class Chain(torch.optim.Optimizer):
         # torch calls this in load_state_dict, too, where the runner is there already.
         if "_runner" not in self.__dict__:
             self._make_runner()
+            # A copy or a pickle brings its state along.
+            self._known = self._runner.params.read().entries
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         # Process groups are shared, not copied.
@@ -242,14 +248,21 @@ class Chain(torch.optim.Optimizer):
         self._follow_params(params.entries)
 
         # Checkpoint code steps an optimizer whose state it misses, every lr and gradient 0: that must change nothing.
-        if not self._first_step.is_past:
+        # A wrapped optimizer that keeps no state, and is not known to, is stepped so again and again.
+        was_real = self._first_step.is_past
+        has_stepped = bool(set(self.state) - {NO_PARAMS_KEY}) if was_real else self._has_stepped
+        if not (was_real and has_stepped):
             lr_keys = [bound.keys["lr"] for bound in self._transforms if isinstance(bound.transform, LR)]
             # A chain without a learning rate has no step that moves nothing.
-            may_be_idle = not self._has_stepped and closure is None and bool(lr_keys)
+            may_be_idle = not has_stepped and closure is None and bool(lr_keys)
             is_idle = may_be_idle and all(bool(group[key] == 0) for group in self.param_groups for key in lr_keys)
             if self._first_step.is_init_step(is_idle):
-                # Optimizers that are not torch's own begin their state in their first step: they do so now.
                 step = runner.new_step(self._inner_optimizers)
+                if was_real:
+                    # Others may train, and wait for this rank's part in their numbers.
+                    runner.measure_only(step)
+                    return None
+                # Optimizers that are not torch's own begin their state in their first step: they do so now.
                 for inner in self._inner_optimizers.values():
                     if not any(inner.has_state(entry.tensor) for entry in step.entries):
                         inner.update(step.batches)
@@ -280,7 +293,7 @@ class Chain(torch.optim.Optimizer):
         # State keys of the first optimizer are torch's own, so its checkpoints load into the optimizer alone, and back.
         wraps = [(bound, bound.transform) for bound in self._transforms if isinstance(bound.transform, Wrap)]
         for number, (bound, wrap) in enumerate(wraps):
-            inner = wrap.inner_optimizer(bound, self, f"_{number}" if number else "")
+            inner = wrap.inner_optimizer(bound, self, f"_{number}" if len(wraps) > 1 else "")
             if isinstance(inner, ClosureOptimizer):
                 self._closure_optimizer = inner
             elif isinstance(inner, GradientOptimizer):

@@ -62,3 +62,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, choices))}")
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a value is the number 0; a tensor is not read to find out."""
+    return isinstance(value := plain_number(value), (int, float)) and value == 0

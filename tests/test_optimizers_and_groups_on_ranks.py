@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -174,3 +176,30 @@ def test_odd_parameters_have_the_bits_of_one_process(worlds, norm_input):
         assert differing(params, reference) == []
     assert torch.equal(reference["frozen"], Odd().frozen)
     assert not torch.equal(reference["turned"], Odd().turned)
+
+
+def stepped_in_another_order(metric: str) -> list[list[float]]:
+    """Two models of the same shapes; in the second step rank 1 steps the other one first. Their metrics after each step."""
+    import distwd
+
+    params = [torch.nn.Parameter(torch.full((3,), value)) for value in (1.0, 5.0)]
+    chains = [
+        distwd.Chain([p], distwd.RelativeWeightDecay(0.0, norm_input="params", metric=metric), distwd.LR(0.5))
+        for p in params
+    ]
+    found = []
+    for order in ((0, 1), (0, 1) if dist.get_rank() == 0 else (1, 0), (0, 1)):
+        for index in order:
+            params[index].grad = torch.ones(3)
+            chains[index].step()
+        found.append([chain.stats()["RelativeWeightDecay"]["metric"].item() for chain in chains])
+        for param, value in zip(params, (1.0, 5.0), strict=True):
+            param.data.fill_(value)
+    return found
+
+
+@pytest.mark.parametrize("metric", ["mad", "linf", "std"])
+def test_numbers_of_two_optimizers_are_never_taken_for_one_another(worlds, metric):
+    for first, mixed, last in worlds.run(2, stepped_in_another_order, metric):
+        assert first == last == ([0.0, 0.0] if metric == "std" else [1.0, 5.0])
+        assert all(math.isnan(value) for value in mixed)

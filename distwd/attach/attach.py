@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _torch
-from ..checks import check_choice, plain_number
+from ..checks import check_choice, is_zero, plain_number
 from ..metrics.plan import Plan, PlanOptions
 from ..optimizers.init_step import FirstStep, mark_if_no_params
 from ..optimizers.lr import LR
@@ -45,6 +45,7 @@ def attach(
     seed: int = 0,
     track_unchanged: bool = False,
     compile: bool = False,
+    take_over: bool = False,
 ) -> Attachment:
     """Add decay to an optimizer that exists, through its own step hooks:  p ← p − lr·λ·d(p).
 
@@ -65,10 +66,12 @@ def attach(
     named_parameters: (name, tensor) pairs, where the optimizer was built without names.
     check_replicas: whether copies are compared, as for `Chain`.
     rounding: "nearest" or "stochastic", as for `Chain`, of what distwd itself writes to bf16 and fp16 parameters: the
-        decay. How the optimizer rounds its own step, it has done already.
+        decay, and the update of torch's elementwise optimizers where a rule looks at it.
     seed: an integer, the same on every rank.
     track_unchanged: as for `Chain`.
     compile: as for `Chain`.
+    take_over: whether the `weight_decay` of each group becomes its λ of the first rule, and the optimizer's own is 0 from
+        then on; so exclusions that somebody else has made stay. `remove()` gives it back.
 
     Parameters: any float dtype and sharding that the optimizer itself can step.
     Returns the `Attachment`, whose `remove()` takes the decay off again.
@@ -97,6 +100,7 @@ def attach(
         seed=seed,
         track_unchanged=track_unchanged,
         compile=compile,
+        take_over=take_over,
     )
 
 
@@ -145,9 +149,10 @@ class Attachment:
         seed: int,
         track_unchanged: bool,
         compile: bool,
+        take_over: bool,
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
-        validate_optimizers(optimizers, rules, coupling)
+        validate_optimizers(optimizers, rules, coupling, take_over)
         self._optimizers, self._rules, self._coupling = list(optimizers), tuple(rules), coupling
         self._rounding = Rounding(rounding, seed, options.layout, *unused_keys(optimizers, 1, f"distwd_{KEY}"))
         # The keys with which λ lies in the optimizers' groups, and the values of groups that have none yet. Of a rule's
@@ -161,8 +166,8 @@ class Attachment:
             for rule, own in zip(rules, rule_keys, strict=True)
             for name, key in own.items()
         }
-        self._defaults = decays | self._rounding.defaults
-        self.keys = list(self._defaults)
+        self.defaults = decays | self._rounding.defaults
+        self.keys = list(self.defaults)
 
         # The chain that this attachment is equal to: rules before the optimizer ("gradient"), between it and its lr
         # ("lr"), or behind both ("none"). The update is scaled by the optimizer already; LR scales the decay alike.
@@ -202,7 +207,8 @@ class Attachment:
         self._strategy: WriteBefore | UpdateCapture
         if self._needs_updates:
             at_once = any(rule.target == "params_direct" for rule in in_step)
-            self._strategy = UpdateCapture(self._runner, self._joint, coupling, at_once)
+            measures_update = any(rule.is_cautious(rule.defaults) or "update" in rule.sources() for rule in in_step)
+            self._strategy = UpdateCapture(self._runner, self._joint, coupling, at_once, measures_update)
         else:
             self._strategy = WriteBefore(self._runner, self._joint, coupling, self.overrides)
 
@@ -213,7 +219,11 @@ class Attachment:
         self._just_stepped: set[int] = set()  # optimizers whose post hook has come in this joint step
         self._depth: dict[int, int] = {}  # of steps within steps, by optimizer
         self._loaded: dict[int, dict[int, State]] = {}  # kept numbers of a state dict that is being loaded
-        write_keys(self._runner.params.groups, self._defaults)
+        if take_over and not decays:
+            raise ValueError("take_over=True has no rule with a weight_decay that could take over the optimizer's")
+        self._takes_over = next(iter(decays)) if take_over else None
+        self._taken_over: dict[int, Any] = {}  # decay of the optimizers' own, by index of the group
+        self._write_keys()
         self._create_kept()
 
         # Hooks last: an optimizer that was refused is as it was.
@@ -250,6 +260,9 @@ class Attachment:
         for group in params.groups:
             for key in self.keys:
                 group.pop(key, None)
+        for index, decay in self._taken_over.items():
+            params.groups[index]["weight_decay"] = decay
+        self._taken_over = {}
 
     @property
     def plan(self) -> Plan:
@@ -264,6 +277,16 @@ class Attachment:
     def stats(self) -> dict[str, dict[str, Any]]:
         """The last numbers of every rule that is not absolute, as `Chain.stats`."""
         return self._runner.stats()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that are attached."""
+        return self._rules
+
+    @property
+    def coupling(self) -> str:
+        """How the decay meets the learning rate."""
+        return self._coupling
 
     def __repr__(self) -> str:
         optimizers = " and ".join(type(optimizer).__name__ for optimizer in self._optimizers)
@@ -295,6 +318,22 @@ class Attachment:
         has_stepped = any(states is each.state for each in self._optimizers if id(each) in self._just_stepped)
         return has_stepped and param.grad is not None
 
+    def _write_keys(self) -> None:
+        """Give groups the keys that they lack. A decay of the optimizer's own becomes ours, if it is to be taken over."""
+        groups = self._runner.params.groups
+        others = [other for each in self._optimizers for other in attachments_on(each) if other is not self]
+        key = self._takes_over
+        for index, group in enumerate(groups if key is not None else ()):
+            own = group.get("weight_decay")
+            if key is None or own is None or (is_zero(own) and key in group):
+                continue
+            # Of two attachments the first may have let the optimizer do its decay in this very step.
+            if any(id(group) in other.overrides.groups for other in others):
+                continue
+            group[key], group["weight_decay"] = own, 0.0
+            self._taken_over[index] = own
+        write_keys(groups, self.defaults, {key: value for other in others for key, value in other.defaults.items()})
+
     def _create_kept(self, is_loaded: bool = False) -> None:
         if not self._runner.kept.keeps_any:
             return
@@ -317,9 +356,9 @@ class Attachment:
             self._restore()
             if not self._joint.each_alone:
                 refuse_under_scaler(self._optimizers, self._rules, self._coupling, self._needs_updates)
+            self._write_keys()
             for each in self._optimizers:
                 check_groups(each, self._coupling)
-            write_keys(self._runner.params.groups, self._defaults)
             self._runner.prepare()
             self._is_init_step, self._has_raised = False, True
             self._just_stepped.clear()
@@ -328,6 +367,9 @@ class Attachment:
         self._joint.enter(optimizer)
 
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # Some optimizers take something else first (a loss, a scale). It is theirs.
+        if not callable(closure):
+            closure = None
         if is_first:
             self._is_init_step = self._first_step.is_init_step_of(optimizer, closure is not None)
             if self._is_init_step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ class WriteBefore:
     def __init__(self, runner: StepRunner, joint: JointStep, coupling: str, overrides: Overrides) -> None:
         self._runner, self._joint, self._coupling, self._overrides = runner, joint, coupling, overrides
         self._written: Step | None = None  # a step that is written, and whose optimizer has not stepped yet
+        self._groups: dict[int, dict[str, Any]] = {}  # by identity of a batch whose optimizer has not stepped yet
 
     def begin(self, optimizer: Optimizer, is_first: bool) -> Optimizer | None:
         """`optimizer` is about to step, by itself. Its gradients may not be there yet."""
@@ -39,12 +41,21 @@ class WriteBefore:
         """Decay: the gradients of `optimizer` are there, and it steps next; is_first: of its joint step."""
         decays_gradients = self._coupling == "gradient"
         if is_first or self._joint.shared is None:
+            self._groups = {}
             # One step for all optimizers that step together: its metrics are over all of them.
             self._joint.shared = self._joint.new_step(optimizer, decays_gradients)
+            if not self._joint.each_alone and self._coupling == "lr":
+                # An optimizer's lr may change until it steps, so here its decay is of lr 1.
+                for batch in self._joint.shared.batches:
+                    self._groups[id(batch)], batch.group = batch.group, {**batch.group, "lr": 1.0}
             self._runner.run(self._joint.shared)
         step = self._written = self._joint.shared
         own_groups = set(map(id, optimizer.param_groups))
-        batches = [batch for batch in step.batches if id(batch.group) in own_groups]
+        batches = [batch for batch in step.batches if id(self._groups.get(id(batch), batch.group)) in own_groups]
+        for batch in batches:
+            if (group := self._groups.pop(id(batch), None)) is not None:
+                batch.group = group
+                batch.scale_by(group["lr"])
 
         if not self._joint.each_alone:
             # The step was made before this optimizer's scale and verdict were known: no term may act where a GradScaler
@@ -79,7 +90,8 @@ class WriteBefore:
                 decay = own_decay(type(optimizer), batch.terms)
             # Another attachment may have put its own decay there already; then this one is written.
             if decay is None or (id(group) not in self._overrides.groups and group["weight_decay"] != 0):
-                batch.apply_(batch.terms)
+                if batch.terms:
+                    batch.apply_(batch.terms)
             else:
                 batch.count_unchanged()
                 self._overrides.set_decay(group, decay)
@@ -93,4 +105,4 @@ class WriteBefore:
 
     def forget(self) -> None:
         """Let go of all memory."""
-        self._written = None
+        self._written, self._groups = None, {}

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..checks import is_zero
 from ..kernels.apply import apply_from_
 from ..kernels.blocks import BufferPool
-from ..kernels.formulas import Rate
-from ..kernels.stochastic import LOW
 from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam, is_frozen
 from ..step.runner import StepRunner
-from ..step.step import Batch, PendingUpdate, Step, check_gradient
+from ..step.step import Batch, PendingUpdate, Step
 from .joint import JointStep
+from .watch import Watch, decay_copies_
 from .zero_proxy import ZeroProxyCapture
 
 Optimizer = torch.optim.Optimizer
@@ -33,11 +33,15 @@ class UpdateCapture:
     joint: the steps that belong together.
     coupling: "lr": the update is what the optimizer did over its learning rate; "none": what it did.
     decays_at_once: whether a rule changes the parameters before the step is written.
+    measures_update: whether a rule looks at the update; else the optimizer may look at the parameters.
     """
 
-    def __init__(self, runner: StepRunner, joint: JointStep, coupling: str, decays_at_once: bool) -> None:
+    def __init__(
+        self, runner: StepRunner, joint: JointStep, coupling: str, decays_at_once: bool, measures_update: bool
+    ) -> None:
         self._runner, self._joint = runner, joint
         self._over_lr, self._decays_at_once = coupling == "lr", decays_at_once
+        self._watches = {id(each): Watch(measures_update) for each in joint.optimizers}
         self.forget()
 
     def forget(self) -> None:
@@ -45,7 +49,10 @@ class UpdateCapture:
         self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
         self._proxied: set[int] = set()  # optimizers whose last step was a proxy's
         self._on_zeros: set[int] = set()  # positions of parameters whose update is learnt from zeros
-        self._lrs: dict[int, Rate] = {}  # learning rates that optimizers have stepped with, by group
+        self._step: Step | None = None  # of the optimizer that has come last
+        # What optimizers have stepped with, part by part: which parameters had a gradient, and their learning rates.
+        self._parts_on_zeros: list[Batch] = []
+        self._parts_copied: list[Batch] = []
 
     def begin(self, optimizer: Optimizer, is_first: bool) -> Optimizer | None:
         """`optimizer` is about to step; its gradients may not be there yet. Copy what cannot be learnt otherwise.
@@ -61,36 +68,52 @@ class UpdateCapture:
         self._proxied = self._proxied | {id(optimizer)} if uses_proxy else self._proxied - {id(optimizer)}
         if is_first:
             self._zero_proxies.begin()
-            self._on_zeros, self._lrs = set(), {}
+            self._on_zeros, self._parts_on_zeros, self._parts_copied = set(), [], []
             copied = []
             # All optimizers of a joint step at once: if the decay fails, the steps of all of them are undone.
             for each in [optimizer] if self._joint.each_alone else self._joint.optimizers:
                 for position, entry in self._params_of(each):
                     local = local_tensor(entry.tensor)
-                    # Zeros are plain tensors, in a dtype that holds −lr·u well; bf16 and fp16 would round it again.
-                    if uses_proxy and type(local) in _torch.ORDINARY and local.dtype not in LOW:
+                    # Zeros are plain tensors.
+                    if uses_proxy and type(local) in _torch.ORDINARY:
                         self._on_zeros.add(position)
                     else:
                         copied.append((position, entry))
             self._snapshot.take(copied)
+        self._step = None
         return self._zero_proxies.proxy_of(optimizer) if uses_proxy else None
 
     def act(self, optimizer: Optimizer, is_first: bool) -> None:
-        """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones."""
-        updated = []
-        for position, entry in self._params_of(optimizer):
-            if (grad := entry.tensor.grad) is not None:
-                # Refused now: behind the step it would be too late.
-                check_gradient(entry.name, grad)
-                if position in self._on_zeros:
-                    updated.append((position, entry.tensor, local_tensor(entry.tensor)))
+        """The gradients of `optimizer` are there, and it steps next. Raises ValueError for sparse ones.
+
+        What rules need of the gradients is taken now: the optimizer may scale them, add momentum to them, or let them go.
+        """
+        step = self._step = self._joint.new_step(optimizer, of_all=False)
+        self._runner.begin(step, is_first)
+        # A fused kernel divides the gradients by the GradScaler's scale, so what is added to them afterwards is as it is.
+        step.grad_scale = None
+        # Rules of several attachments cannot see one another's decay, so those of one do not either.
+        step.shows_bare_update = True
+        for batch in step.batches:
+            # The optimizer, or a scheduler that steps before the others have, may change it.
+            if (lr := batch.group.get("lr")) is not None:
+                # Prodigy and D-Adaptation step with d·lr, with a d that they find in their step and show in their groups.
+                d = batch.group.get("d", 1.0)
+                lr = lr * d if isinstance(d, Tensor) or d != 1 else lr.clone() if isinstance(lr, Tensor) else lr
+                batch.group = {**batch.group, "lr": lr}
+        # Each part of a batch is written in its own way. What has no gradient now is in neither part.
+        on_zeros, copied = (
+            [part for batch in step.batches if (part := batch.select(positions)).index]
+            for positions in (self._on_zeros, self._snapshot.old)
+        )
         if id(optimizer) in self._proxied:
-            self._zero_proxies.show_gradients(optimizer, updated)
-        if not self._joint.each_alone:
-            # A scheduler may step before the other optimizers have.
-            for group in optimizer.param_groups:
-                if (lr := group.get("lr")) is not None:
-                    self._lrs[id(group)] = lr.clone() if isinstance(lr, Tensor) else lr
+            self._zero_proxies.show_gradients(optimizer, on_zeros)
+        # Gradients that the optimizer lets go are let go here too, but where a rule will write to them.
+        if not any("grad" in bound.transform.changes for bound in self._runner.in_step):
+            for batch in (*step.batches, *on_zeros, *copied):
+                batch.grads.clear()
+        self._parts_on_zeros += on_zeros
+        self._parts_copied += copied
 
     def after(self, optimizer: Optimizer, stepped: Optimizer, is_complete: bool) -> None:
         """`optimizer` has stepped. When all of the joint step have, run the rules on what they did, and write.
@@ -101,25 +124,31 @@ class UpdateCapture:
         """
         if id(optimizer) in self._proxied:
             self._zero_proxies.commit(optimizer, stepped)
+        # It has not called the closure that it was given.
+        elif self._step is None:
+            self.act(optimizer, is_first=not self._parts_copied)
+        if id(optimizer) not in self._proxied:
+            own, step = list(self._params_of(optimizer)), self._step
+            assert step is not None
+            updated = [position for batch in step.batches for position in batch.index]
+            has_lr = not any(is_zero(batch.group.get("lr")) for batch in step.batches)
+            self._watches[id(optimizer)].look(optimizer, own, self._snapshot.old, updated, has_lr)
+            for position, entry in own:
+                if copies := self._watches[id(optimizer)].copies_of(optimizer, position, entry.tensor):
+                    self._snapshot.copies[position] = copies
         if not is_complete:
             return
-        # A fused kernel has divided the gradients by the GradScaler's scale.
-        step = self._joint.new_step(optimizer, is_unscaled=True)
-        for batch in step.batches:
-            if id(batch.group) in self._lrs:
-                batch.group = {**batch.group, "lr": self._lrs[id(batch.group)]}
-        # Each part of a batch is written in its own way. What had no gradient when the proxy stepped is in neither
-        # part: it has not been updated, whoever has put a gradient there since.
-        on_zeros, rest = (
-            [part for batch in step.batches if (part := batch.select(positions)).index]
-            for positions in (self._zero_proxies.positions, self._snapshot.old)
-        )
-        step.batches = on_zeros + rest
+        assert self._step is not None
+        step, on_zeros, copied = self._step, self._parts_on_zeros, self._parts_copied
+        self._step, self._parts_on_zeros, self._parts_copied = None, [], []
+        # In the order of the parameters, whatever the order of the optimizers.
+        copied.sort(key=lambda batch: batch.index[0])
+        step.batches = on_zeros + copied
         with (
             self._zero_proxies.adopted(on_zeros, self._over_lr),
-            self._snapshot.adopted(step, rest, self._over_lr, self._decays_at_once),
+            self._snapshot.adopted(step, copied, self._over_lr, self._decays_at_once),
         ):
-            self._runner.run(step)
+            self._runner.run(step, has_begun=True)
         # Several optimizers count their steps together, here; one that shares nothing counts its own.
         self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
 
@@ -141,10 +170,12 @@ class SnapshotCapture:
 
     def __init__(self) -> None:
         self.old: dict[int, Tensor] = {}  # copies, by position
+        self.copies: dict[int, list[Tensor]] = {}  # what the optimizer itself keeps and steps from, by position
         self._buffers = BufferPool()
 
     def take(self, entries: Iterable[tuple[int, NamedParam]]) -> None:
         """Copy the parameters of these (position, parameter) pairs."""
+        self.copies = {}
         # Into the buffers of earlier snapshots where they fit: a new buffer in each step costs more than the copy.
         found = [(position, local_tensor(entry.tensor)) for position, entry in entries]
         positions, locals_ = [position for position, _ in found], [local for _, local in found]
@@ -183,11 +214,18 @@ class SnapshotCapture:
             yield
             for batch, params in zip(batches, moved_to, strict=True):
                 # The new parameters hold the update, but not the decay that has gone into it or into the old ones.
+                copies = [self.copies.get(position, []) for position in batch.index] if self.copies else []
                 if batch.is_absorbed or decays_at_once:
                     batch.apply_(batch.terms, with_update=True)
+                    for param, decayed, own in zip(params, batch.params, copies, strict=False):
+                        for copy in own:
+                            copy.sub_(param.to(copy.dtype) - decayed)
                     torch._foreach_copy_(params, batch.params)
                 else:
-                    # Without the decay nothing would be written here: compare with the parameters as they are.
+                    # Before the parameters: a mask looks at what the optimizer has made of them.
+                    if any(copies):
+                        decay_copies_(batch, copies)
+                    # Without the decay nothing would be written here, so the parameters as they are tell what it changes.
                     tally = batch.tally if batch.terms else None
                     without = None if tally is None else [param.clone() for param in params]
                     # The optimizer's own write stays as it is, bit for bit.

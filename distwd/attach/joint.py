@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..checks import check_number
+from ..checks import check_number, is_zero
 from ..rules.base import Rule
 from ..step.runner import StepRunner
 from ..step.step import Step
@@ -40,17 +40,23 @@ def unused_keys(optimizers: Sequence[Optimizer], count: int, key: str = KEY) -> 
     return [name for name in names if name not in taken][:count]
 
 
-def write_keys(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+def write_keys(
+    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], others: Mapping[str, Any] | None = None
+) -> None:
     """Give every group its own value of each key, where it has none yet.
 
     groups: the param groups.
     defaults: the values for groups without the key, by key.
+    others: the same of other attachments.
     Raises ValueError for values that would not decay.
     """
     # In every step, since others add groups, and replace them by those of a checkpoint.
-    for key, default in defaults.items():
-        for group in groups:
-            check_number(key, group.setdefault(key, default))
+    for group in groups:
+        # Who excludes a group from one rule's decay excludes it from all: 0 where that rule decays elsewhere.
+        decays = {key: value for key, value in {**(others or {}), **defaults}.items() if key.startswith(KEY)}
+        is_excluded = any(is_zero(group.get(key)) and not is_zero(value) for key, value in decays.items())
+        for key, default in defaults.items():
+            check_number(key, group.setdefault(key, 0.0 if is_excluded and key in decays else default))
 
 
 # --- what is changed for the length of a step ------------------------------------------------------------------------
@@ -148,7 +154,6 @@ class JointStep:
         self._runner, self._needs_updates = runner, needs_updates
         self._found_inf: dict[int, Tensor | None] = {}  # of those that have stepped
         self._grads: dict[int, list[Tensor | None]] = {}  # all gradients, when the last one stepped
-        self._updated: list[Tensor] = []  # parameters that have been updated
         self._scaler_states: Any = None
 
     # --- which steps belong together -------------------------------------------------------------
@@ -187,42 +192,28 @@ class JointStep:
         return True
 
     def enter(self, optimizer: Optimizer) -> None:
-        """`optimizer` steps, and nothing has been refused.
-
-        Raises ValueError if what stepped before has lost its gradients: they tell which parameters were updated.
-        """
-        if any(param.grad is None for param in self._updated):
-            self.end()
-            raise ValueError(
-                f"gradients were cleared before {type(optimizer).__name__} stepped, but decay of several optimizers depends on the "
-                "updates of all; call zero_grad when all have stepped"
-            )
+        """`optimizer` steps, and nothing has been refused."""
         # A GradScaler unscales and judges one optimizer after the other. Its verdict on this one is known now.
         self._found_inf[id(optimizer)] = getattr(optimizer, "found_inf", None)
 
     def note_gradients(self, optimizer: Optimizer) -> None:
         """The gradients of `optimizer`, which steps next, are there now: a closure may have just made them."""
-        if self.each_alone:
-            return
-        if self._needs_updates:
-            params = [param for group in optimizer.param_groups for param in group["params"]]
-            self._updated += [param for param in params if param.grad is not None]
-        else:
+        if not (self.each_alone or self._needs_updates):
             # The tensors, and not only their ids: a new gradient may come to lie where an old one was.
             self._grads = {id(each): _grads_of(each) for each in self.optimizers}
 
     def end(self) -> None:
         """The joint step is over: let go of its gradients."""
-        self._found_inf, self._grads, self._updated, self._scaler_states = {}, {}, [], None
+        self._found_inf, self._grads, self._scaler_states = {}, {}, None
         self.shared = None
 
     # --- what a step of them is ------------------------------------------------------------------
 
-    def new_step(self, optimizer: Optimizer, decays_gradients: bool = False, is_unscaled: bool = False) -> Step:
-        """A Step of the gradients as they are now: of this optimizer alone, or of all that step together.
+    def new_step(self, optimizer: Optimizer, decays_gradients: bool = False, of_all: bool = True) -> Step:
+        """A Step of the gradients as they are now.
 
         decays_gradients: whether its terms are added to gradients.
-        is_unscaled: whether the optimizer's kernel has divided the gradients by a GradScaler's scale already.
+        of_all: whether it has the gradients of all optimizers that step together, or of this one alone.
         """
         groups = self._runner.now.groups
         owner_of = {id(group): id(each) for each in self.optimizers for group in each.param_groups}
@@ -230,10 +221,10 @@ class JointStep:
         # yet have no verdict. Each optimizer applies its own when it steps.
         found_inf = {i: self._found_inf.get(owner_of.get(id(group), 0)) for i, group in enumerate(groups)}
         own = {index for index, group in enumerate(groups) if owner_of.get(id(group)) == id(optimizer)}
-        grad_scale = getattr(optimizer, "grad_scale", None) if self.each_alone and not is_unscaled else None
+        grad_scale = getattr(optimizer, "grad_scale", None) if self.each_alone else None
         return self._runner.new_step(
             {},
-            only=own if self.each_alone else None,
+            only=own if self.each_alone or not of_all else None,
             grad_scale=grad_scale,
             found_inf=found_inf,
             decays_gradients=decays_gradients,

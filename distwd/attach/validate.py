@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from ..rules.base import Rule
 from ..step.runner import IN_BACKWARD
 from .joint import attachments_on
 
-_TWICE = "param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice"
+_TWICE = (
+    "param_groups[{index}] already has weight_decay={decay}; set it to 0, or it decays twice (or pass take_over=True, which moves "
+    "it to distwd)"
+)
 
 
 def list_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -35,8 +39,13 @@ def list_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def validate_optimizers(optimizers: Sequence[Any], rules: Sequence[Any], coupling: str) -> None:
-    """Raise ValueError if there are no rules, or if decay cannot be attached to one of the optimizers."""
+def validate_optimizers(
+    optimizers: Sequence[Any], rules: Sequence[Any], coupling: str, take_over: bool = False
+) -> None:
+    """Raise ValueError if there are no rules, or if decay cannot be attached to one of the optimizers.
+
+    take_over: whether decay of the optimizers' own is moved to the first rule, and so is no reason.
+    """
     if not rules:
         raise ValueError("attach needs at least one rule, e.g. attach(optimizer, WeightDecay(0.1))")
     for rule in rules:
@@ -71,12 +80,21 @@ def validate_optimizers(optimizers: Sequence[Any], rules: Sequence[Any], couplin
             raise ValueError(
                 f"{name} has no step hooks (it does not call torch.optim.Optimizer.__init__); attach to the optimizer that it steps"
             )
+        # A notebook cell that runs again.
+        for other in attachments_on(optimizer):
+            for rule, known in product(rules, other.rules):
+                if is_equal(rule, known) and other.coupling == coupling:
+                    raise ValueError(
+                        f"{rule!r} is attached to {name} already, and would decay twice; call remove() on that attachment first"
+                    )
         for index, group in enumerate(optimizer.param_groups):
+            if take_over:
+                break
             decay = group.get("weight_decay")
             # Read once, here: in a step that would wait for the device.
             if isinstance(decay, Tensor) and bool(decay != 0):
                 raise ValueError(_TWICE.format(index=index, decay=decay.item()))
-        check_groups(optimizer, coupling)
+        check_groups(optimizer, coupling, take_over)
         # LBFGS takes the gradients of its later evaluations as they are, so a decay of the first would stand alone.
         evaluates = needs_closure(type(optimizer)) and any(rule.target != "closure" for rule in rules)
         if evaluates and coupling == "gradient":
@@ -105,15 +123,34 @@ def _refuse_wrapper(optimizer: Any, name: str) -> None:
         raise ValueError(f"{name} is a wrapper, and its step hooks do not see the step; {words}")
 
 
-def check_groups(optimizer: torch.optim.Optimizer, coupling: str) -> None:
-    """Raise ValueError if a group decays by itself, or has no lr to couple with. In every step, since groups change."""
+def is_equal(rule: Rule, other: Rule) -> bool:
+    """Whether two rules would do the same; tensors are equal to themselves only."""
+    if type(rule) is not type(other) or rule.target != other.target or set(rule.defaults) != set(other.defaults):
+        return False
+    pairs = [(value, other.defaults[key]) for key, value in rule.defaults.items()]
+    return all(one is two or (not isinstance(one, Tensor) and one == two) for one, two in pairs)
+
+
+def check_groups(optimizer: torch.optim.Optimizer, coupling: str, take_over: bool = False) -> None:
+    """Raise ValueError if a group decays by itself, or has no lr to couple with. For every step, since groups change."""
     # Of two attachments the first may have let the optimizer do its decay in this very step.
     overridden = {group for other in attachments_on(optimizer) for group in other.overrides.groups}
     for index, group in enumerate(optimizer.param_groups):
         decay = group.get("weight_decay")
         # A scheduler or a checkpoint may have set it again. Tensors are not read in a step.
-        if isinstance(plain_number(decay), (int, float)) and decay != 0 and id(group) not in overridden:
+        if (
+            isinstance(plain_number(decay), (int, float))
+            and decay != 0
+            and id(group) not in overridden
+            and not take_over
+        ):
             raise ValueError(_TWICE.format(index=index, decay=decay))
+        # Nothing that distwd computes is recorded by autograd.
+        if group.get("differentiable"):
+            raise ValueError(
+                f"param_groups[{index}] has differentiable=True, but no derivative goes through a decay of distwd; set it to False, "
+                "or use the optimizer's own weight_decay"
+            )
         if coupling == "lr" and group.get("lr") is None:
             raise ValueError(f"param_groups[{index}] has no 'lr' to couple with; use coupling='none'")
 
@@ -125,5 +162,9 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     """
     # Lookahead in a step, trust ratios, fp32 copies: what an unknown optimizer reads must not be decayed before.
     if any(type(optimizer) not in ELEMENTWISE for optimizer in optimizers):
+        return True
+    # A decay at once needs the decay before it settled: as a part of the update, which is not there before the step.
+    targets = [rule.target for rule in rules]
+    if "params_direct" in targets and "update" in targets[: len(targets) - targets[::-1].index("params_direct")]:
         return True
     return any(rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources() for rule in rules)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import _torch
 from ..kernels.blocks import ZeroPool
+from ..kernels.stochastic import LOW
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.state import borrow_state, commit_state
-from ..sharding.local import local_like
 from ..step.step import Batch, PendingUpdate
 from .joint import attachments_on
 
@@ -58,7 +58,6 @@ class ZeroProxyCapture:
     def __init__(self) -> None:
         self._zeros = ZeroPool()
         self._proxies: dict[int, ProxyOptimizer] = {}
-        self.positions: set[int] = set()  # of the parameters that zeros have been stepped for
 
     @staticmethod
     def works_for(optimizer: Optimizer) -> bool:
@@ -67,16 +66,12 @@ class ZeroProxyCapture:
         if type(optimizer) not in ELEMENTWISE or _torch.overrides_init_group(optimizer):
             return False
         # Of two attachments one may have changed gradients or settings of the optimizer for this step.
-        if len(attachments_on(optimizer)) != 1:
-            return False
-        # A differentiable step is recorded by autograd on the parameters themselves.
-        return not any(group["differentiable"] for group in optimizer.param_groups)
+        return len(attachments_on(optimizer)) == 1
 
     def begin(self) -> None:
         """No optimizer has stepped yet. All that a step that was broken off has left is in the proxies."""
         for proxy in self._proxies.values():
             proxy.release()
-        self.positions = set()
 
     def proxy_of(self, optimizer: Optimizer) -> Optimizer:
         """The copy that steps in the place of `optimizer`."""
@@ -90,33 +85,35 @@ class ZeroProxyCapture:
         vars(proxy.optimizer).update(proxy.attributes)
         return proxy.optimizer
 
-    def show_gradients(self, optimizer: Optimizer, updated: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+    def show_gradients(self, optimizer: Optimizer, batches: Sequence[Batch]) -> None:
         """Let the proxy step zeros in place of parameters.
 
         optimizer: the original.
-        updated: (position among all, parameter, its local tensor) of those with a gradient that zeros can stand for.
-            Its others are stepped as they are.
+        batches: those of its parameters with a gradient that zeros can stand for. Its others are stepped as they are.
         """
         proxy = self._proxies[id(optimizer)]
-        positions = [position for position, *_ in updated]
-        self.positions.update(positions)
-        zeros = self._zeros.take(positions, [local for *_, local in updated])
         zero_of: dict[int, Tensor] = {}
-        for (_, param, _), zero in zip(updated, zeros, strict=True):
-            assert param.grad is not None
-            zero_of[id(param)] = zero
-            grad = local_like(param.grad, param)
-            # A parameter's own `grad_dtype` allows it; plain tensors have to be told.
-            if grad.dtype != zero.dtype:
-                zero.grad_dtype = grad.dtype
-            zero.grad = grad
+        for batch in batches:
+            zeros = self._zeros.take(batch.index, batch.params)
+            for param, zero, grad in zip(batch.whole, zeros, batch.grads, strict=True):
+                zero_of[id(param)] = zero
+                # A parameter's own `grad_dtype` allows it; plain tensors have to be told.
+                if grad.dtype != zero.dtype:
+                    zero.grad_dtype = grad.dtype
+                zero.grad = grad
 
         groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             on_zeros = [(param, zero_of[id(param)]) for param in group["params"] if id(param) in zero_of]
+            # bf16 and fp16 hold the update itself better than lr times it, which fp16 may not hold at all.
+            low, wide = (
+                [(param, zero) for param, zero in on_zeros if (zero.dtype in LOW) is is_low] for is_low in (True, False)
+            )
             rest = [(param, param) for param in group["params"] if id(param) not in zero_of and param.grad is not None]
             # In groups of their own, since DTensors and plain tensors do not go together in one list.
-            groups += [{**group, "params": [one for _, one in some]} for some in (on_zeros, rest) if some]
+            for some, settings in ((low, {"lr": 1.0}), (wide, {}), (rest, {})):
+                if some:
+                    groups.append({**group, **settings, "params": [one for _, one in some]})
             proxy.stepped += on_zeros + rest
         # By what is stepped. The tensors are the original's, so what the step changes in place needs no commit.
         states = ((one, borrow_state(optimizer.state, param, "", one is not param)) for param, one in proxy.stepped)
@@ -154,8 +151,11 @@ class ZeroProxyCapture:
         over_lr: whether the update is what the optimizer did over its learning rate.
         """
         for batch in batches:
-            lr = batch.group["lr"] if over_lr else None
-            batch.pending = PendingUpdate(self._zeros.taken(batch.index), is_owned=True, is_negated=True, applied_lr=lr)
+            zeros, lr = self._zeros.taken(batch.index), batch.group["lr"]
+            # See `show_gradients`: the zeros of bf16 and fp16 parameters have been stepped at lr 1.
+            scale = lr if batch.is_low and not over_lr else 1.0
+            applied_lr = lr if over_lr and not batch.is_low else None
+            batch.pending = PendingUpdate(zeros, is_owned=True, is_negated=True, scale=scale, applied_lr=applied_lr)
         yield
         for batch in batches:
             # Decay and update in one pass over memory, which leaves the zeros clean for the next step.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +67,34 @@ class Request:
     metric: what to measure.
     sources: local tensors; parameters that are in none of them count as zeros, unless they are frozen.
     scope: "all", "group" or "tensor".
+    taken: what `take` has found; then `sources` are not looked at.
     """
 
     metric: Metric
     sources: Sequence[Source]
     scope: str = "all"
+    taken: Taken | None = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the first tensor; None if there is none."""
+        if self.taken is not None:
+            return self.taken.device
+        return self.sources[0].tensors[0].device if self.sources else None
+
+
+@dataclass(slots=True)
+class Taken:
+    """Statistics of tensors that may change before the ranks meet: taken when the tensors are right, reduced later.
+
+    parts: (slots, by statistic one value for each slot, factor of the tensors).
+    num_seen: by slot, how many pieces are in them.
+    device: of the first tensor; None: there is none.
+    """
+
+    parts: list[tuple[list[int], dict[Statistic, Tensor], float | Tensor]] = field(default_factory=list)
+    num_seen: Counter[int] = field(default_factory=Counter)
+    device: torch.device | None = None
 
 
 class Slots:
@@ -183,11 +206,15 @@ def measure(
     # for each scope, whatever the devices: all ranks pack the same, those that hold nothing too.
     counts: dict[tuple[str, Statistic], Tensor] = {}
     for request in requests:
-        devices.append(request.sources[0].tensors[0].device if request.sources else plan.world.device)
+        devices.append(request.device or plan.world.device)
         numel = slots.numel(request.scope, devices[-1])
-        partials.append(_local_statistics(request, numel, slots, workspace))
+        if (taken := request.taken) is None:
+            take(request, slots, workspace, taken := Taken())
+        partials.append(_local_statistics(request, taken, numel, slots))
         counts.setdefault((request.scope, _count_kind(request.metric)), numel)
-    totals = reduce_statistics([*partials, *({kind: numel} for (_, kind), numel in counts.items())], plan.world)
+    totals = reduce_statistics(
+        [*partials, *({kind: numel} for (_, kind), numel in counts.items())], plan.world, plan.mark
+    )
     numels = {key: total[key[1]] for key, total in zip(counts, totals[len(requests) :], strict=True)}
     return [
         request.metric(total, numels[request.scope, _count_kind(request.metric)].to(device))
@@ -211,12 +238,15 @@ def num_collectives(statistics: Sequence[Statistic], world: World) -> int:
     return 0 if world.size == 1 else len({statistic.is_sum for statistic in statistics})
 
 
-def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World) -> list[dict[Statistic, Tensor]]:
+def reduce_statistics(
+    partials: Sequence[dict[Statistic, Tensor]], world: World, mark: int = 0
+) -> list[dict[Statistic, Tensor]]:
     """Combine statistics over all ranks.
 
     partials: for each request, [slots] float64 by statistic, of this rank's own elements; other requests may be on
         other devices.
-    Returns the same, over all ranks, on the devices they came from.
+    mark: a number that no other plan of these ranks has; 0 for none.
+    Returns the same, over all ranks, on the devices they came from. NaN where ranks have reduced other plans' numbers.
     """
     if world.size == 1:
         return list(partials)
@@ -230,8 +260,16 @@ def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World)
         signed = [-values if statistic.kind == "min" else values for _, statistic, values in some]
         # Tensors may be on several devices; a collective takes one vector on one device.
         device = world.sendable(signed[0]).device
-        packed = torch.cat([values.to(device) for values in signed])
+        # Two optimizers that ranks step in another order each would exchange one model's numbers for the other's, if the
+        # vectors are of one length. So the mark travels with them, and is compared on the device, without a read.
+        marks = [mark] if is_sum else [mark, -mark]
+        own_marks = torch.cat([torch.full((1,), one, dtype=signed[0].dtype, device=device) for one in marks])
+        packed = torch.cat([*(values.to(device) for values in signed), own_marks])
         reduced = sum_over_ranks(packed, world) if is_sum else max_over_ranks(packed, world)
+        reduced, met = reduced[: -len(marks)], reduced[-len(marks) :]
+        if mark and not world.is_fake:
+            is_same = (met == own_marks * (world.size if is_sum else 1)).all()
+            reduced = torch.where(is_same, reduced, torch.nan)
         for (number, statistic, values), part in zip(some, reduced.split(list(map(len, signed))), strict=True):
             part = part.to(values.device)
             totals[number][statistic] = -part if statistic.kind == "min" else part
@@ -241,18 +279,17 @@ def reduce_statistics(partials: Sequence[dict[Statistic, Tensor]], world: World)
 # --- on this rank -----------------------------------------------------------------------------------------------------
 
 
-def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: Workspace) -> dict[Statistic, Tensor]:
-    """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
+def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> None:
+    """Add the statistics of a request's tensors, over the elements that this rank owns, to `into`. No communication."""
     statistics, scope = request.metric.statistics, request.scope
-    measured: list[tuple[list[int], dict[Statistic, Tensor], float | Tensor]] = []
     alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], float | Tensor]] = {}
-    missing = slots.by_scope(scope)[1].copy()
+    into.device = into.device or request.device
     for source in request.sources:
         scale = source.scale
         # A tensor is not read to find out whether it equals another.
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
         for slot, places in slots.owned_among(source.positions, scope).items():
-            missing[slot] -= len(places)
+            into.num_seen[slot] += len(places)
             tensors, minus = slots.counted(source, places)
             if len(tensors) == 1 and (size := tensors[0].numel()):
                 # Small tensors with a slot of their own: those of one length are measured together, as rows of a
@@ -264,18 +301,22 @@ def _local_statistics(request: Request, numel: Tensor, slots: Slots, workspace: 
                 own_minus += minus
             else:
                 values = local_statistics(tensors, statistics, workspace, minus)
-                measured.append(([slot], {statistic: value.view(1) for statistic, value in values.items()}, scale))
+                into.parts.append(([slot], {statistic: value.view(1) for statistic, value in values.items()}, scale))
     for own_slots, own_tensors, own_minus, scale in alike.values():
-        measured.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
+        into.parts.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
 
-    slots_of_values = [slot for own, _, _ in measured for slot in own]
+
+def _local_statistics(request: Request, taken: Taken, numel: Tensor, slots: Slots) -> dict[Statistic, Tensor]:
+    """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
+    slots_of_values = [slot for own, _, _ in taken.parts for slot in own]
     # Parameters without a tensor count as zeros. To most statistics they add nothing, but they are the smallest |x|, and a
     # power of zero with a negative exponent is infinite.
-    with_zeros = [slot for slot, number in missing.items() if number]
+    num_owned = slots.by_scope(request.scope)[1]
+    with_zeros = [slot for slot, number in num_owned.items() if number != taken.num_seen[slot]]
     totals = {}
-    for statistic in statistics:
+    for statistic in request.metric.statistics:
         of_zero = math.inf if statistic.kind == "power" and statistic.p < 0 else 0.0
-        found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in measured]
+        found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in taken.parts]
         found_slots = slots_of_values
         if with_zeros and (of_zero or statistic.kind == "min"):
             found.append(numel.new_full((len(with_zeros),), of_zero))

@@ -26,13 +26,11 @@ class Metric:
     name: "l2", "mad", ...; metrics of one name are equal.
     statistics: the sums and extrema that the formula needs.
     finish: the formula, elementwise over slots (all parameters; or each group; or each tensor).
-    degree: M(s·x) = s^degree · M(x) for s > 0. A metric of scaled gradients is unscaled by it.
     """
 
     name: str
     statistics: tuple[Statistic, ...] = field(compare=False)
     finish: Callable[[Statistics, Tensor], Tensor] = field(compare=False)
-    degree: int = field(default=1, compare=False)
 
     def __call__(self, statistics: Statistics, n: Tensor) -> Tensor:
         """The numbers, [slots] float64; 0 over no elements.
@@ -54,7 +52,7 @@ def _variance(m: Statistics, n: Tensor) -> Tensor:
 _NAMED = {
     "mad": Metric("mad", (ABS,), lambda m, n: m[ABS] / n),
     "std": Metric("std", (SUM, SQUARE), lambda m, n: _variance(m, n).sqrt()),
-    "var": Metric("var", (SUM, SQUARE), _variance, degree=2),
+    "var": Metric("var", (SUM, SQUARE), _variance),
     "sum": Metric("sum", (SUM,), lambda m, n: m[SUM]),
     "rms": Metric("rms", (SQUARE,), lambda m, n: (m[SQUARE] / n).sqrt()),
 }
@@ -87,7 +85,7 @@ def parse_metric(metric: str | float) -> Metric:
 def _norm(p: float) -> Metric:
     """‖x‖_p = (Σ|x|^p)^(1/p);  p = 0: number of non-zeros;  p = ±inf: the largest and the smallest |x|."""
     if p == 0:
-        return Metric("l0", (COUNT,), lambda m, n: m[COUNT], degree=0)
+        return Metric("l0", (COUNT,), lambda m, n: m[COUNT])
     if math.isinf(p):
         extremum = MAX if p > 0 else MIN
         return Metric(f"l{p:g}", (extremum,), lambda m, n: m[extremum])

@@ -45,6 +45,7 @@ class Plan:
     has_copies: whether any piece of the model is held by several ranks. This and the next are the same on every rank.
     alike: tuples of names (as in `name_ids`) that have the same bits, and may be one weight.
     result_dtype: of metrics: float32, or float64 for a model in float64.
+    mark: travels with its numbers, to tell them from those of another plan.
 
     >>> import torch
     >>> from distwd import Plan
@@ -65,6 +66,7 @@ class Plan:
     has_copies: bool
     alike: list[tuple[int, ...]] = field(repr=False)
     result_dtype: torch.dtype
+    mark: int = field(repr=False)
     # Of no use to users: see `offset_of` and `fits`.
     _offsets: tuple[int, ...] = field(repr=False)
     _stamps: list[Any] = field(repr=False)
@@ -188,6 +190,7 @@ def build_plan(
         has_copies=found.has_copies,
         alike=found.alike,
         result_dtype=torch.float64 if found.is_wide else torch.float32,
+        mark=found.mark,
         _offsets=found.offsets,
         _stamps=[_stamp(entry.tensor) for entry in entries],
     )

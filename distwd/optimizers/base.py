@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..sharding.local import local_tensor
-from ..step.state import PREFIX, is_kept_key
+from ..step.state import PREFIX
 from ..step.step import WaitingOptimizer
 from ..step.transform import BoundTransform
-from .state import borrow_state, commit_state, initial_state
+from .state import borrow_state, commit_state, initial_state, own_key
 
 
 class InnerOptimizer:
@@ -25,7 +25,7 @@ class InnerOptimizer:
     kwargs: the arguments that it is made with.
     bound: the transform that it works for.
     chain: the optimizer that owns groups and state.
-    suffix: what ends its state keys in the chain: "" for the first optimizer, "_1", "_2", ... for the others.
+    suffix: what ends its state keys in the chain: "" for a lone optimizer, else `FIRST`, "_1", "_2", ...
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
     def has_state(self, param: Tensor) -> bool:
         """Whether the chain holds state of this optimizer for `param`."""
         state = self.chain.state.get(param, {})
-        return any(key.endswith(self.suffix) and not is_kept_key(key) for key in state)
+        return any(own_key(key, self.suffix) is not None for key in state)
 
     def initialize(self, params: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
         """Create the optimizer's state now, if it is one of torch's, so that every rank has every key from the start.

@@ -44,7 +44,11 @@ class FirstStep:
         Raises PlanError or CollectiveError if another rank does not take part.
         """
         if self.is_past:
-            return False
+            # Optimizers that never keep state (SGD without momentum) are stepped by checkpoint code again and again. The
+            # ranks are not asked any more, so this rank's gradients decide; what others may wait for is measured all the
+            # same.
+            entries = self._runner.now.entries
+            return is_idle and any(entry.tensor.grad is not None for entry in entries) and has_only_zero_grads(entries)
         is_real = not (is_idle and has_only_zero_grads(self._runner.now.entries))
         # Absolute rules measure nothing: then the ranks have nothing to do with one another.
         if self._runner.phases:
@@ -70,13 +74,7 @@ class FirstStep:
         groups = optimizer.param_groups
         has_state = bool(set(optimizer.state) - {NO_PARAMS_KEY})
         is_idle = not (has_closure or has_state or any(group.get("lr", 1) != 0 for group in groups))
-        if not self.is_past:
-            return self.is_init_step(is_idle)
-        # Optimizers that never keep state (SGD without momentum) are stepped by checkpoint code again and again. The
-        # ranks are not asked any more, so this rank's gradients decide; what others may wait for is measured all the
-        # same.
-        has_gradients = any(param.grad is not None for group in groups for param in group["params"])
-        return is_idle and has_gradients and has_only_zero_grads(self._runner.now.entries)
+        return self.is_init_step(is_idle)
 
 
 def has_only_zero_grads(entries: Sequence[NamedParam]) -> bool:

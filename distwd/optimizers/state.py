@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +25,31 @@ _COUNTERS = ("step", "mu_product")
 NO_PARAMS_KEY = "no parameters on this rank"
 
 
+# What ends the keys of the first of several optimizers in a chain, if they end like those of another; the second's all
+# end in "_1", the third's in "_2". A lone optimizer has "".
+FIRST = "_0"
+_NUMBERED = re.compile(r"_\d+$")
+
+
+def stored_key(key: str, suffix: str) -> str:
+    """The key in the chain of an optimizer's own `key`."""
+    return key if suffix == FIRST and not _NUMBERED.search(key) else key + suffix
+
+
+def own_key(key: str, suffix: str) -> str | None:
+    """The optimizer's own key of what the chain keeps under `key`; None if that is another's, or a rule's."""
+    if is_kept_key(key):
+        return None
+    if suffix == FIRST and not _NUMBERED.search(key):
+        return key
+    return key.removesuffix(suffix) if key.endswith(suffix) else None
+
+
 def borrow_state(states: dict[Tensor, State], param: Tensor, suffix: str, as_local: bool) -> State:
     """The state of one optimizer for `param`, under its own keys.
 
     states: the state of the chain, or of the optimizer itself, by parameter.
-    suffix: what ends its keys there; "" if nothing does.
+    suffix: what ends its keys there; "" for a lone optimizer, `FIRST` for the first of several.
     as_local: whether DTensors are lent as the local tensors that they hold.
     Returns the very dict in `states` if it can serve as it is, else a new one with the same tensors.
     """
@@ -38,9 +59,9 @@ def borrow_state(states: dict[Tensor, State], param: Tensor, suffix: str, as_loc
     if not suffix and not has_kept and not (as_local and isinstance(param, DTensor)):
         return state
     return {
-        key.removesuffix(suffix): local_like(value, param) if as_local and isinstance(value, DTensor) else value
+        own: local_like(value, param) if as_local and isinstance(value, DTensor) else value
         for key, value in state.items()
-        if key.endswith(suffix) and not is_kept_key(key)
+        if (own := own_key(key, suffix)) is not None
     }
 
 
@@ -57,7 +78,8 @@ def commit_state(states: dict[Tensor, State], param: Tensor, borrowed: State, su
     if state is None:
         state = states[param] = {}
     for key, value in borrowed.items():
-        kept = state.get(key + suffix)
+        stored = stored_key(key, suffix)
+        kept = state.get(stored)
         # Still the tensor that was borrowed: the DTensor around it stays, since others may hold it.
         if kept is value or (isinstance(kept, Tensor) and local_tensor(kept) is value):
             continue
@@ -69,7 +91,7 @@ def commit_state(states: dict[Tensor, State], param: Tensor, borrowed: State, su
             and not isinstance(value, DTensor)
             and value.shape == local_tensor(param).shape
         )
-        state[key + suffix] = like_whole(value, param) if is_shard else value
+        state[stored] = like_whole(value, param) if is_shard else value
 
 
 def like_whole(local: Tensor, param: Tensor) -> Tensor:

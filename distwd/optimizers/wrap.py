@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,6 +68,14 @@ class Wrap(Transform):
         # AdamW's flag goes with its weight_decay: the chain sets both where it lets the optimizer do a decay.
         hidden = {*self._fixed, "decoupled_weight_decay"}
         self.defaults = {key: value for key, value in example.defaults.items() if key not in hidden}
+        self.check(self.defaults)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        if settings.get("differentiable"):
+            raise ValueError(
+                f"{self.optimizer_name}: differentiable=True is not possible inside a chain, since no derivative goes through "
+                "a decay of distwd; leave it out"
+            )
 
     def inner_optimizer(self, bound: BoundTransform, chain: torch.optim.Optimizer, suffix: str) -> InnerOptimizer:
         """The optimizer that does the work for one chain.

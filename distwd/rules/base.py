@@ -128,7 +128,8 @@ class Rule(Transform):
         """Add a decay term to every batch; for another target than "update", write it now."""
         settings = [step.settings[bound.index, batch.group_index] for batch in step.batches]
         cautious = [self.is_cautious(own.values) for own in settings]
-        if any(cautious) and (self.target != "update" or any(batch.terms for batch in step.batches)):
+        sees_terms = not step.shows_bare_update and any(batch.terms for batch in step.batches)
+        if any(cautious) and (self.target != "update" or sees_terms):
             # A mask is taken of the update at this place, so what is pending has to be in it.
             step.materialize()
         # What is pending still has to see parameters and gradients as they were.
@@ -137,6 +138,9 @@ class Rule(Transform):
 
         on_gradients = self.target in ("grad", "closure") or (self.target == "update" and step.decays_gradients)
         for batch, own, is_cautious in zip(step.batches, settings, cautious, strict=True):
+            # λ = 0 is off: not even a term, since 0·d(p) may be 0·inf.
+            if own.is_off:
+                continue
             rate = step.rate(bound, batch, on_gradients)
             if is_cautious:
                 # Where the learning rate is 0 the update is 0, whatever its mask is taken of.

@@ -30,6 +30,7 @@ _OBJECTS, _RULES, _NAMED, _GROUPS, _ARGUMENTS, _MATCHED, _NUMBER = range(NUM_COL
 # Patterns are bits of one int64, whose sign bit and the bit below it are not theirs.
 _MAX_PATTERNS = 62
 _NARROW = 1 << _MAX_PATTERNS  # some tensors here are not float64
+_MARKS = 1 << 20
 # Values of _NAMED. A rank without parameters is of neither kind, and fits to both.
 _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
 
@@ -75,6 +76,7 @@ class Ownership:
     alike: tuples of names that have the same bits, see `OwnerTable.alike`.
     is_wide: whether every tensor is float64.
     error_store: where these ranks publish errors.
+    mark: a number that no other plan of these ranks has, by all odds.
     """
 
     pieces: tuple[Piece, ...]
@@ -89,6 +91,7 @@ class Ownership:
     alike: list[tuple[int, ...]]
     is_wide: bool
     error_store: ErrorStore | None
+    mark: int
 
 
 def build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
@@ -130,6 +133,8 @@ def _build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
         is_wide=len(found.names) > 0 and not any(mask & _NARROW for mask in headers[:, _MATCHED].tolist()),
         # Every rank drew a random number; the first rank's is the plan's, so no two plans share keys of the store.
         error_store=ErrorStore.of(args.world.group, int(headers[0, _NUMBER])),
+        # Small enough for float32 to hold it exactly.
+        mark=int(headers[0, _NUMBER]) % _MARKS + 1,
     )
 
 

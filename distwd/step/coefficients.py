@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import plain_number
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
-from ..metrics.measure import Request, Slots, Source, measure
+from ..metrics.measure import Request, Slots, Source, Taken, measure, take
 from ..metrics.metric import SCOPES, Measure, parse_metric
 from ..metrics.plan import Plan
 from ..sharding.local import local_tensor
@@ -35,6 +35,7 @@ class Coefficient:
     old, new: kept numbers before the step, and those that the rule answered; stored when the step has been written.
     has_gradient: [parameters of the model] bool, where numbers of single parameters are kept; None: they all move.
     dtype: of the numbers that users are shown.
+    plan: whose slots the numbers of single parameters have; the plan of today may number them otherwise. None for others.
     """
 
     scope: str
@@ -44,6 +45,7 @@ class Coefficient:
     new: Mapping[str, Tensor]
     has_gradient: Tensor | None
     dtype: torch.dtype
+    plan: Plan | None
 
 
 class Coefficients:
@@ -60,6 +62,7 @@ class Coefficients:
         self._plan, self._kept = plan, kept
         self._measured: dict[tuple[int, Measure], Tensor] = {}
         self._last: dict[str, dict[int, Coefficient]] = {}
+        self._taken: dict[tuple[int, Measure], Taken] = {}  # by the position of the phase that will reduce them
         self._has_gradient: Tensor | None = None  # [parameters of the model] bool, where a rule keeps numbers of them
         self._slots_of_plan: dict[tuple[int, ...], Slots] = {}  # by what is frozen
 
@@ -78,7 +81,17 @@ class Coefficients:
     def begin(self) -> None:
         """Forget what was measured in the last step."""
         self._measured.clear()
+        self._taken.clear()
         self._has_gradient = None
+
+    def take(self, phases: Sequence[Phase], position: int, step: Step) -> None:
+        """Take the local sums that the transform at `position` may spoil for a later phase. May be called for parts of a step."""
+        for phase in phases:
+            for at, ask in phase.taken_at:
+                if at == position:
+                    request = Request(ask.parsed, step.tensors_for(ask.of), ask.scope)
+                    into = self._taken.setdefault((phase.position, ask), Taken())
+                    take(request, self._slots(step.frozen), step.workspace, into)
 
     def measure(self, phase: Phase, step: Step) -> None:
         """Take all metrics of a phase, with one reduction."""
@@ -86,8 +99,9 @@ class Coefficients:
         # Several rules may ask for the same; it is measured once. Tensors are asked for once, too: an update that a rule
         # asks for makes a waiting optimizer run.
         asks = list(dict.fromkeys(ask for _, ask in phase.asks))
-        sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks)}
-        requests = [Request(ask.parsed, sources[ask.of], ask.scope) for ask in asks]
+        taken = {ask: self._taken.pop((phase.position, ask), None) for ask in asks}
+        sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks if taken[ask] is None)}
+        requests = [Request(ask.parsed, sources.get(ask.of, ()), ask.scope, taken[ask]) for ask in asks]
         counts_gradients = any(ask.scope == "tensor" and self._kept.is_kept_by(index) for index, ask in phase.asks)
         if counts_gradients:
             # A kept number of one parameter moves if the parameter has a gradient anywhere. Ranks whose shard is empty
@@ -99,12 +113,6 @@ class Coefficients:
         if counts_gradients:
             self._has_gradient = numbers_of.pop() > 0
         numbers = dict(zip(asks, numbers_of, strict=True))
-        if step.grad_scale is not None:
-            # Gradients that a GradScaler has multiplied: M(s·x) = s^degree · M(x).
-            for ask in asks:
-                if ask.of != "params" and ask.parsed.degree:
-                    scale = step.grad_scale.to(numbers[ask].device, numbers[ask].dtype)
-                    numbers[ask] = numbers[ask] / scale**ask.parsed.degree
         for index, ask in phase.asks:
             self._measured[index, ask] = numbers[ask]
 
@@ -176,10 +184,16 @@ class Coefficients:
         value, new = _answer(bound, settings, measured, own, like)
         if has_begun is not None:
             new[COUNT] = has_begun + 1
+        # λ = 0 is off, also where the metric is not finite. By selection, since 0·inf is NaN.
+        if settings.is_off:
+            value = torch.zeros_like(value)
+        elif isinstance(decay := settings.values.get("weight_decay"), Tensor):
+            value = torch.where(decay.to(value.device) == 0, 0.0, value)
         dtype = self._plan().result_dtype if asks else torch.float32
         # A rule in a closure acts before the others of the step measure, so this belongs to its answer.
         has_gradient = None if is_shared else self._has_gradient
-        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, has_gradient, dtype)
+        own_plan = self._plan() if scope == "tensor" else None
+        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, has_gradient, dtype, own_plan)
 
     def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
         """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter of the batch."""
@@ -245,8 +259,7 @@ class Coefficients:
             if original is None:
                 continue
             originals.add(id(original))
-            if known.scope == "tensor":
-                plan = self._plan()
+            if (plan := known.plan) is not None:
                 values = original if name is None else original.to(known.dtype)
                 slots = zip(plan.entries, plan.name_ids, strict=True)
                 shown.update({entry.name: values[slot] for entry, slot in slots if entry.group == index})

@@ -16,10 +16,13 @@ class Phase:
     """Metrics that one reduction brings, before the transform at `position` acts.
 
     asks: pairs (index of the transform, what it asks for).
+    taken_at: pairs (position, what is asked for): what an optimizer may change before the phase. Its local sums are taken
+        before the transform at that position acts, and reduced with the phase.
     """
 
     position: int
     asks: tuple[tuple[int, Measure], ...]
+    taken_at: tuple[tuple[int, Measure], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,15 @@ class Schedule:
         final_since = {"update": 0, "grad": 0, "params": 0}
         update_is_gradient = True
         # (position, asks). Looking at the last one is enough: its position is the largest, and asks only ever join it.
-        opened: list[tuple[int, list[tuple[int, Measure]]]] = []
+        opened: list[tuple[int, list[tuple[int, Measure]], dict[Measure, int]]] = []
+        optimizer: int | None = None  # the first that may have written to the gradients since they were final
         for position, bound in enumerate(transforms):
             for ask in dict.fromkeys(asks[bound.index]):  # each once
                 if not opened or opened[-1][0] < final_since[ask.of]:
-                    opened.append((position, []))
+                    opened.append((position, [], {}))
                 opened[-1][1].append((bound.index, ask))
+                if ask.of == "grad" and optimizer is not None and optimizer < opened[-1][0]:
+                    opened[-1][2][ask] = optimizer
             # From here on it is another tensor, or has other values.
             changes = bound.transform.changes
             # While the update still is the gradient, a write to the gradient changes both.
@@ -57,7 +63,17 @@ class Schedule:
                 final_since["update"] = position + 1
             update_is_gradient = update_is_gradient and "update" not in changes
             final_since.update(dict.fromkeys(changes, position + 1))
-        return cls(tuple(Phase(position, tuple(asks)) for position, asks in opened))
+            # torch's SGD adds its momentum to `p.grad` in place, others scale or clear it.
+            if "grad" in changes:
+                optimizer = None
+            elif optimizer is None and not bound.transform.is_linear:
+                optimizer = position
+        return cls(
+            tuple(
+                Phase(position, tuple(asks), tuple((at, ask) for ask, at in taken.items()))
+                for position, asks, taken in opened
+            )
+        )
 
     def num_collectives(self, world: World) -> int:
         """All-reduces per step: one for each phase, two where sums and extrema meet in one, none in a world of one."""

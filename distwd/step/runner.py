@@ -178,17 +178,31 @@ class StepRunner:
                 batch.tally = tallies[batch.group_index]
         return step
 
-    def run(self, step: Step, is_closure: bool = False) -> None:
+    def begin(self, step: Step, is_first: bool = True) -> None:
+        """Take what has to be taken before an external optimizer steps, which is the first transform; `run` follows.
+
+        step: the step, or a part of it.
+        is_first: whether no part has been taken yet.
+        """
+        if self._computing:
+            if is_first:
+                self._coefficients.begin()
+            self._coefficients.take(self._schedules[0].phases, 0, step)
+
+    def run(self, step: Step, is_closure: bool = False, has_begun: bool = False) -> None:
         """Let every transform act on the step, measuring before the first that needs it.
 
         is_closure: whether it is an evaluation of a closure, in which the rules with target="closure" act.
+        has_begun: whether `begin` has been called for this step.
         """
         transforms, schedule = (self.in_closure if is_closure else self.in_step), self._schedules[is_closure]
         # What is asked for was settled by `prepare`, so all ranks make the same collectives in the same order.
         phases = {phase.position: phase for phase in schedule.phases}
-        if self._computing:
+        if self._computing and not has_begun:
             self._coefficients.begin()
         for position, bound in enumerate(transforms):
+            if phases and not (has_begun and position == 0):
+                self._coefficients.take(schedule.phases, position, step)
             if position in phases:
                 self._coefficients.measure(phases[position], step)
             if bound.index in self._computing:

@@ -34,6 +34,7 @@ class PendingUpdate:
     is_negated: whether the sign is −1. An optimizer that steps zeros leaves −lr·u there.
     scale: the product of the learning rates that have been passed.
     applied_lr: a learning rate that the optimizer has multiplied by already, and that the chain comes to later.
+    is_scaled: whether a learning rate has been passed, were it 1: then u is a thing of its own, and not the gradient.
     """
 
     tensors: list[Tensor]
@@ -42,6 +43,7 @@ class PendingUpdate:
     is_negated: bool = False
     scale: Rate = 1.0
     applied_lr: Rate | None = None
+    is_scaled: bool = False
 
     @property
     def is_unscaled(self) -> bool:
@@ -65,6 +67,7 @@ class PendingUpdate:
 
     def scale_by(self, lr: Rate) -> None:
         """u ← lr·u."""
+        self.is_scaled = True
         # By identity: an equal number from another place is another learning rate.
         if lr is self.applied_lr:
             self.applied_lr = None
@@ -255,6 +258,7 @@ class Step:
     found_inf: by group index, a tensor that is not 0 where the optimizer will skip its step.
     decays_gradients: whether the pending update is the gradient that the optimizer will see.
     old: local parameters as they were before the optimizer's step, by position, where it has stepped already.
+    shows_bare_update: whether every rule sees the update as the optimizer has made it, and not the decay of others.
     """
 
     def __init__(
@@ -279,6 +283,7 @@ class Step:
         self.grad_scale, self.found_inf, self.decays_gradients = grad_scale, found_inf or {}, decays_gradients
         self.waiting: WaitingOptimizer | None = None
         self.old: Mapping[int, Tensor] = {}
+        self.shows_bare_update = False
 
         found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
         frozen = []
@@ -286,6 +291,8 @@ class Step:
             param, group = entry.tensor, entry.group
             # A parameter without a gradient is left alone, by torch's optimizers too.
             if (gradient := param.grad) is None:
+                if group in active_groups:
+                    check_no_gradient(entry.name, param)
                 if not param.requires_grad:
                     frozen.append(position)
                 continue
@@ -333,16 +340,18 @@ class Step:
                     old = self.old.get(position)
                     locals_.append(local_tensor(entry.tensor) if old is None else old)
             return sources_of(locals_)
+        # Gradients that a GradScaler has multiplied: metrics are of what the optimizer will make of them.
+        unscale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.to(wide_dtype(self.grad_scale.device))
         if of == "grad":
-            return [Source(batch.index, batch.grads) for batch in self.batches]
+            return [Source(batch.index, batch.grads, (), unscale) for batch in self.batches]
         self._run_waiting()
         for batch in self.batches:
             # Decay that stands before the rule is part of the update that it sees.
-            if batch.terms:
+            if batch.terms and not self.shows_bare_update:
                 batch.materialize()
         # A scale or a difference needs no tensor of its own: it is applied where the update is summed.
         pending = [(batch.index, batch.pending) for batch in self.batches]
-        return [Source(index, update.tensors, update.minus or (), update.factor) for index, update in pending]
+        return [Source(index, update.tensors, update.minus or (), update.factor * unscale) for index, update in pending]
 
     # --- what transforms do ----------------------------------------------------------------------
 
@@ -371,9 +380,13 @@ class Step:
                 self.materialize()
             for batch in self.batches:
                 batch.pending.subtract_now()  # the difference may be to the parameters themselves
-        elif self.waiting is not None or any(not batch.is_materialized for batch in self.batches):
+        else:
             # An update that has gone on from the gradients must not see what is written to them now.
-            self.materialize()
+            if self.waiting is not None or any(not batch.is_materialized for batch in self.batches):
+                self.materialize()
+            for batch in self.batches:
+                if batch.pending.is_scaled and batch.pending.tensors is batch.grads:
+                    batch.materialize()
 
     def write(self) -> None:
         """The end of the step:  p ← p − Σ terms − u."""
@@ -418,3 +431,14 @@ def check_gradient(name: str, gradient: Tensor) -> None:
     """Raise ValueError for a gradient that no rule can work on."""
     if gradient.layout is not torch.strided:
         raise ValueError(f"the gradient of {name} is sparse; use dense gradients (for an embedding: sparse=False)")
+
+
+def check_no_gradient(name: str, param: Tensor) -> None:
+    """Raise ValueError for a parameter whose gradient lies beside `.grad`, where no rule looks and optimizers may."""
+    # Megatron's main_grad, and the decoupled_grad of its precision-aware optimizer.
+    for place in ("main_grad", "decoupled_grad"):
+        if isinstance(getattr(param, place, None), Tensor) and param.requires_grad:
+            raise ValueError(
+                f"the gradient of {name} lies in .{place}, and its .grad is None: rules look at .grad, so nothing would decay; set "
+                f".grad before the step, or use the optimizer's own weight_decay"
+            )

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import plain_number
+from ..checks import is_zero, plain_number
 from ..metrics.metric import Measure
 from .step import Step
 
@@ -72,12 +72,14 @@ class GroupSettings:
     asks: all metrics that it needs, by name.
     keeps: what its kept numbers begin with, by name.
     is_absolute: whether its rate is λ as it stands.
+    is_off: whether λ is the number 0.
     """
 
     values: dict[str, Any]
     asks: Mapping[str, Measure]
     keeps: Mapping[str, float | Measure]
     is_absolute: bool
+    is_off: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +131,9 @@ class BoundTransform:
             # Tensors were checked when they came with the constructor or their group; reading one in a step would wait.
             self.transform.check({name: 0.0 if isinstance(v, Tensor) else v for name, v in values.items()})
         asks, keeps = self._asks(values)
-        return GroupSettings(values, asks, keeps, self.transform.is_absolute(values))
+        # A tensor is not read to find out: where it is 0, so is the rate.
+        is_off = is_zero(values.get("weight_decay"))
+        return GroupSettings(values, asks, keeps, self.transform.is_absolute(values), is_off)
 
     def sign(self, group: Mapping[str, Any]) -> int:
         """−1 if an optimizer behind it maximizes: that ascends the update, so decay must be subtracted from it."""
