@@ -248,7 +248,7 @@ def test_nothing_of_the_state_is_kept_alive_between_steps():
 
 def decay_of(*rules: str) -> torch.Tensor:
     """What attachments of one rule each take off, in all."""
-    makers, ends = {**RULES, "absolute": lambda: WeightDecay(0.1)}, []
+    makers, ends = {**RULES, "absolute": lambda: WeightDecay(0.1), "again": lambda: RelativeWeightDecay(0.11)}, []
     for some in ((), rules):
         params = fp32_parameters()
         optimizer = torch.optim.AdamW(params.items(), lr=0.01, weight_decay=0)
@@ -258,7 +258,7 @@ def decay_of(*rules: str) -> torch.Tensor:
     return ends[0] - ends[1]
 
 
-@pytest.mark.parametrize("rules", [("relative", "relative"), ("absolute", "relative"), ("relative", "absolute")])
+@pytest.mark.parametrize("rules", [("relative", "again"), ("absolute", "relative"), ("relative", "absolute")])
 def test_two_attachments_do_not_hide_the_update_from_each_other(rules):
     both, one, other = decay_of(*rules), decay_of(rules[0]), decay_of(rules[1])
     # Not equal: for one of them, the decay of the other is a part of what the optimizer did.

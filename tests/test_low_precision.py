@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_two_attachments_draw_noise_of_their_own_and_leave_no_key():
     params = bf16_parameters()
     sgd = torch.optim.SGD(params.values(), lr=0.1)
     before = set(sgd.param_groups[0])
-    both = [distwd.attach(sgd, distwd.WeightDecay(0.1), rounding="stochastic") for _ in range(2)]
+    both = [distwd.attach(sgd, distwd.WeightDecay(decay), rounding="stochastic") for decay in (0.1, 0.2)]
     go_on(sgd, params, 2)
     assert {key: sgd.param_groups[0][key] for key in ("distwd_rounding_step", "distwd_rounding_step_1")} == {
         "distwd_rounding_step": 2,
@@ -274,9 +275,11 @@ def test_several_optimizers_count_together():
     muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0)
     adamw = torch.optim.AdamW([p for p in params.values() if p.ndim != 2], lr=0.01, weight_decay=0)
     distwd.attach([muon, adamw], distwd.RelativeWeightDecay(0.1), rounding="stochastic")
-    for _ in range(2):
+    for step in range(2):
         for param in params.values():
             param.grad = torch.full_like(param, 1e-3)
-        muon.step()
+        # Muon's step at this lr moves a third of the elements; it is looked at once.
+        with pytest.warns(UserWarning, match="Muon has moved") if step == 0 else nullcontext():
+            muon.step()
         adamw.step()
     assert [each.param_groups[0]["distwd_rounding_step"] for each in (muon, adamw)] == [2, 2]
