@@ -33,13 +33,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 StridedShard = _StridedShard
 
 
-def local_part(tensor: DTensor) -> Tensor:
-    """The local tensor of a DTensor, without a view and without autograd."""
-    # Waits for: a DTensor.to_local() that neither dispatches nor records autograd; it costs more than the arithmetic on
-    # small shards.
-    return tensor._local_tensor
-
-
 def layout_spec(tensor: DTensor) -> Any:
     """Mesh, placements, shape, strides and dtype of a DTensor as one object that can be compared."""
     # Waits for: a public record of these; compared one by one they would cost several attribute reads per parameter and
@@ -150,6 +143,26 @@ def padding_of_shard(tensor: Tensor) -> int:
 # Tensors that are memory and nothing else, by their very type: a subclass may have no address, or hold something other
 # than its elements. (Nothing private, but torch has no word for it.)
 ORDINARY = (Tensor, nn.Parameter)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of `tensor` in this rank's memory.
+
+    tensor: a DTensor, or a plain tensor, which is returned as it is.
+    Returns a plain tensor over the same storage, without autograd and without communication.
+    """
+    # Plain tensors are told apart first: to look for an attribute that a tensor does not have takes longer than all the
+    # rest.
+    if type(tensor) in ORDINARY:
+        return tensor
+    # The attribute is read anew in every step and never cached, so a parameter may be given other storage at any time.
+    # Waits for: a DTensor.to_local() that neither dispatches nor records autograd; it costs more than the arithmetic on
+    # small shards.
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    # A redistributed DTensor can hold an AsyncCollectiveTensor, which still waits for its collective.
+    wait = getattr(local, "wait", None)
+    return local if wait is None else wait()
+
 
 # --- modules and tensors --------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checks import is_zero, plain_number
+from .checks import is_zero
 from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
@@ -95,11 +95,7 @@ class Chain(torch.optim.Optimizer):
         self._transforms = bind(transforms)
         self._has_stepped = False
         self._make_runner()
-        defaults = {
-            key: plain_number(bound.transform.defaults[name])
-            for bound in self._transforms
-            for name, key in bound.keys.items()
-        }
+        defaults = {key: bound.settings({})[name] for bound in self._transforms for name, key in bound.keys.items()}
         super().__init__(normalised_groups(params, group), {**defaults, **self._rounding.defaults})
         self._runner.check()
         self._initialize()

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from distwd.sharding.local import local_tensor
+from distwd._torch import local_tensor
 from distwd.sharding.ownership import OwnerTable, checksums_of, resolve, rows_of
 from distwd.sharding.pieces import describe
 

@@ -31,7 +31,7 @@ def sharded(group) -> DTensor:
 
 
 def test_local_tensor(sharded):
-    assert torch.equal(_torch.local_part(sharded), torch.arange(6.0).reshape(3, 2))
+    assert torch.equal(_torch.local_tensor(sharded), torch.arange(6.0).reshape(3, 2))
 
 
 def test_spec(sharded):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from .._torch import local_tensor
 from ..checks import is_zero
 from ..kernels.apply import apply_from_
 from ..kernels.blocks import BufferPool
-from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam, is_frozen
 from ..step.runner import StepRunner
 from ..step.step import Batch, PendingUpdate, Step

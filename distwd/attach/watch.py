@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import local_tensor
 from ..kernels.apply import apply_from_
 from ..kernels.formulas import Mask
 from ..kernels.stochastic import LOW
-from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
 from ..step.step import Batch
 

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from .._torch import layout_spec
 from ..errors import CollectiveError, PlanError
 from ..sharding.build import BuildArgs, build
+from ..sharding.collectives import local_like
 from ..sharding.explain import explain_change
 from ..sharding.layout import Layout, check_layout
-from ..sharding.local import local_like
 from ..sharding.params import NamedParam, entries_of, frozen_in
 from ..sharding.pieces import Piece
 from ..sharding.tables import plan_table

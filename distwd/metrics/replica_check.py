@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .._torch import local_tensor
 from ..errors import PlanError
 from ..kernels.sums import wide_dtype
 from ..sharding.collectives import gather_objects, sum_over_ranks
 from ..sharding.explain import SHOWN, PieceReport, explain_alike, explain_gradients
-from ..sharding.local import local_tensor
 from .plan import Plan
 
 # For different gradients s differs by about their norm; for equal ones by roundings, far below this part of it even in

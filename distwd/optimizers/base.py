@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sharding.local import local_tensor
+from .._torch import local_tensor
 from ..step.state import PREFIX
 from ..step.step import WaitingOptimizer
 from ..step.transform import BoundTransform

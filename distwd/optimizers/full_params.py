@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import _torch
+from .._torch import local_tensor
 from ..kernels.apply import differences
-from ..sharding.local import local_tensor
 from ..step.step import Batch, PendingUpdate
 from .base import GradientOptimizer, InnerOptimizer
 from .state import like_whole

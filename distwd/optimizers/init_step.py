@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .._torch import local_tensor
 from ..metrics.replica_check import check_gradients
 from ..sharding.collectives import is_true_on_any_rank
-from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
 from ..step.runner import StepRunner
 from .state import NO_PARAMS_KEY, mark_initialized

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import _torch
-from ..sharding.local import local_like, local_tensor
+from .._torch import local_tensor
+from ..sharding.collectives import local_like
 from ..step.state import is_kept_key
 
 State = dict[str, Any]

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import local_tensor
 from ..checks import check_nonnegative, check_ord
 from ..kernels.apply import apply_
 from ..kernels.blocks import Workspace
 from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW
-from ..sharding.local import local_tensor
 from ..sharding.params import entries_of
 from ..sharding.pieces import check_tensor
 from ..step.rounding import Rounding, warn_if_lost

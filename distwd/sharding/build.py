@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._torch import is_fake, plain_tensors
+from .._torch import is_fake, local_tensor, plain_tensors
 from ..errors import PlanError
 from .collectives import gather_objects, gather_rows
 from .explain import SHOWN, PieceReport, explain
 from .layout import Layout, Mark, find_mark
-from .local import local_tensor
 from .ownership import CHECKSUM, NUM_COLUMNS, OwnerTable, checksums_of, offsets_of, resolve, rows_of, stable_hash
 from .params import NamedParam
 from .pieces import Meshes, Piece, check_params, describe, is_measurable

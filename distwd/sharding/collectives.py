@@ -1,8 +1,4 @@
-"""The one door to the network: every collective that distwd starts is started here.
-
-One more is started by torch: `local_like` in local.py redistributes a gradient that is cut otherwise than its
-parameter.
-"""
+"""The one door to the network: every collective that distwd starts is started here."""
 
 from __future__ import annotations
 
@@ -13,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .._torch import plain_tensors
+from .._torch import ORDINARY, local_tensor, plain_tensors
 from ..errors import CollectiveError, PlanError
 from .world import World
 
@@ -62,6 +59,24 @@ def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, world: World) -> Te
     with _errors_explained(world, in_step=True):
         dist.all_reduce(sent, op=op, group=world.group)
     return sent.to(values.device)
+
+
+def local_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """This rank's part of `tensor`, cut as `param` is cut.
+
+    tensor: a gradient, say; a DTensor or a plain tensor.
+    param: the parameter that it belongs to.
+    Returns a plain tensor of the local shape of `param`.
+
+    A gradient with other placements than its parameter (`Replicate`, `Partial`) is redistributed first, as torch's own
+    optimizers do implicitly. That is a collective, on every rank of the mesh. Its ranks agree, since placements are the
+    same on all ranks of a mesh. With equal placements nothing is sent.
+    """
+    if type(tensor) in ORDINARY:
+        return tensor
+    if isinstance(tensor, DTensor) and isinstance(param, DTensor) and tensor.placements != param.placements:
+        tensor = tensor.redistribute(placements=param.placements)
+    return local_tensor(tensor)
 
 
 # --- while a plan is built --------------------------------------------------------------------------------------------

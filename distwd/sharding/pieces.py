@@ -19,9 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from .._torch import ORDINARY, StridedShard, padding_of_shard
+from .._torch import ORDINARY, StridedShard, local_tensor, padding_of_shard
 from .layout import Mark, Sharded
-from .local import local_tensor
 from .params import NamedParam, check_has_shape
 from .world import World
 

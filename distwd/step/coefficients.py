@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import local_tensor
 from ..checks import plain_number
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import Request, Slots, Source, Taken, measure, take
 from ..metrics.metric import SCOPES, Measure, parse_metric
 from ..metrics.plan import Plan
-from ..sharding.local import local_tensor
 from .phases import Phase
 from .state import COUNT, KeptNumbers
 from .step import Batch, Step

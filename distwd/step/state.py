@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import local_tensor
 from ..kernels.sums import wide_dtype
 from ..metrics.metric import Measure
-from ..sharding.local import local_tensor
 from ..sharding.params import NamedParam
 from .transform import BoundTransform, Transform
 

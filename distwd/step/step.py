@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._torch import local_tensor
 from ..kernels.apply import add_terms, apply_, differences
 from ..kernels.blocks import Workspace
 from ..kernels.formulas import DecayTerm, Mask, Rate
 from ..kernels.stochastic import LOW, RandomBits
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import Source, sources_of
-from ..sharding.local import local_like, local_tensor
+from ..sharding.collectives import local_like
 from ..sharding.params import NamedParam
 
 # --- what is pending -------------------------------------------------------------------------------------------------
