@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checks import is_zero
 from .metrics.plan import Plan, PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
@@ -23,7 +22,7 @@ from .step.coefficients import check_coefficient
 from .step.rounding import Rounding
 from .step.runner import StepRunner, step_method
 from .step.state import kept_in, restore_kept
-from .step.transform import Transform, bind, with_current_values
+from .step.transform import Transform, bind, with_current_values, with_exclusions
 
 
 class Chain(torch.optim.Optimizer):
@@ -123,10 +122,7 @@ class Chain(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. Raises ValueError, and adds nothing, for settings that a transform cannot use."""
-        # What is excluded from decay is excluded for every rule: 0 for the first is 0 for the others, where nothing is said.
-        if is_zero(param_group.get("weight_decay")):
-            others = [bound.keys["weight_decay"] for bound in self._transforms if "weight_decay" in bound.keys]
-            param_group = {**dict.fromkeys(others, 0.0), **param_group}
+        param_group = with_exclusions(param_group, self._transforms)
         settings = {**self.defaults, **param_group}
         for bound in self._transforms:
             check_coefficient(bound, bound.read(settings))

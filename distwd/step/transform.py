@@ -247,3 +247,14 @@ def with_current_values(
         for now, group in zip(groups, saved, strict=False)
     ]
     return {**state_dict, "param_groups": filled + saved[len(filled) :]}
+
+
+def with_exclusions(group: dict[str, Any], transforms: Sequence[BoundTransform]) -> dict[str, Any]:
+    """A param group in which what is excluded from decay is excluded for every rule.
+
+    A `weight_decay` of 0, the first rule's, is 0 for the others too, where the group says nothing of them.
+    """
+    if not is_zero(group.get("weight_decay")):
+        return group
+    others = [bound.keys["weight_decay"] for bound in transforms if "weight_decay" in bound.keys]
+    return {**dict.fromkeys(others, 0.0), **group}
