@@ -93,16 +93,6 @@ def test_updates_of_several_dtypes_are_not_rounded_to_the_first():
     assert torch.equal(params[1], expected)
 
 
-def test_two_parameters_of_one_memory_are_both_stepped():
-    one = torch.nn.Parameter(torch.zeros(4))
-    other = torch.nn.Parameter(torch.zeros(4))
-    other.data = one.data
-    chain = Chain([one, other], Wrap(torch.optim.SGD), CautiousWeightDecay(0.0), LR(1.0))
-    one.grad, other.grad = torch.full((4,), 1.0), torch.full((4,), 2.0)
-    chain.step()
-    assert one.tolist() == [-3.0] * 4
-
-
 def test_autograd_learns_of_every_parameter_that_is_written():
     flat = torch.ones(12)
     params = [torch.nn.Parameter(torch.empty(0)) for _ in range(3)]
