@@ -228,7 +228,7 @@ def test_an_attachment_to_several_keeps_apart_from_one_on_the_second():
     halves = [list(itertools.islice(params.items(), 5)), list(itertools.islice(params.items(), 5, None))]
     two = [torch.optim.SGD(half, lr=0.01) for half in halves]
     attach(two[1], rule_of("fading"))
-    attach(two, rule_of("fading"))
+    attach(two, rule_of("fading"), coupling="none")  # an equal one would be refused
     feed(params, 0)
     for each in two:
         each.step()
