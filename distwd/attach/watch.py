@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,10 +134,7 @@ def decay_copies_(batch: Batch, copies: Sequence[Sequence[Tensor]]) -> None:
     mask = batch.pending.mask
     for number, (param, own) in enumerate(zip(batch.params, copies, strict=True)):
         # One by one: not every parameter need have a copy, and copies have dtypes of their own.
-        terms = [
-            replace(term, rate=term.rate[number]) if isinstance(term.rate, Tensor) and term.rate.dim() else term
-            for term in batch.terms
-        ]
+        terms = [term.only(number) for term in batch.terms]
         minus = None if mask.minus is None else [mask.minus[number]]
         for copy in own:
             own_mask = Mask([mask.us[number]], mask.sign, minus)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .blocks import Ops, Workspace, blocks, is_large
 from .compile import TOGETHER, TRACED, compiled
-from .formulas import ELEMENTARY_ORDS, DecayTerm, Mask, Numbers, Rate, Write, update_, with_terms
+from .formulas import ELEMENTARY_ORDS, DecayTerm, Mask, Numbers, Rate, Write, companion, update_, with_terms
 from .stochastic import LOW, RandomBits
 
 
@@ -27,11 +27,11 @@ def apply_(
     random_bits: RandomBits | None = None,
     clear: bool = False,
 ) -> None:
-    """p ← p − Σ rate·mask·d(p) − scale·u, in place; every term is of p as it was before.
+    """p ← prox(p − Σ rate·mask·d(p−a) − scale·u), in place; every term is of p as it was before, but the proximal ones.
 
     params: local tensors of one dtype and device. bf16 and fp16 are computed in float32 and rounded once.
-    terms: what decays them. L2 terms are one multiplication by 1 − Σ rate, as in torch's AdamW, without a temporary;
-        anything else needs temporaries of a block.
+    terms: what decays them, in order. L2 terms are one multiplication by 1 − Σ rate, as in torch's AdamW, without a
+        temporary; anything else needs temporaries of a block. Proximal ones act last.
     updates: u, of the shapes of `params`; None: there is nothing but the terms.
     scale: the factor of u: one number, or [params].
     mask: what cautious terms look at.
@@ -43,26 +43,24 @@ def apply_(
     l2 = [term.rate for term in terms if term.is_l2]
     # Rates are added as they come (metrics are float64), and rounded to the dtype of the arithmetic once, as one factor.
     keep = 1 - sum(l2[1:], start=l2[0]) if l2 else None
-    bent = [term for term in terms if not term.is_l2]
+    rest = [term for term in terms if not term.is_l2]
     # Not so for bf16 and fp16: a factor that is a tensor would be rounded to their 8 or 11 bits, at usual rates to 1.
-    if keep is not None and not bent and updates is None and params[0].dtype not in LOW:
+    if keep is not None and not rest and updates is None and params[0].dtype not in LOW:
         # Memory is read once and no temporary is made: blocks would gain nothing.
         torch._foreach_mul_(params, _operand(keep, range(len(params)), params[0]))
         return
-    lists = [params] if updates is None else [params, updates]
     # A unit scale is part of the formula: u is added or subtracted as it is, with one rounding and no temporary. A tensor
     # is never known to be 1 without reading it, which would wait for the device.
     is_unit = not isinstance(scale, Tensor) and abs(scale) == 1
     write = Write(
-        tuple(term.kind for term in bent),
+        (),
         has_keep=keep is not None,
         unit_scale=float(scale) if is_unit else None,
         us=None if updates is None else 1,
         spends_us=clear,
     )
-    numbers = Numbers(keep, [term.rate for term in bent], None if is_unit else scale)
-    # Numbers apart from the formula: they change in every step, and a formula is compiled once.
-    _write_(write, numbers, lists, mask, workspace, random_bits)
+    lists = [params] if updates is None else [params, updates]
+    _write_(write, Numbers(keep, (), None if is_unit else scale), lists, rest, mask, workspace, random_bits)
 
 
 def apply_from_(
@@ -74,15 +72,14 @@ def apply_from_(
     workspace: Workspace,
     random_bits: RandomBits | None = None,
 ) -> None:
-    """t ← t − Σ rate·mask·d(p), in place: the decay of one list of tensors, written to another of the same shapes.
+    """t ← prox(t − Σ rate·mask·d(p−a)), in place: the decay of one list of tensors, written to another of the same shapes.
 
     targets, params: local tensors of one dtype and device. The rest as in `apply_`.
     """
     if terms:
         # No factor `keep`: it would shrink what an optimizer has added to the targets since, and not only the old parameters.
-        write = Write(tuple(term.kind for term in terms), has_keep=False, unit_scale=1.0, ps=1)
-        numbers = Numbers(None, [term.rate for term in terms], None)
-        _write_(write, numbers, [targets, params], mask, workspace, random_bits)
+        write = Write((), has_keep=False, unit_scale=1.0, ps=1)
+        _write_(write, Numbers(None, (), None), [targets, params], terms, mask, workspace, random_bits)
 
 
 def add_terms(
@@ -95,14 +92,14 @@ def add_terms(
     *,
     workspace: Workspace,
 ) -> None:
-    """out ← scale·u + Σ sign·rate·mask·d(p): what is pending becomes part of the update.
+    """out ← scale·u + Σ sign·rate·mask·d(p−a): what is pending becomes part of the update. No term is proximal.
 
     updates, params: local tensors of equal shapes and one device, params of one dtype.
     out: where the result is written; may be `updates` itself.
     The rest as in `apply_`.
     """
-    write = Write(tuple(term.kind for term in terms), has_keep=False, unit_scale=None, us=1)
-    write, lists = _with_mask(write, [params, updates], mask)
+    write = Write((), has_keep=False, unit_scale=None, us=1)
+    write, lists = _with_terms(write, [params, updates], terms, mask)
     # `out` is written last, a block at a time, so it may be one of the lists that are read.
     for positions, (*pieces, outs) in blocks(*lists, out):
         workspace.begin_block()
@@ -112,7 +109,8 @@ def add_terms(
         ps, us = wide[:2]
         rates = [_operand(term.rate, positions, ps[0]) for term in terms]
         factor = _operand(scale, positions, us[0])
-        torch._foreach_copy_(outs, with_terms(workspace, us, factor, ps, terms, rates, write.mask_of(workspace, wide)))
+        block_mask = write.mask_of(workspace, wide)
+        torch._foreach_copy_(outs, with_terms(workspace, us, factor, ps, terms, write.kinds, rates, block_mask, wide))
 
 
 def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
@@ -125,31 +123,51 @@ def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     return out
 
 
-def _with_mask(write: Write, lists: list[list[Tensor]], mask: Mask | None) -> tuple[Write, list[list[Tensor]]]:
-    """The write and its lists, with what the mask is taken of, if a term looks at it; a list that is there already is not added."""
-    # A list that nobody looks at would be widened all the same, and compiled into the formula.
-    if mask is None or not any(kind.cautious for kind in write.kinds):
-        return write, lists
-    lists, places = list(lists), list[int]()
-    # By identity: the mask is most often taken of the update itself, and must see the same float32 copy of it.
-    for one in (mask.us, *([] if mask.minus is None else [mask.minus])):
+def _with_terms(
+    write: Write, lists: list[list[Tensor]], terms: Sequence[DecayTerm], mask: Mask | None
+) -> tuple[Write, list[list[Tensor]]]:
+    """The write with these terms, and its lists with what they pull to, and what the mask is taken of if one looks at it."""
+    lists = list(lists)
+
+    def place_of(one: list[Tensor]) -> int:
+        # By identity: the mask is most often taken of the update itself, and must see the same float32 copy of it.
         known = [place for place, other in enumerate(lists) if one is other]
-        places.append(known[0] if known else len(lists))
-        lists += [] if known else [one]
-    minus = None if mask.minus is None else places[1]
-    return replace(write, mask_us=places[0], mask_minus=minus, mask_sign=mask.sign), lists
+        if not known:
+            lists.append(one)
+        return known[0] if known else len(lists) - 1
+
+    kinds = [
+        term.kind._replace(toward=0.0, anchors=place_of(term.toward)) if isinstance(term.toward, list) else term.kind
+        for term in terms
+    ]
+    write = replace(
+        write,
+        kinds=tuple(kind for kind, term in zip(kinds, terms, strict=True) if not term.proximal),
+        proximal=tuple(kind for kind, term in zip(kinds, terms, strict=True) if term.proximal),
+    )
+    # A list that nobody looks at would be widened all the same, and compiled into the formula.
+    if mask is not None and any(kind.cautious for kind in kinds):
+        minus = None if mask.minus is None else place_of(mask.minus)
+        write = replace(write, mask_us=place_of(mask.us), mask_minus=minus, mask_sign=mask.sign)
+    return write, lists
 
 
 def _write_(
     write: Write,
     numbers: Numbers,
     lists: list[list[Tensor]],
+    terms: Sequence[DecayTerm],
     mask: Mask | None,
     workspace: Workspace,
     random_bits: RandomBits | None,
 ) -> None:
-    """Write the first of `lists`, block by block."""
-    write, lists = _with_mask(write, lists, mask)
+    """Write the first of `lists`, block by block; terms: what is not in `write` and `numbers` yet."""
+    write, lists = _with_terms(write, lists, terms, mask)
+    # Numbers apart from the formula: they change in every step, and a formula is compiled once.
+    numbers = numbers._replace(
+        rates=[term.rate for term in terms if not term.proximal],
+        proximal=[one for term in terms if term.proximal for one in (term.rate, companion(term.ord, term.rate))],
+    )
     like = lists[0][0]
     is_low = like.dtype in LOW
     computed = torch.float32 if is_low else like.dtype
@@ -158,10 +176,10 @@ def _write_(
     # What the compiler would round otherwise is not given to it: p + alpha·u is one rounding or two, and its pow is another.
     # Nor are random bits, which go by the place in a tensor.
     adds_once = write.us is None or write.unit_scale is not None or write.spends_us or isinstance(numbers.scale, Tensor)
-    is_exact = adds_once and all(kind.ord in ELEMENTARY_ORDS for kind in write.kinds)
+    is_exact = adds_once and all(kind.ord in ELEMENTARY_ORDS for kind in (*write.kinds, *write.proximal))
     compiles = is_exact and random_bits is None and workspace.compiles
     # p ← keep·p − u is so little work that the calls of small operations count, and blocks hold more tensors.
-    few_operations = not (compiles or is_low or write.kinds)
+    few_operations = not (compiles or is_low or write.kinds or write.proximal)
     for positions, pieces in blocks(*lists, together=TOGETHER if compiles else 0, few_operations=few_operations):
         # Small tensors are not compiled: one call of it costs more than all of their operations.
         if compiles and is_large(pieces[0]):
@@ -176,10 +194,16 @@ def _write_(
 
 
 def _traced(
-    write: Write, num: int, keep: Tensor | None, rates: list[Tensor], scale: Tensor | None, *pieces: list[Tensor]
+    write: Write,
+    num: int,
+    keep: Tensor | None,
+    rates: list[Tensor],
+    scale: Tensor | None,
+    proximal: list[Tensor],
+    *pieces: list[Tensor],
 ) -> None:
     """`_write_block_` of `num` large tensors, for the compiler. What comes before `num` is in the formula, the rest is given."""
-    _write_block_(TRACED, write, Numbers(keep, rates, scale), range(num), pieces)
+    _write_block_(TRACED, write, Numbers(keep, rates, scale, proximal), range(num), pieces)
 
 
 def _write_block_(

@@ -152,6 +152,8 @@ class Ops:
     add: ClassVar[Callable[..., list[Tensor]]] = _operation(torch.add, torch._foreach_add)
     add_: ClassVar[Callable[..., list[Tensor]]] = _operation(Tensor.add_, torch._foreach_add_, in_place=True)
     sign: ClassVar[Unary] = _operation(torch.sign, torch._foreach_sign)
+    div: ClassVar[Binary] = _operation(torch.div, torch._foreach_div)  # x/y
+    div_: ClassVar[Binary] = _operation(Tensor.div_, torch._foreach_div_, in_place=True)
     abs: ClassVar[Unary] = _operation(torch.abs, torch._foreach_abs)
     pow: ClassVar[Binary] = _operation(torch.pow, torch._foreach_pow)  # x^y
     clamp_min_: ClassVar[Binary] = _operation(Tensor.clamp_min_, torch._foreach_clamp_min_, in_place=True)  # max(x, y)

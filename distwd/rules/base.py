@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_nonnegative, check_ord
 from ..kernels.apply import add_terms
-from ..kernels.formulas import DecayTerm
+from ..kernels.formulas import DecayTerm, Rate
 from ..metrics.metric import Measure
 from ..step.step import Batch, Step, zero_where
 from ..step.transform import BoundTransform, Transform
@@ -21,10 +21,10 @@ _GROWTH = ("params_difference", "update_difference")
 
 
 class Rule(Transform):
-    """A decay rule:  u ← u + c·m·d(p),  d(p) = sign(p)·|p|^(ord−1).
+    """A decay rule:  u ← u + c·m·d(p − a),  d(x) = sign(x)·min(|x|, cap)^(ord−1).
 
     c is what `coefficient` returns, λ (the setting `weight_decay`) unless a subclass says otherwise.
-    m is [u·p > 0] for a cautious rule, else 1.
+    m is [u·(p−a) > 0] for a cautious rule, else 1.
 
     A rule of one's own overrides some of these methods; nothing in it knows of ranks or shards:
         measures(settings): the metrics that it needs, {name: Measure}.
@@ -149,8 +149,36 @@ class Rule(Transform):
             # A term that comes while the update is not scaled yet will be scaled by exactly what scales the update.
             # Only a λ that the rule leaves as it is may be handed to an optimizer, in place of the term.
             before_lr = own.values["weight_decay"] if batch.pending.is_unscaled and own.is_absolute else None
-            ord = float(own.values.get("ord", 2))
-            self._add(batch, DecayTerm(rate, ord, is_cautious, bound.sign(batch.group), before_lr))
+            term = self.term(own.values, rate, bound.sign(batch.group), before_lr, bound.index)
+            self._add(batch, term)
+
+    def term(
+        self,
+        settings: Mapping[str, Any],
+        rate: Rate,
+        sign: int = 1,
+        before_lr: Rate | None = None,
+        index: int = 0,
+        anchors: list[Tensor] | None = None,
+    ) -> DecayTerm:
+        """What the rule adds to a step: the only place where settings become a term.
+
+        rate, sign, before_lr, index: as in `DecayTerm`.
+        anchors: local tensors that it pulls to; None: to the number that the settings say.
+        """
+        cap = settings.get("cap")
+        return DecayTerm(
+            rate,
+            float(settings.get("ord", 2)),
+            self.is_cautious(settings),
+            sign,
+            before_lr,
+            toward=float(settings.get("toward", 0.0)) if anchors is None else anchors,
+            cap=None if cap is None else float(cap),
+            inclusive=bool(settings.get("inclusive", False)),
+            proximal=bool(settings.get("proximal", False)),
+            index=index,
+        )
 
     def _add(self, batch: Batch, term: DecayTerm) -> None:
         if self.target == "update":
