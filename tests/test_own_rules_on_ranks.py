@@ -196,7 +196,7 @@ def local_order() -> Iterator[None]:
     """A number of a parameter is looked up by the parameter's place on this rank."""
     with mock.patch(
         "distwd.metrics.measure.Slots.index",
-        lambda self, positions, device: torch.tensor(list(positions), dtype=torch.int64),
+        lambda self, positions, scope, device: torch.tensor(list(positions), dtype=torch.int64),
     ):
         yield
 

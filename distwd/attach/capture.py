@@ -236,6 +236,7 @@ class SnapshotCapture:
                         batch.pending.mask,
                         workspace=batch.workspace,
                         random_bits=batch.next_bits(),
+                        num_cells=batch.num_cells,
                     )
                     if tally is not None and without is not None:
                         tally.add(params, without)

@@ -132,13 +132,16 @@ class Watch:
 def decay_copies_(batch: Batch, copies: Sequence[Sequence[Tensor]]) -> None:
     """c ← c − Σ rate·mask·d(p) for the copies c of each parameter p of a batch; p is what the batch holds."""
     mask = batch.pending.mask
+    counts, first = batch.num_cells or [1] * len(batch.params), 0
     for number, (param, own) in enumerate(zip(batch.params, copies, strict=True)):
         # One by one: not every parameter need have a copy, and copies have dtypes of their own.
-        terms = [term.only(number) for term in batch.terms]
+        own_rates = slice(first, first := first + counts[number])
+        terms = [term.only(number, own_rates) for term in batch.terms]
         minus = None if mask.minus is None else [mask.minus[number]]
         for copy in own:
             own_mask = Mask([mask.us[number]], mask.sign, minus)
-            apply_from_([copy], [param.to(copy.dtype)], terms, own_mask, workspace=batch.workspace)
+            values, own_counts = [param.to(copy.dtype)], counts[number : number + 1]
+            apply_from_([copy], values, terms, own_mask, workspace=batch.workspace, num_cells=own_counts)
 
 
 def _kept_beside(optimizer: Optimizer, param: Tensor, local: Tensor) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

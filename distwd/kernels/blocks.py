@@ -6,7 +6,7 @@ write to them. `BufferPool` and `ZeroPool` keep whole tensors from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,8 @@ _CPU_SMALL_FOR_FEW = 1 << 16
 
 # (positions in the lists, the pieces of each list)
 Block = tuple[list[int], tuple[list[Tensor], ...]]
-# The second operand of an operation: one number or 0-d tensor for all tensors of a list, or a list with one for each.
+# The second operand of an operation: one number or 0-d tensor for all tensors of a list, or a list with one for each, which
+# is 0-d, or has one number for each matrix of a stack: [matrices, 1, 1].
 Operand = float | Tensor | list[Tensor]
 Call = Callable[..., Any]
 # What the operations of Ops take after the object itself, and what they return.
@@ -64,13 +65,16 @@ def is_large(pieces: Sequence[Tensor]) -> bool:
     return pieces[0].dim() == 1 and pieces[0].numel() > small_size(pieces[0].device)
 
 
-def blocks(*lists: Sequence[Tensor], together: int = 0, few_operations: bool = False) -> Iterator[Block]:
+def blocks(
+    *lists: Sequence[Tensor], together: int = 0, few_operations: bool = False, uncut: Collection[int] = ()
+) -> Iterator[Block]:
     """Cut equally long lists of equally shaped tensors alike.
 
     lists: tensors of one device. Those at one position have one shape; dtypes may differ between the lists.
     together: 0: large tensors are cut into slices of a block. Else they come that many at a time and uncut, as the
         compiler wants them; where fewer are left, some are halved so that it comes out even.
     few_operations: as in `small_size`.
+    uncut: positions of tensors that come whole and alone: they fit a block, and their shape matters.
 
     Yields (positions, pieces by list). Small tensors come several at a time, large ones as flat views of a slice, empty
     ones not at all. A tensor that is not contiguous comes whole and alone. The pieces are views: writing to them writes to
@@ -80,10 +84,12 @@ def blocks(*lists: Sequence[Tensor], together: int = 0, few_operations: bool = F
     size, small = block_size(device), small_size(device, few_operations)
     chosen: list[int] = []  # small tensors that wait for others to share their block
     filled = 0
-    uncut: list[Block] = []
+    waiting: list[Block] = []
     for position, tensors in enumerate(zip(*lists, strict=True)):
         numel = tensors[0].numel()
-        if 0 < numel <= small:
+        if numel and position in uncut:
+            yield [position], tuple([tensor] for tensor in tensors)
+        elif 0 < numel <= small:
             # One call for many of them: the call costs microseconds, whatever the size.
             if filled + numel > size:
                 yield chosen, tuple([tensors[index] for index in chosen] for tensors in lists)
@@ -94,15 +100,15 @@ def blocks(*lists: Sequence[Tensor], together: int = 0, few_operations: bool = F
             # It has no flat view, and a flat copy would not be written back.
             yield [position], tuple([tensor] for tensor in tensors)
         elif numel and together:
-            uncut.append(([position], tuple([tensor.view(-1)] for tensor in tensors)))
+            waiting.append(([position], tuple([tensor.view(-1)] for tensor in tensors)))
         elif numel:
             # Flat views, cut at the same elements in every list: a shape does not matter to elementwise operations.
             for parts in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
                 yield [position], tuple([part] for part in parts)
     if chosen:
         yield chosen, tuple([tensors[index] for index in chosen] for tensors in lists)
-    while uncut:
-        whole, uncut = uncut[:together], uncut[together:]
+    while waiting:
+        whole, waiting = waiting[:together], waiting[together:]
         cut = list(whole)
         # A compiled formula takes a fixed number of tensors, and each other number would be compiled anew, in seconds.
         # Where too few are left, the largest is halved until there are enough.

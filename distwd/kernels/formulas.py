@@ -20,7 +20,7 @@ from torch import Tensor
 from .blocks import Operand, Ops
 from .stochastic import LOW
 
-# A number for all tensors of a list (float or 0-d tensor), or one for each (1-d tensor).
+# A number for all tensors of a list (float or 0-d tensor), or one for each (1-d tensor), or for each matrix of each.
 Rate = float | Tensor
 
 # `pow_` on so many elements is serial in ATen (its parallel grain is 32768), so that the only ends are ours.
@@ -92,9 +92,9 @@ class DecayTerm:
         toward = math.nan if isinstance(self.toward, list) else self.toward
         return TermKind(self.ord, self.cautious, self.sign, self.inclusive, self.cap, toward)
 
-    def only(self, number: int) -> DecayTerm:
-        """The same term of one of its parameters alone."""
-        rate = self.rate[number] if isinstance(self.rate, Tensor) and self.rate.dim() else self.rate
+    def only(self, number: int, rates: slice) -> DecayTerm:
+        """The same term of one of its parameters alone; rates: which of the numbers of a 1-d rate are that one's."""
+        rate = self.rate[rates] if isinstance(self.rate, Tensor) and self.rate.dim() else self.rate
         return replace(self, rate=rate, toward=[self.toward[number]] if isinstance(self.toward, list) else self.toward)
 
 

@@ -22,7 +22,7 @@ how far apart two neighbouring indices are in the whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,11 +95,19 @@ class RandomBits:
     global_indices: of each tensor.
     keys: of each tensor, 32 bits.
     key: of the write, 32 bits.
+    starts: of each tensor, which element of a local tensor it begins with; (): the first.
     """
 
     global_indices: Sequence[GlobalIndices]
     keys: Sequence[int]
     key: int
+    starts: Sequence[int] = ()
+
+    def of_parts(self, parts: Sequence[tuple[int, int]]) -> RandomBits:
+        """The same bits for parts of the tensors; parts: (position of the tensor, its element that the part begins with)."""
+        indices = [self.global_indices[position] for position, _ in parts]
+        keys = [self.keys[position] for position, _ in parts]
+        return replace(self, global_indices=indices, keys=keys, starts=[start for _, start in parts])
 
     def round_(
         self,
@@ -123,6 +131,7 @@ class RandomBits:
             # A tensor with gaps always comes whole, and its offsets do not count elements.
             is_slice = target.numel() != whole.numel()
             start = int(target.storage_offset() - whole.storage_offset()) if is_slice else 0
+            start += self.starts[position] if self.starts else 0
             spans.append((position, start, start + target.numel()))
         # One flat tensor, however many targets: a hash is a dozen operations, and each is one call then.
         flat = values[0].reshape(-1) if len(values) == 1 else torch.cat([value.reshape(-1) for value in values])

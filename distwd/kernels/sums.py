@@ -102,27 +102,50 @@ def local_statistics(
 
 
 def statistics_of_each(
-    tensors: Sequence[Tensor], minus: Sequence[Tensor], statistics: Iterable[Statistic], workspace: Workspace
+    tensors: Sequence[Tensor],
+    minus: Sequence[Tensor],
+    statistics: Iterable[Statistic],
+    workspace: Workspace,
+    num_rows: int = 1,
 ) -> dict[Statistic, Tensor]:
-    """`local_statistics` of every single one of `tensors`, [tensors] each.
+    """`local_statistics` of every single row of `tensors`, [tensors · num_rows] each.
 
     tensors: local tensors of one device and dtype with equally many elements, not none. The rest as in `local_statistics`.
+    num_rows: of each tensor: stretches of equally many elements, of which each is measured by itself.
     """
     numel, device, wanted = tensors[0].numel(), tensors[0].device, tuple(statistics)
     found: list[list[Tensor]] = [[] for _ in wanted]
+    small = small_size(device, few_operations=not workspace.compiles)
+    if numel > small and num_rows > 1:
+        # Rows of one large tensor lie beside each other already: as many as fill a block are measured at once, without a
+        # copy. Rows that are large themselves come one by one, as tensors of their own would.
+        size, length = block_size(device), numel // num_rows
+        step = max(1, size // length) if length <= small or not workspace.compiles else 1
+        for number, matrices in enumerate(tensors):
+            both = [one.reshape(num_rows, length) for one in (matrices, *minus[number : number + 1])]
+            for start in range(0, num_rows, step):
+                block, *taken_off = [one[start : start + step] for one in both]
+                if step == 1:
+                    of_one = local_statistics([block[0]], wanted, workspace, [one[0] for one in taken_off])
+                    parts = [of_one[statistic].view(1) for statistic in wanted]
+                else:
+                    workspace.begin_block()
+                    parts = _of_rows(workspace, wanted, len(block), [block], taken_off)
+                for values, value in zip(found, parts, strict=True):
+                    values.append(value)
     # Large tensors are blocks of their own anyway; and of one there is nothing to join.
-    if len(tensors) == 1 or numel > small_size(device, few_operations=not workspace.compiles):
+    elif num_rows == 1 and (len(tensors) == 1 or numel > small):
         for number, tensor in enumerate(tensors):
             of_one = local_statistics([tensor], wanted, workspace, minus[number : number + 1])
             for values, statistic in zip(found, wanted, strict=True):
                 values.append(of_one[statistic].view(1))
     else:
-        # Many small tensors: each is a row of a block, and a block is a few operations.
-        num_rows = block_size(device) // numel
-        for start in range(0, len(tensors), num_rows):
-            some, less = list(tensors[start : start + num_rows]), list(minus[start : start + num_rows])
+        # Many small tensors: each is a row of a block, or several, and a block is a few operations.
+        step = block_size(device) // numel
+        for start in range(0, len(tensors), step):
+            some, less = list(tensors[start : start + step]), list(minus[start : start + step])
             workspace.begin_block()
-            for values, value in zip(found, _of_rows(workspace, wanted, len(some), some, less), strict=True):
+            for values, value in zip(found, _of_rows(workspace, wanted, len(some) * num_rows, some, less), strict=True):
                 values.append(value)
     return {statistic: torch.cat(values) for statistic, values in zip(wanted, found, strict=True)}
 

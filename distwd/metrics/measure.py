@@ -2,8 +2,9 @@
 
     sources → local statistics by slot, float64 → one packed vector, one all-reduce → metric(statistics, num elements)
 
-A slot is a place in a vector of numbers: one for all parameters (scope "all"), one per param group, or one per
-parameter.
+A slot is a place in a vector of numbers: one for all parameters (scope "all"), one per param group, per parameter, or per
+matrix. Where parameters have slots of their own, sums are kept by parameter until they are put into the vector, so that
+nothing is done for each of thousands of stacked matrices.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Request:
 
     metric: what to measure.
     sources: local tensors; parameters that are in none of them count as zeros, unless they are frozen.
-    scope: "all", "group" or "tensor".
+    scope: "all", "group", "tensor" or "matrix".
     taken: what `take` has found; then `sources` are not looked at.
     """
 
@@ -87,8 +88,8 @@ class Request:
 class Taken:
     """Statistics of tensors that may change before the ranks meet: taken when the tensors are right, reduced later.
 
-    parts: (slots, by statistic one value for each slot, factor of the tensors).
-    num_seen: by slot, how many pieces are in them.
+    parts: (keys, by statistic the values of each key in order, factor of the tensors). A key is what `Slots.keys` says.
+    num_seen: by key, how many pieces are in them.
     device: of the first tensor; None: there is none.
     """
 
@@ -97,8 +98,12 @@ class Taken:
     device: torch.device | None = None
 
 
+# Scopes of which the numbers of different parameters are different ones.
+OWN = ("tensor", "matrix")
+
+
 class Slots:
-    """In which slot each parameter of a plan counts, and which of them this rank has to count.
+    """In which slots each parameter of a plan counts, and which of them this rank has to count.
 
     None of it changes from step to step, so whoever measures in every step keeps this object beside the plan. A
     step must not walk over all parameters again, nor copy anything to a device.
@@ -111,61 +116,89 @@ class Slots:
         self.plan = plan
         excluded = set(frozen)
         self._counts = [owned and position not in excluded for position, owned in enumerate(plan.owned)]
-        self._by_scope: dict[str, tuple[Sequence[int], Counter[int]]] = {}
+        # Matrices of each piece that lie here, in the order of its elements, however many elements they have.
+        self.num_cells = [math.prod(piece.local_stack) for piece in plan.pieces]
+        self._keys: dict[str, tuple[Sequence[int], Counter[int]]] = {}
         self._numel: dict[tuple[str, torch.device], Tensor] = {}
         self._owned_among: dict[tuple[tuple[int, ...], str], dict[int, list[int]]] = {}
-        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._index: dict[tuple[tuple[int, ...], str, torch.device], Tensor] = {}
+        self._names_of_cells: dict[torch.device, Tensor] = {}
         self._has_padding = any(piece.padding for piece in plan.pieces)
 
-    def by_scope(self, scope: str) -> tuple[Sequence[int], Counter[int]]:
-        """The slot of each parameter, and by slot how many pieces this rank counts."""
-        if scope not in self._by_scope:
-            plan = self.plan
-            slots: Sequence[int] = (0,) * len(plan.entries)
-            if scope != "all":
-                slots = [entry.group for entry in plan.entries] if scope == "group" else plan.name_ids
-            self._by_scope[scope] = slots, Counter(compress(slots, self._counts))
-        return self._by_scope[scope]
+    def keys(self, scope: str) -> tuple[Sequence[int], Counter[int]]:
+        """By what sums are kept apart, for each parameter: its slot, or its position where it has slots of its own.
+
+        And by key how many pieces this rank counts.
+        """
+        if scope not in self._keys:
+            entries = self.plan.entries
+            keys: Sequence[int] = range(len(entries)) if scope in OWN else [0] * len(entries)
+            if scope == "group":
+                keys = [entry.group for entry in entries]
+            self._keys[scope] = keys, Counter(compress(keys, self._counts))
+        return self._keys[scope]
+
+    def num_slots(self, scope: str) -> int:
+        """How many numbers there are of a scope; the same on every rank."""
+        plan = self.plan
+        return {"all": 1, "group": plan.num_groups, "tensor": plan.num_names, "matrix": plan.num_cells}[scope]
 
     def numel(self, scope: str, device: torch.device) -> Tensor:
         """[slots] float64: elements that this rank counts, on `device`."""
         key = scope, device
         if key not in self._numel:
             plan, dtype = self.plan, wide_dtype(device)
-            num_slots = {"all": 1, "group": plan.num_groups, "tensor": plan.num_names}[scope]
-            numel = [0] * num_slots
-            for slot, piece in compress(zip(self.by_scope(scope)[0], plan.pieces, strict=True), self._counts):
-                numel[slot] += piece.numel
+            numel = [0] * (num_slots := self.num_slots(scope))
+            keys = self.keys(scope)[0]
+            for position, piece in compress(enumerate(plan.pieces), self._counts):
+                slots = plan.slots_of(position, scope) if scope in OWN else [keys[position]]
+                for slot in slots:
+                    numel[slot] += piece.numel // len(slots)
             # Filled there: a copy from the CPU would make it wait, and `Plan.metric` keeps no slots.
             one = torch.full((1,), numel[0], dtype=dtype, device=device) if num_slots == 1 else None
             self._numel[key] = torch.tensor(numel, dtype=dtype, device=device) if one is None else one
         return self._numel[key]
 
     def owned_among(self, positions: Sequence[int], scope: str) -> dict[int, list[int]]:
-        """By slot, the places in `positions` of pieces that this rank counts."""
+        """By key, the places in `positions` of pieces that this rank counts."""
         key = tuple(positions), scope
         if key not in self._owned_among:
-            slots, _ = self.by_scope(scope)
+            keys, _ = self.keys(scope)
             found = defaultdict[int, list[int]](list)
             for place, position in enumerate(positions):
                 # A piece that several ranks hold would count several times, so only its owner counts it.
                 if self._counts[position]:
-                    found[slots[position]].append(place)
+                    found[keys[position]].append(place)
             if len(self._owned_among) >= _MAX_KEPT:
                 self._owned_among.clear()
             self._owned_among[key] = found
         return self._owned_among[key]
 
-    def index(self, positions: Sequence[int], device: torch.device) -> Tensor:
-        """[positions] int64 on `device`: the slots of these parameters among numbers of scope "tensor"."""
-        key = tuple(positions), device
+    def index(self, positions: Sequence[int], scope: str, device: torch.device) -> Tensor:
+        """[numbers] int64 on `device`: the slots of these parameters, in order, where each has slots of its own.
+
+        For scope "tensor" one slot each, for "matrix" one for each matrix of a parameter that lies here.
+        """
+        key = tuple(positions), scope, device
         if key not in self._index:
             if len(self._index) >= _MAX_KEPT:
                 self._index.clear()
-            ids = [self.plan.name_ids[position] for position in positions]
+            ids = [slot for position in positions for slot in self.plan.slots_of(position, scope)]
             # Spelled out, since of no positions (a rank may hold none of a group) torch would make float32.
             self._index[key] = torch.tensor(ids, dtype=torch.int64, device=device)
         return self._index[key]
+
+    def by_matrix(self, values: Tensor) -> Tensor:
+        """Numbers of scope "tensor" as those of "matrix": [slots] to [slots]. Matrices that are not here get NaN."""
+        device = values.device
+        if device not in self._names_of_cells:
+            names = [self.plan.num_names] * self.plan.num_cells
+            for position, name_id in enumerate(self.plan.name_ids):
+                for slot in self.plan.slots_of(position, "matrix"):
+                    names[slot] = name_id
+            self._names_of_cells[device] = torch.tensor(names, dtype=torch.int64, device=device)
+        # One more, for the names of other ranks: of these nobody here asks.
+        return torch.cat([values, values.new_full((1,), torch.nan)])[self._names_of_cells[device]]
 
     def counted(self, source: Source, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Some of a source's tensors, and what is subtracted from them, without elements that are only padding."""
@@ -282,46 +315,54 @@ def reduce_statistics(
 def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> None:
     """Add the statistics of a request's tensors, over the elements that this rank owns, to `into`. No communication."""
     statistics, scope = request.metric.statistics, request.scope
-    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], float | Tensor]] = {}
+    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], float | Tensor, int]] = {}
     into.device = into.device or request.device
     for source in request.sources:
         scale = source.scale
         # A tensor is not read to find out whether it equals another.
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
-        for slot, places in slots.owned_among(source.positions, scope).items():
-            into.num_seen[slot] += len(places)
+        for key, places in slots.owned_among(source.positions, scope).items():
+            into.num_seen[key] += len(places)
             tensors, minus = slots.counted(source, places)
+            num_rows = slots.num_cells[key] if scope == "matrix" else 1
             if len(tensors) == 1 and (size := tensors[0].numel()):
                 # Small tensors with a slot of their own: those of one length are measured together, as rows of a
                 # matrix. One by one, scope="tensor" would start several kernels for every bias.
-                key = (tensors[0].device, tensors[0].dtype, size, bool(minus), scale_key)
-                own_slots, own_tensors, own_minus, _ = alike.setdefault(key, ([], [], [], scale))
-                own_slots.append(slot)
+                kind = (tensors[0].device, tensors[0].dtype, size, num_rows, bool(minus), scale_key)
+                own_keys, own_tensors, own_minus, *_ = alike.setdefault(kind, ([], [], [], scale, num_rows))
+                own_keys.append(key)
                 own_tensors += tensors
                 own_minus += minus
             else:
                 values = local_statistics(tensors, statistics, workspace, minus)
-                into.parts.append(([slot], {statistic: value.view(1) for statistic, value in values.items()}, scale))
-    for own_slots, own_tensors, own_minus, scale in alike.values():
-        into.parts.append((own_slots, statistics_of_each(own_tensors, own_minus, statistics, workspace), scale))
+                into.parts.append(([key], {statistic: value.view(1) for statistic, value in values.items()}, scale))
+    for own_keys, own_tensors, own_minus, scale, num_rows in alike.values():
+        each = statistics_of_each(own_tensors, own_minus, statistics, workspace, num_rows)
+        into.parts.append((own_keys, each, scale))
 
 
 def _local_statistics(request: Request, taken: Taken, numel: Tensor, slots: Slots) -> dict[Statistic, Tensor]:
     """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
-    slots_of_values = [slot for own, _, _ in taken.parts for slot in own]
+    scope, keys_of_values = request.scope, [key for own, _, _ in taken.parts for key in own]
     # Parameters without a tensor count as zeros. To most statistics they add nothing, but they are the smallest |x|, and a
     # power of zero with a negative exponent is infinite.
-    num_owned = slots.by_scope(request.scope)[1]
-    with_zeros = [slot for slot, number in num_owned.items() if number != taken.num_seen[slot]]
+    num_owned = slots.keys(scope)[1]
+    with_zeros = [key for key, number in num_owned.items() if number != taken.num_seen[key]]
     totals = {}
     for statistic in request.metric.statistics:
         of_zero = math.inf if statistic.kind == "power" and statistic.p < 0 else 0.0
         found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in taken.parts]
-        found_slots = slots_of_values
+        keys = keys_of_values
         if with_zeros and (of_zero or statistic.kind == "min"):
-            found.append(numel.new_full((len(with_zeros),), of_zero))
-            found_slots = slots_of_values + with_zeros
-        totals[statistic] = _by_slot(found_slots, found, statistic, numel)
+            num_zeros = sum(slots.num_cells[key] for key in with_zeros) if scope == "matrix" else len(with_zeros)
+            found.append(numel.new_full((num_zeros,), of_zero))
+            keys = keys_of_values + with_zeros
+        if keys and scope in OWN:
+            # Each number comes from one tensor, and has a slot of its own.
+            index = slots.index(keys, scope, numel.device)
+            totals[statistic] = torch.full_like(numel, statistic.identity).index_copy(0, index, torch.cat(found))
+        else:
+            totals[statistic] = _by_slot(keys, found, statistic, numel)
     return totals
 
 

@@ -14,7 +14,8 @@ from ..kernels.sums import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic
 
 # What a metric may be taken of, and over which parameters.
 SOURCES = ("update", "grad", "params")
-SCOPES = ("all", "group", "tensor")
+# From the coarsest to the finest; a "matrix" is the last two dimensions of a tensor.
+SCOPES = ("all", "group", "tensor", "matrix")
 
 Statistics = Mapping[Statistic, Tensor]
 
@@ -25,7 +26,7 @@ class Metric:
 
     name: "l2", "mad", ...; metrics of one name are equal.
     statistics: the sums and extrema that the formula needs.
-    finish: the formula, elementwise over slots (all parameters; or each group; or each tensor).
+    finish: the formula, elementwise over slots (all parameters; or each group; each tensor; each matrix).
     """
 
     name: str
@@ -101,7 +102,8 @@ class Measure:
 
     of: "update", "grad" or "params", the tensors it is taken of.
     metric: a metric's name, or a number p, see `parse_metric`.
-    scope: "all" for one number over all parameters, "group" for one per param group, "tensor" for one per parameter.
+    scope: "all" for one number over all parameters, "group" for one per param group, "tensor" for one per parameter,
+        "matrix" for one per matrix: the last two dimensions of a parameter, so one for each of stacked experts [E, m, n].
     parsed: the metric itself. Two measures are equal if they ask for the same number, however it is written.
     Raises ValueError for what is none of these.
 

@@ -34,12 +34,14 @@ class Plan:
     exactly once.
 
     world: the ranks that hold the model.
-    entries: the parameters of this rank; the next four are in the same order.
+    entries: the parameters of this rank; the next five are in the same order.
     pieces: what this rank holds of each.
     owned: whether this rank owns the piece.
     name_ids: the place of each name among all names of the model, the order of numbers by parameter.
     num_holders: how many ranks hold the piece.
+    first_cells: the place of its first matrix among all matrices of the model, the order of numbers by matrix.
     num_names: parameters of the whole model.
+    num_cells: matrices of the whole model: stacked ones count one by one, and 1-d and 0-d parameters as one each.
     num_groups: param groups of the model.
     numel: elements of the whole model, each counted once.
     has_copies: whether any piece of the model is held by several ranks. This and the next are the same on every rank.
@@ -60,7 +62,9 @@ class Plan:
     owned: tuple[bool, ...]
     name_ids: tuple[int, ...]
     num_holders: tuple[int, ...]
+    first_cells: tuple[int, ...] = field(repr=False)
     num_names: int
+    num_cells: int
     num_groups: int
     numel: int
     has_copies: bool
@@ -129,6 +133,15 @@ class Plan:
         """Elements of the whole before a counted piece; 0 for other pieces. The plan must be built with `offsets`."""
         return self._offsets[position]
 
+    def slots_of(self, position: int, scope: str) -> list[int]:
+        """The places of a parameter's own numbers among those of all parameters, scope "tensor", or all matrices, "matrix".
+
+        Of matrices: those that this rank holds (a part of), in the order of its elements.
+        """
+        if scope == "tensor":
+            return [self.name_ids[position]]
+        return [self.first_cells[position] + cell for cell in self.pieces[position].cells()]
+
     def fits(self, entries: Sequence[NamedParam]) -> bool:
         """Whether the plan still holds: same names, groups, shapes, dtypes and placements, in whatever storage. Local.
 
@@ -166,16 +179,18 @@ def build_plan(
     rules: str = "",
     offsets: bool = False,
     frozen: Collection[int] = (),
+    by_matrix: bool = False,
 ) -> Plan:
     """`Plan.build` for parameters that have been read already.
 
     rules: what will be measured, as text; must be the same on every rank.
     offsets: whether `Plan.offset_of` will be asked.
     frozen: positions of parameters that are not trained now; these may be anything, and their copies are not compared.
+    by_matrix: whether numbers of single matrices will be asked for.
     """
     # On this rank alone, since it is an error of the call, the same on every rank that runs the same program.
     check_layout(layout or {})
-    args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets, frozenset(frozen))
+    args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets, frozenset(frozen), by_matrix)
     found = build(entries, args)
     return Plan(
         world=replace(args.world, error_store=found.error_store),
@@ -184,7 +199,9 @@ def build_plan(
         owned=found.owned,
         name_ids=found.name_ids,
         num_holders=found.num_holders,
+        first_cells=found.first_cells,
         num_names=found.num_names,
+        num_cells=found.num_cells,
         num_groups=found.num_groups,
         numel=found.numel,
         has_copies=found.has_copies,
@@ -256,11 +273,12 @@ class PlanCache:
         plan = self.plan if self.is_current else None
         return plan is not None and plan.fits(entries) and (key is None or self._key == key)
 
-    def build(self, entries: tuple[NamedParam, ...], rules: str, key: Hashable) -> Plan:
+    def build(self, entries: tuple[NamedParam, ...], rules: str, key: Hashable, by_matrix: bool = False) -> Plan:
         """Build the plan together with the other ranks.
 
         rules: a text that must be the same on every rank.
         key: what makes the plan fit, besides the parameters.
+        by_matrix: whether numbers of single matrices will be asked for.
         """
         if self.plan is not None and not self.is_current:
             # The default process group has been made after the plan, or anew with other ranks. The old one may be dead,
@@ -282,6 +300,7 @@ class PlanCache:
             rules,
             self._with_offsets,
             frozen_in(entries),
+            by_matrix,
         )
         self._key = key
         return self.plan

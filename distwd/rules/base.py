@@ -189,7 +189,16 @@ class Rule(Transform):
         else:
             # To the gradient itself: what comes later in the chain, and `p.grad`, see it.
             pending = batch.pending.mask
-            add_terms(batch.grads, batch.params, [term], 1.0, batch.grads, pending, workspace=batch.workspace)
+            add_terms(
+                batch.grads,
+                batch.params,
+                [term],
+                1.0,
+                batch.grads,
+                pending,
+                workspace=batch.workspace,
+                num_cells=batch.num_cells,
+            )
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """What it measures, and how its direction differs from p, for `print(optimizer)`."""

@@ -19,7 +19,7 @@ from .explain import SHOWN, PieceReport, explain
 from .layout import Layout, Mark, find_mark
 from .ownership import CHECKSUM, NUM_COLUMNS, OwnerTable, checksums_of, offsets_of, resolve, rows_of, stable_hash
 from .params import NamedParam
-from .pieces import Meshes, Piece, check_params, describe, is_measurable
+from .pieces import Meshes, Piece, check_matrices, check_params, describe, is_measurable
 from .world import ErrorStore, World
 
 # The first row of every rank is about the rank itself: whether it objects, a hash of its rules, whether its tensors are
@@ -44,6 +44,7 @@ class BuildArgs:
     rules: what will be measured, as text; must be the same on every rank.
     offsets: whether to find where counted pieces begin in their wholes.
     frozen: positions of parameters that are not trained now.
+    by_matrix: whether numbers of single matrices will be asked for, so that each tensor must tell its own.
     """
 
     world: World
@@ -52,6 +53,7 @@ class BuildArgs:
     rules: str = ""
     offsets: bool = False
     frozen: frozenset[int] = frozenset()
+    by_matrix: bool = False
 
     @property
     def arguments(self) -> str:
@@ -67,9 +69,11 @@ class Ownership:
     owned: whether this rank owns the piece.
     name_ids: the place of each name among all names.
     num_holders: how many ranks hold each piece.
+    first_cells: the place of each parameter's first matrix among all matrices of the model, in the order of the names.
     offsets: elements of the whole before each counted piece; () if that was not asked for.
     has_copies: whether any piece is held by several ranks.
     num_names: how many names there are.
+    num_cells: how many matrices there are.
     num_groups: the largest number of param groups of any rank.
     numel: elements of all whole tensors.
     alike: tuples of names that have the same bits, see `OwnerTable.alike`.
@@ -82,9 +86,11 @@ class Ownership:
     owned: tuple[bool, ...]
     name_ids: tuple[int, ...]
     num_holders: tuple[int, ...]
+    first_cells: tuple[int, ...]
     offsets: tuple[int, ...]
     has_copies: bool
     num_names: int
+    num_cells: int
     num_groups: int
     numel: int
     alike: list[tuple[int, ...]]
@@ -117,14 +123,17 @@ def _build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
     # The other ranks of a fake backend, which simulates many in one process, have told nothing.
     if not args.world.is_fake:
         _check_pieces(found, entries, local, args.world)
+    first_cells = found.num_cells.cumsum(0) - found.num_cells
     return Ownership(
         pieces=local.pieces,
         owned=tuple(found.owned.tolist()),
         name_ids=tuple(found.name_ids.tolist()),
         num_holders=tuple(found.holders.tolist()),
+        first_cells=tuple(first_cells[found.name_ids].tolist()),
         offsets=offsets_of(local.pieces, rows) if args.offsets else (),
         has_copies=found.has_copies and not args.world.is_fake,
         num_names=len(found.names),
+        num_cells=int(found.num_cells.sum()),
         alike=[] if args.world.is_fake else found.alike,
         num_groups=num_groups,
         numel=found.numel,
@@ -221,6 +230,8 @@ def _describe_all(entries: Sequence[NamedParam], args: BuildArgs, matched: set[i
             # It will never be trained (4-bit weights in integers, say), so its shape and where it lies do not matter.
             yield Piece(entry.name, (0,), entry.tensor.dtype, ((),), (0,), "frozen", ())
         else:
+            if args.by_matrix:
+                check_matrices(entry.name, entry.tensor, mark)
             yield describe(entry.name, entry.tensor, mark, meshes)
 
 

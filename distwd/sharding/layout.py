@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -42,6 +42,7 @@ class Sharded:
     that is not in its placements, as of experts whose expert-parallel axis is not in their mesh.
 
     group: a process group that this rank belongs to; None for all ranks.
+    num_dims: dimensions of the whole, where its pieces are flat and do not show them (`from_fsdp1` tells it); None: theirs.
     Source: torch's `Shard` placement.
 
     >>> from distwd import Sharded
@@ -50,6 +51,7 @@ class Sharded:
     """
 
     group: dist.ProcessGroup | None = None
+    num_dims: int | None = field(default=None, repr=False, kw_only=True)
 
     @staticmethod
     def from_fsdp1(model: torch.nn.Module) -> Layout:
@@ -65,22 +67,25 @@ class Sharded:
         from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
         # Nested modules may be wrapped with different groups and strategies (HYBRID_SHARD beside NO_SHARD), so one mark
-        # for each.
+        # for each. And the pieces are flat: how many dimensions the parameters have is said beside them.
         by_group: dict[Any, list[Tensor]] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             flat = flat_param_of(module)
             if flat is not None:
                 is_whole = module.sharding_strategy is ShardingStrategy.NO_SHARD
                 # The optimizer holds the original parameters if there are such, else the flat one.
-                tensors = [param for param, _ in original_params(flat)] or [flat]
-                by_group.setdefault((module.process_group, is_whole), []).extend(tensors)
+                for tensor, shape in original_params(flat):
+                    num_dims = None if is_whole else len(shape)
+                    by_group.setdefault((module.process_group, is_whole, num_dims), []).append(tensor)
+                if not original_params(flat):
+                    by_group.setdefault((module.process_group, is_whole, None), []).append(flat)
         if not by_group:
             raise ValueError(
                 "from_fsdp1: nothing in the model is wrapped with FullyShardedDataParallel; DTensors need no layout"
             )
         return {
-            _IsOneOf(tuple(tensors)): Replicated(group) if is_whole else Sharded(group)
-            for (group, is_whole), tensors in by_group.items()
+            _IsOneOf(tuple(tensors)): Replicated(group) if is_whole else Sharded(group, num_dims=num_dims)
+            for (group, is_whole, num_dims), tensors in by_group.items()
         }
 
 

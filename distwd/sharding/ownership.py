@@ -16,9 +16,10 @@ from torch import Tensor
 from .pieces import Piece
 
 # NAME: hash of the name. META: hash of what must be equal on all ranks. WHOLE, VOLUME: of the whole tensor and of the
-# piece, see `_volume`. NUMEL: elements of the piece. CHECKSUM: of its bits. VARIES: 1 if its elements are not all equal.
+# piece, see `_volume`. NUMEL: elements of the piece. CHECKSUM: of its bits. CELLS: twice the number of matrices in the whole,
+# and 1 more if the piece's elements are not all equal.
 NUM_COLUMNS = 7
-NAME, META, WHOLE, VOLUME, NUMEL, CHECKSUM, VARIES = range(NUM_COLUMNS)
+NAME, META, WHOLE, VOLUME, NUMEL, CHECKSUM, CELLS = range(NUM_COLUMNS)
 _CHECKSUM_BLOCK = 1 << 20
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,14 +39,14 @@ def rows_of(
     Returns [pieces, 7] int64.
     """
     rows = []
-    for piece, group, checksum in zip(pieces, groups, checksums, strict=True):
+    for piece, group, (checksum, varies) in zip(pieces, groups, checksums, strict=True):
         # Position is a weak name: a rank with other layers has other parameters at the same positions. Equal positions
         # must at least live on equal meshes. And the group counts, since per-group numbers add up what has one group
         # index.
         meta = (piece.shape, piece.is_counted, str(piece.dtype), () if named else piece.mesh, group)
         whole = _volume([((0, size),) for size in piece.shape])
-        numbers = [stable_hash(piece.name), stable_hash(meta), whole, _volume(piece.cuts), piece.numel, *checksum]
-        rows.append(numbers)
+        described = [stable_hash(piece.name), stable_hash(meta), whole, _volume(piece.cuts), piece.numel]
+        rows.append([*described, checksum, 2 * piece.num_cells + varies])
     return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), NUM_COLUMNS)
 
 
@@ -99,6 +100,7 @@ class OwnerTable:
     """What the rows of all ranks say together; but for the three fields of `rank`, the same on every rank.
 
     names: [names] int64, sorted hashes of every name that any rank holds; per-tensor numbers are in this order.
+    num_cells: [names] int64, how many matrices each whole tensor is.
     numel: elements of all whole tensors.
     name_ids: [rows of rank] int64, the place of each row's name in `names`.
     owned: [rows of rank] bool, whether this rank owns the piece.
@@ -111,6 +113,7 @@ class OwnerTable:
     """
 
     names: Tensor
+    num_cells: Tensor
     numel: int
     name_ids: Tensor
     owned: Tensor
@@ -161,13 +164,16 @@ def resolve(rows: Sequence[Tensor], rank: int) -> OwnerTable:
     bits = checksum * 0x2545F4914F6CDD1D + volume
     bits = (bits ^ (bits >> 29)) * 0x369DEA0F31A53F85
     bits_of_name = zeros.index_add(0, ids[owned], bits[owned])
-    varies = zeros.scatter_reduce(0, name_ids, column(VARIES), "amax") > 0
+    # Every rank needs the number of matrices of every name: those of a pipeline stage count on all ranks.
+    cells = column(CELLS)
+    varies = zeros.scatter_reduce(0, name_ids, cells % 2, "amax") > 0
     # The rows of `rank`, found among the sorted ones and put back into their own order.
     begin = sum(len(part) for part in rows[:rank])
     own = (order >= begin) & (order < begin + len(rows[rank]))
     back = order[own].argsort()
     return OwnerTable(
         names,
+        zeros.scatter_reduce(0, name_ids, cells // 2, "amax"),
         int(elements[owned].sum()),
         ids[own][back],
         owned[own][back],

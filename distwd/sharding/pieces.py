@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from .._torch import ORDINARY, StridedShard, local_tensor, padding_of_shard
+from .._torch import ORDINARY, StridedShard, is_flat_param, is_in_fsdp1, local_tensor, padding_of_shard
 from .layout import Mark, Sharded
 from .params import NamedParam, check_has_shape
 from .world import World
@@ -43,6 +43,7 @@ class Piece:
     padding: elements at the end of the local tensor that belong to nobody.
     is_counted: whether the whole is known as a number of pieces only. Then `shape` is (number of pieces,) and `cuts`
         says which.
+    num_stacked: leading dimensions of the whole of which each index is a matrix of its own: all but the last two.
     """
 
     name: str
@@ -54,11 +55,30 @@ class Piece:
     mesh: tuple[int, ...]
     padding: int = 0
     is_counted: bool = False
+    num_stacked: int = 0
 
     @property
     def numel(self) -> int:
         """Elements of the whole that are here."""
         return math.prod(self.local_shape) - self.padding
+
+    @property
+    def num_cells(self) -> int:
+        """Matrices of the whole: a cell is what has one number under scope="matrix"."""
+        return math.prod(self.shape[: self.num_stacked])
+
+    @property
+    def local_stack(self) -> tuple[int, ...]:
+        """How many indices of each stacked dimension are here; () for a single matrix."""
+        return tuple(map(_length, self.cuts[: self.num_stacked]))
+
+    def cells(self) -> list[int]:
+        """The numbers, in the whole, of the matrices that this piece holds (a part of); in the order of its elements."""
+        cells = [0]
+        for cut, size in zip(self.cuts[: self.num_stacked], self.shape, strict=False):
+            indices = [index for start, stop in cut for index in range(start, stop)]
+            cells = [cell * size + index for cell in cells for index in indices]
+        return cells
 
 
 def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes | None = None) -> Piece:
@@ -71,7 +91,7 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     """
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
     whole = tuple(((0, size),) for size in shape)
-    piece = Piece(name, shape, tensor.dtype, whole, local, "plain", ())
+    piece = Piece(name, shape, tensor.dtype, whole, local, "plain", (), num_stacked=max(len(shape) - 2, 0))
     if isinstance(tensor, DTensor):
         meshes = {} if meshes is None else meshes
         mesh = tensor.device_mesh
@@ -104,6 +124,8 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     world = World.of(mark.group)
     ranks = tuple(dist.get_process_group_ranks(world.group)) if world.group is not None else ()
     own_shape, own_cuts = (piece.shape, piece.cuts) if piece.mesh else ((), ())
+    # Hidden expert parallelism cuts a stack between its matrices; a lone matrix is cut itself.
+    num_stacked = piece.num_stacked + 1 if piece.mesh and piece.num_stacked else 0
     return replace(
         piece,
         shape=(world.size, *own_shape),
@@ -112,7 +134,33 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
         mesh=(*ranks, *piece.mesh),
         padding=padding_of_shard(tensor),
         is_counted=not piece.mesh,
+        num_stacked=num_stacked,
     )
+
+
+def check_matrices(name: str, tensor: Tensor, mark: Mark | None) -> None:
+    """Raise ValueError for a plain tensor that does not tell which matrices its elements are of."""
+    if isinstance(tensor, DTensor):
+        return
+    others = "scope='matrix' needs a number for each matrix of it"
+    if is_flat_param(tensor):
+        raise ValueError(
+            f"{name} is a FlatParameter of FSDP1, many parameters in one, and {others}: wrap with use_orig_params=True or use "
+            "FSDP2 (fully_shard), or give the rule another scope"
+        )
+    if not isinstance(mark, Sharded):
+        return
+    num_dims = tensor.dim() if mark.num_dims is None else mark.num_dims
+    if is_in_fsdp1(tensor) and mark.num_dims is None:
+        raise ValueError(
+            f"{name} is a flat piece of a parameter in FSDP1, and {others}: pass layout=Sharded.from_fsdp1(model), which "
+            "knows the shape of the parameter"
+        )
+    if num_dims > 2:
+        raise ValueError(
+            f"{name} is a plain piece of a tensor of {num_dims} dimensions, which does not tell how its matrices are cut, and "
+            f"{others}: make it a DTensor (DTensor.from_local with its mesh and placements), or give the rule another scope"
+        )
 
 
 def check_params(entries: Sequence[NamedParam], frozen: Collection[int] = ()) -> None:

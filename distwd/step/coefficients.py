@@ -14,8 +14,8 @@ from .._torch import local_tensor
 from ..checks import plain_number
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
-from ..metrics.measure import Request, Slots, Source, Taken, measure, take
-from ..metrics.metric import SCOPES, Measure, parse_metric
+from ..metrics.measure import OWN, Request, Slots, Source, Taken, measure, take
+from ..metrics.metric import Measure, parse_metric
 from ..metrics.plan import Plan
 from .phases import Phase
 from .state import COUNT, KeptNumbers
@@ -29,11 +29,11 @@ _MAX_KEPT = 16  # sets of frozen parameters
 class Coefficient:
     """What one rule was told, and what it answered, for one param group.
 
-    scope: of all its numbers; each is a tensor [slots]: one slot for "all", one for each group or each parameter.
+    scope: of all its numbers; each is a tensor [slots]: one slot for "all", one for each group, parameter or matrix.
     numbers: measured and kept ones by name, float64: as the rule was given them, and kept ones as they are after the step.
     value: the coefficient, float32.
     old, new: kept numbers before the step, and those that the rule answered; stored when the step has been written.
-    has_gradient: [parameters of the model] bool, where numbers of single parameters are kept; None: they all move.
+    has_gradient: [slots] bool, where numbers of single parameters or matrices are kept; None: they all move.
     dtype: of the numbers that users are shown.
     plan: whose slots the numbers of single parameters have; the plan of today may number them otherwise. None for others.
     """
@@ -63,8 +63,15 @@ class Coefficients:
         self._measured: dict[tuple[int, Measure], Tensor] = {}
         self._last: dict[str, dict[int, Coefficient]] = {}
         self._taken: dict[tuple[int, Measure], Taken] = {}  # by the position of the phase that will reduce them
-        self._has_gradient: Tensor | None = None  # [parameters of the model] bool, where a rule keeps numbers of them
+        self._has_gradient: dict[
+            str, Tensor
+        ] = {}  # by scope [slots] bool, where a rule keeps numbers of single parameters
         self._slots_of_plan: dict[tuple[int, ...], Slots] = {}  # by what is frozen
+
+    @property
+    def plan(self) -> Plan:
+        """Whose parameters are measured."""
+        return self._plan()
 
     def _slots(self, frozen: tuple[int, ...] = ()) -> Slots:
         """In which slot each parameter counts; kept as long as the plan is the same."""
@@ -82,7 +89,7 @@ class Coefficients:
         """Forget what was measured in the last step."""
         self._measured.clear()
         self._taken.clear()
-        self._has_gradient = None
+        self._has_gradient.clear()
 
     def take(self, phases: Sequence[Phase], position: int, step: Step) -> None:
         """Take the local sums that the transform at `position` may spoil for a later phase. May be called for parts of a step."""
@@ -102,16 +109,21 @@ class Coefficients:
         taken = {ask: self._taken.pop((phase.position, ask), None) for ask in asks}
         sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks if taken[ask] is None)}
         requests = [Request(ask.parsed, sources.get(ask.of, ()), ask.scope, taken[ask]) for ask in asks]
-        counts_gradients = any(ask.scope == "tensor" and self._kept.is_kept_by(index) for index, ask in phase.asks)
-        if counts_gradients:
+        counted = dict.fromkeys(
+            ask.scope for index, ask in phase.asks if ask.scope in OWN and self._kept.is_kept_by(index)
+        )
+        for scope in counted:
             # A kept number of one parameter moves if the parameter has a gradient anywhere. Ranks whose shard is empty
-            # may have none (FSDP1), so that is counted in the same reduction: a 1 for each gradient of an owner.
-            ones = [(batch, torch.ones(1, device=batch.params[0].device)) for batch in step.batches]
-            found = [Source(batch.index, [one] * len(batch.index)) for batch, one in ones]
-            requests.append(Request(parse_metric("l0"), found, "tensor"))
+            # may have none (FSDP1), so that is counted in the same reduction: a 1 for each gradient of an owner, for
+            # each matrix that it owns a part of.
+            found = []
+            for batch in step.batches:
+                one = torch.ones(1, device=batch.params[0].device)
+                nums = [slots.num_cells[position] if scope == "matrix" else 1 for position in batch.index]
+                found.append(Source(batch.index, [one if num == 1 else one.expand(num) for num in nums]))
+            requests.append(Request(parse_metric("l0"), found, scope))
         numbers_of = measure(slots.plan, requests, slots=slots, workspace=step.workspace)
-        if counts_gradients:
-            self._has_gradient = numbers_of.pop() > 0
+        self._has_gradient.update({scope: numbers_of.pop() > 0 for scope in reversed(counted)})
         numbers = dict(zip(asks, numbers_of, strict=True))
         for index, ask in phase.asks:
             self._measured[index, ask] = numbers[ask]
@@ -143,15 +155,17 @@ class Coefficients:
         """Give a rule its numbers for one group, and check what it answers."""
         asks, begins = settings.asks, settings.keeps
         # All numbers come at the finest scope that the rule asks for.
-        scope = max((ask.scope for ask in asks.values()), key=SCOPES.index, default="all")
+        scope = settings.scope
         measured: dict[str, Tensor] = {}
         for name, ask in asks.items():
             values = self._measured[bound.index, ask]
-            # Of a coarser scope: the number of all, or of this group, for each slot.
+            # Of a coarser scope: the number of all, of this group, or of the matrix's parameter, for each slot.
             if ask.scope != scope:
-                plan = self._plan()
-                num_slots = plan.num_groups if scope == "group" else plan.num_names
-                values = values[index if ask.scope == "group" else 0].expand(num_slots)
+                slots = self._slots()
+                if ask.scope == "tensor":
+                    values = slots.by_matrix(values)
+                else:
+                    values = values[index if ask.scope == "group" else 0].expand(slots.num_slots(scope))
             measured[name] = values
         if measured:
             like = next(iter(measured.values()))
@@ -164,13 +178,14 @@ class Coefficients:
         kept: dict[str, Tensor] = {}
         positions = _trainable(step, index) if begins else []
         entries = [step.entries[position] for position in positions]
-        is_shared = scope != "tensor"
-        stored = self._kept.read(bound, begins, entries, index, like.device, is_shared) if begins else {}
+        is_shared = scope not in OWN
+        nums = self._nums(positions, scope)
+        stored = self._kept.read(bound, begins, entries, index, like.device, nums) if begins else {}
         for name, values in stored.items():
-            if scope == "tensor":
+            if not is_shared:
                 # Slots of parameters that other ranks hold stay NaN: nobody here asks for them.
-                slots = self._slots().index(positions, like.device)
-                kept[name] = torch.full_like(like, torch.nan).index_copy(0, slots, values)
+                own_slots = self._slots().index(positions, scope, like.device)
+                kept[name] = torch.full_like(like, torch.nan).index_copy(0, own_slots, values)
             else:
                 kept[name] = values.expand(len(like))
         old = dict(kept)
@@ -191,17 +206,27 @@ class Coefficients:
             value = torch.where(decay.to(value.device) == 0, 0.0, value)
         dtype = self._plan().result_dtype if asks else torch.float32
         # A rule in a closure acts before the others of the step measure, so this belongs to its answer.
-        has_gradient = None if is_shared else self._has_gradient
-        own_plan = self._plan() if scope == "tensor" else None
+        has_gradient = self._has_gradient.get(scope)
+        own_plan = None if is_shared else self._plan()
         return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, has_gradient, dtype, own_plan)
 
+    def _nums(self, positions: Sequence[int], scope: str) -> list[int] | None:
+        """How many numbers of their own these parameters have on this rank; None where they share one."""
+        if scope not in OWN:
+            return None
+        return [self._slots().num_cells[position] if scope == "matrix" else 1 for position in positions]
+
     def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
-        """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter of the batch."""
+        """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter (or matrix) of the batch."""
         known = self._last[bound.label][batch.group_index]
         # Rates are float64 until they meet the parameter's dtype: λ·lr·M is rounded once.
         value = known.value.to(wide_dtype(known.value.device))
-        if known.scope == "tensor":
-            return value[self._slots().index(batch.index, value.device)]
+        if known.scope in OWN:
+            slots, scope = self._slots(), known.scope
+            # Beside numbers of single matrices, those of parameters come as one for each matrix, too.
+            if scope == "tensor" and batch.num_cells is not None and any(num != 1 for num in batch.num_cells):
+                value, scope = slots.by_matrix(value), "matrix"
+            return value[slots.index(batch.index, scope, value.device)]
         return value[batch.group_index if known.scope == "group" else 0]
 
     def keep(self, bound: BoundTransform, step: Step, groups: frozenset[int]) -> None:
@@ -209,7 +234,7 @@ class Coefficients:
         for index, known in list(self._last.get(bound.label, {}).items()):
             if index not in groups or not known.new:
                 continue
-            device, is_shared = known.value.device, known.scope != "tensor"
+            device, is_shared = known.value.device, known.scope not in OWN
             # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
             rests = None if known.has_gradient is None else ~known.has_gradient
             found_inf = step.found_inf.get(index)
@@ -228,9 +253,10 @@ class Coefficients:
                 slot = index if known.scope == "group" else 0
                 values = {name: value[slot].reshape(1) for name, value in now.items()}
             else:
-                slots = self._slots().index(positions, device)
+                slots = self._slots().index(positions, known.scope, device)
                 values = {name: value[slots] for name, value in now.items()}
-            self._kept.write(bound, values, entries, index, is_shared)
+            nums = self._nums(positions, known.scope)
+            self._kept.write(bound, values, entries, index, nums, known.scope == "matrix")
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -261,8 +287,12 @@ class Coefficients:
             originals.add(id(original))
             if (plan := known.plan) is not None:
                 values = original if name is None else original.to(known.dtype)
-                slots = zip(plan.entries, plan.name_ids, strict=True)
-                shown.update({entry.name: values[slot] for entry, slot in slots if entry.group == index})
+                for position, entry in enumerate(plan.entries):
+                    if entry.group == index:
+                        slots = torch.tensor(plan.slots_of(position, known.scope), dtype=torch.int64)
+                        # Of a stack one for each matrix that lies here, in the shape of the stack; else one number.
+                        shape = plan.pieces[position].local_stack if known.scope == "matrix" else ()
+                        shown[entry.name] = values[slots.to(values.device)].view(shape)
             else:
                 value = original[index if known.scope == "group" else 0]
                 shown[index] = value if name is None else value.to(known.dtype)

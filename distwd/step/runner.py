@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -171,6 +172,11 @@ class StepRunner:
         )
         if self._rounding.is_stochastic:
             self._rounding.begin(step.entries, step.batches, lambda: self.plan)
+        if _measures_matrices(self._schedules):
+            # A number of a matrix is written to that matrix alone. All 1-d rates of a batch have one number for each.
+            pieces = self._coefficients.plan.pieces
+            for batch in step.batches:
+                batch.num_cells = [math.prod(pieces[position].local_stack) for position in batch.index]
         if self._tracks:
             # One for each group, though a group may have several batches.
             tallies = {batch.group_index: Tally() for batch in step.batches}
@@ -275,7 +281,7 @@ class StepRunner:
         # All ranks must mean the same metrics and the same noise, so this text is part of the exchange.
         had_plan = self.plans.plan is not None
         try:
-            return self.plans.build(params.entries, rules, schedules)
+            return self.plans.build(params.entries, rules, schedules, _measures_matrices(schedules))
         except PlanError:
             if had_plan and self.plans.plan is not None:
                 self.params.forget()  # the others have not come: a change of the groups may be taken back
@@ -307,6 +313,11 @@ class StepRunner:
                 raise ValueError(_IN_PARTS.format(label=labels[index], shown=shown, all=of))
             if is_piecewise:
                 raise ValueError(_PIECE_BY_PIECE.format(label=labels[index]))
+
+
+def _measures_matrices(schedules: tuple[Schedule, Schedule]) -> bool:
+    """Whether any number of a step is of single matrices."""
+    return any(ask.scope == "matrix" for schedule in schedules for _, ask in schedule.asks)
 
 
 IN_BACKWARD = (

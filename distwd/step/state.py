@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .._torch import local_tensor
+from .._torch import StridedShard, local_tensor
 from ..kernels.sums import wide_dtype
 from ..metrics.metric import Measure
 from ..sharding.params import NamedParam
-from .transform import BoundTransform, Transform
+from ..sharding.pieces import describe
+from .transform import BoundTransform, Transform, finest_scope
 
 State = dict[str, Any]
+
+SHARDS = (Shard, StridedShard)  # the second is no subclass of the first in every release
 
 PREFIX = "distwd_"  # of the keys of kept numbers in an optimizer's state
 # Counts the steps of numbers that begin as a metric. It tells that they have begun; no value of theirs could.
@@ -28,10 +33,11 @@ def is_kept_key(key: str) -> bool:
 
 
 class KeptNumbers:
-    """Kept numbers of the rules of one optimizer, as 0-d float32 tensors in `optimizer.state[p]`.
+    """Kept numbers of the rules of one optimizer, as float32 tensors in `optimizer.state[p]`: 0-d, or [E] for a stack [E, m, n].
 
     There they travel in every state dict and checkpoint, and a parameter takes its numbers along to any sharding. A number
-    over all parameters, or over a group, is one tensor that the parameters of a group share.
+    over all parameters, or over a group, is one tensor that the parameters of a group share. Numbers of stacked matrices
+    are cut as these are.
 
     transforms: the bound transforms.
     state_of: the `state` of the optimizer that holds a parameter, by parameter.
@@ -80,7 +86,8 @@ class KeptNumbers:
         missing: set[str] = set()
         for bound in self._transforms:
             for index, group in enumerate(groups):
-                names = self.names(bound.transform.keeps(bound.settings(group)))
+                asks, keeps = bound.asks(bound.settings(group))
+                names, by_matrix = self.names(keeps), finest_scope(asks) == "matrix"
                 for entry in entries if names else ():
                     param = entry.tensor
                     if entry.group != index or not param.requires_grad or param.is_meta or not self._may_keep(param):
@@ -88,9 +95,13 @@ class KeptNumbers:
                     state = self._state_of(param).setdefault(param, {})
                     for name, begins in names.items():
                         key = f"{bound.state_prefix}_{name}"
-                        if key not in state:
-                            new = torch.full((), begins, dtype=torch.float32, device=local_tensor(param).device)
-                            state[key] = self._unplaced.pop((key, param), new)
+                        # A rule that had another scope when it was saved has kept other numbers.
+                        shape = param.shape[:-2] if by_matrix else ()
+                        if key not in state or (is_loaded and state[key].shape != shape):
+                            new = numbers_like(param, begins, by_matrix)
+                            if (moved := self._unplaced.pop((key, param), None)) is not None:
+                                local_tensor(new).copy_(moved.view_as(local_tensor(new)))
+                            state[key] = new
                             missing.add(bound.label)
         # A run that adds such a rule to an old checkpoint is legal, but nobody shall take the numbers for resumed ones.
         if is_loaded and missing and not self._has_warned:
@@ -108,13 +119,15 @@ class KeptNumbers:
         entries: Sequence[NamedParam],
         group: int,
         device: torch.device,
-        is_shared: bool,
+        nums: Sequence[int] | None,
     ) -> dict[str, Tensor]:
-        """The kept numbers of one rule for the parameters of one group, float64: [entries], or [1] if they share them.
+        """The kept numbers of one rule for the parameters of one group, float64, in one row.
+
+        nums: how many numbers each entry has of its own; None: all entries share one.
 
         Of a group without elements on this rank: NaN once a checkpoint has been loaded, since none was loaded here.
         """
-        wide = wide_dtype(device)
+        wide, is_shared = wide_dtype(device), nums is None
         found: dict[str, Tensor] = {}
         for name, begins in self.names(keeps).items():
             key = f"{bound.state_prefix}_{name}"
@@ -131,10 +144,12 @@ class KeptNumbers:
                 if self._is_loaded and all(is_empty_piece(entry.tensor) for entry in entries):
                     begins = torch.nan
             known = [
-                torch.full((), begins, dtype=wide, device=device) if value is None else value.to(device, wide)
-                for value in values
+                torch.full((num,), begins, dtype=wide, device=device)
+                if value is None
+                else local_tensor(value).reshape(-1).to(device, wide)
+                for value, num in zip(values, [1] if nums is None else nums, strict=True)
             ]
-            found[name] = torch.stack(known) if known else torch.zeros(0, dtype=wide, device=device)
+            found[name] = torch.cat(known) if known else torch.zeros(0, dtype=wide, device=device)
         return found
 
     def write(
@@ -143,35 +158,38 @@ class KeptNumbers:
         values: Mapping[str, Tensor],
         entries: Sequence[NamedParam],
         group: int,
-        is_shared: bool,
+        nums: Sequence[int] | None,
+        by_matrix: bool,
     ) -> None:
-        """Store the numbers of a step that counts: one for each of `entries` of a group, or one for all of them."""
+        """Store the numbers of a step that counts, as `read` returns them; by_matrix: whether a stack has one for each matrix."""
+        is_shared = nums is None
         for name, value in values.items():
             key = f"{bound.state_prefix}_{name}"
+            own = [value] * len(entries) if nums is None else value.split(list(nums))
             targets: list[Tensor] = []
             parts: list[Tensor] = []
             shared: dict[torch.device, Tensor] = {}
             if is_shared and not entries:
-                self._unplaced[key, group] = value[0].to(torch.float32)
+                self._unplaced[key, group] = value.to(torch.float32)
             for place, entry in enumerate(entries):
                 param = entry.tensor
                 if not self._may_keep(param):
-                    self._unplaced[key, param] = value[0 if is_shared else place].to(torch.float32)
+                    self._unplaced[key, param] = own[place].to(torch.float32)
                     continue
                 self._unplaced.pop((key, param), None)
                 state, device = self._state_of(param).setdefault(param, {}), local_tensor(param).device
                 target = state.get(key)
                 # A parameter that had no room for it in earlier steps gets it now, with the value that the others have.
                 if target is None:
-                    target = state[key] = torch.zeros((), dtype=torch.float32, device=device)
+                    target = state[key] = numbers_like(param, 0.0, by_matrix)
                 if is_shared:
                     # One tensor on each device, so that one write reaches all. Loading a checkpoint parts them.
                     known = shared.setdefault(device, target)
                     if known is not target:
                         state[key] = known
                         continue
-                targets.append(target)
-                parts.append(value[0 if is_shared else place].to(device, torch.float32))
+                targets.append(local_tensor(target))
+                parts.append(own[place].to(device, torch.float32).view(targets[-1].shape))
             # foreach raises on empty lists.
             if targets:
                 torch._foreach_copy_(targets, parts)
@@ -187,6 +205,22 @@ class KeptNumbers:
                 # An entry that was there for our numbers alone: an optimizer without state had none.
                 if entry.tensor in states and not state:
                     del states[entry.tensor]
+
+
+def numbers_like(param: Tensor, begins: float, by_matrix: bool) -> Tensor:
+    """New kept numbers of a parameter, float32: one, or, by matrix, one for each matrix of a stack, cut as the stack is."""
+    device, num_stacked = local_tensor(param).device, max(param.dim() - 2, 0)
+    if not by_matrix or not num_stacked:
+        return torch.full((), begins, dtype=torch.float32, device=device)
+    # Not by the shape of the local tensor: that of an empty one may be any.
+    local = torch.full(describe("", param).local_stack, begins, dtype=torch.float32, device=device)
+    if not isinstance(param, DTensor):
+        return local
+    # Where the matrices themselves are cut, the ranks that hold parts of them have copies of their numbers.
+    placements = [p if isinstance(p, SHARDS) and p.dim < num_stacked else Replicate() for p in param.placements]
+    shape = param.shape[:num_stacked]
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(num_stacked))
+    return DTensor.from_local(local, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def is_empty_piece(param: Tensor) -> bool:

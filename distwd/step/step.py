@@ -117,6 +117,8 @@ class Batch:
     written: terms of target="params_direct", which have been written already.
     random_stream: random bits for stochastic rounding; None: round to the nearest.
     tally: counts what the decay leaves unchanged; None: nobody asked.
+    num_cells: how many matrices of each parameter lie here, where rates are by matrix: every 1-d rate then has one number for
+        each of them, in order. None: 1-d rates have one for each parameter.
     """
 
     group: dict[str, Any]
@@ -132,6 +134,7 @@ class Batch:
     written: list[DecayTerm] = field(default_factory=list)
     random_stream: Iterator[RandomBits] | None = None
     tally: Tally | None = None
+    num_cells: list[int] | None = None
 
     @property
     def is_low(self) -> bool:
@@ -164,6 +167,7 @@ class Batch:
             pending=PendingUpdate(grads),
             terms=[],
             written=[],
+            num_cells=None if self.num_cells is None else [self.num_cells[number] for number in kept],
         )
 
     def scale_by(self, lr: Rate) -> None:
@@ -183,7 +187,16 @@ class Batch:
             without = [param.clone() for param in self.params]
             if tensors is not None:
                 spent = [tensor.clone() for tensor in tensors] if clear else tensors
-                apply_(without, [], spent, factor, workspace=self.workspace, random_bits=random_bits, clear=clear)
+                apply_(
+                    without,
+                    [],
+                    spent,
+                    factor,
+                    workspace=self.workspace,
+                    random_bits=random_bits,
+                    clear=clear,
+                    num_cells=self.num_cells,
+                )
         apply_(
             self.params,
             terms,
@@ -193,6 +206,7 @@ class Batch:
             workspace=self.workspace,
             random_bits=random_bits,
             clear=clear,
+            num_cells=self.num_cells,
         )
         if self.tally is not None and without is not None:
             self.tally.add(self.params, without)
@@ -201,7 +215,7 @@ class Batch:
         """Count what the terms leave unchanged where an optimizer does them itself: as if they were written alone."""
         if self.tally is not None:
             copies = [param.clone() for param in self.params]
-            apply_(copies, self.terms, workspace=self.workspace)
+            apply_(copies, self.terms, workspace=self.workspace, num_cells=self.num_cells)
             self.tally.add(copies, self.params)
 
     def materialize(self) -> None:
@@ -210,7 +224,16 @@ class Batch:
         pending = self.pending
         # Gradients and parameters are not ours to write to.
         out = pending.tensors if pending.is_owned else [torch.empty_like(u) for u in pending.tensors]
-        add_terms(pending.tensors, self.params, self.terms, pending.factor, out, pending.mask, workspace=self.workspace)
+        add_terms(
+            pending.tensors,
+            self.params,
+            self.terms,
+            pending.factor,
+            out,
+            pending.mask,
+            workspace=self.workspace,
+            num_cells=self.num_cells,
+        )
         self.is_absorbed = self.is_absorbed or bool(self.terms)
         self.pending, self.terms = PendingUpdate(out, is_owned=True), []
 

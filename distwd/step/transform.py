@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..checks import is_zero, plain_number
-from ..metrics.metric import Measure
+from ..metrics.metric import SCOPES, Measure
 from .step import Step
 
 
@@ -60,6 +60,11 @@ class Transform(ABC):
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.defaults.items())})"
 
 
+def finest_scope(asks: Mapping[str, Measure]) -> str:
+    """The scope in which a rule that asks for these is given all of its numbers."""
+    return max((ask.scope for ask in asks.values()), key=SCOPES.index, default="all")
+
+
 # Settings that are no numbers of another library.
 _AS_THEY_ARE = (float, int, bool, str, tuple, type(None), Tensor)
 
@@ -73,6 +78,7 @@ class GroupSettings:
     keeps: what its kept numbers begin with, by name.
     is_absolute: whether its rate is λ as it stands.
     is_off: whether λ is the number 0.
+    scope: the finest that it asks for, of which all of its numbers are.
     """
 
     values: dict[str, Any]
@@ -80,6 +86,7 @@ class GroupSettings:
     keeps: Mapping[str, float | Measure]
     is_absolute: bool
     is_off: bool
+    scope: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,16 +137,16 @@ class BoundTransform:
         else:
             # Tensors were checked when they came with the constructor or their group; reading one in a step would wait.
             self.transform.check({name: 0.0 if isinstance(v, Tensor) else v for name, v in values.items()})
-        asks, keeps = self._asks(values)
+        asks, keeps = self.asks(values)
         # A tensor is not read to find out: where it is 0, so is the rate.
         is_off = is_zero(values.get("weight_decay"))
-        return GroupSettings(values, asks, keeps, self.transform.is_absolute(values), is_off)
+        return GroupSettings(values, asks, keeps, self.transform.is_absolute(values), is_off, finest_scope(asks))
 
     def sign(self, group: Mapping[str, Any]) -> int:
         """−1 if an optimizer behind it maximizes: that ascends the update, so decay must be subtracted from it."""
         return math.prod(-1 if group.get(key, False) else 1 for key in self.maximize_keys)
 
-    def _asks(self, values: Mapping[str, Any]) -> tuple[dict[str, Measure], Mapping[str, float | Measure]]:
+    def asks(self, values: Mapping[str, Any]) -> tuple[dict[str, Measure], Mapping[str, float | Measure]]:
         """All metrics that it needs, those that kept numbers begin with included; and what it keeps. Checked."""
         found: dict[str, Mapping[str, Any]] = {}
         # By the methods' names here: those of the functions may be others, of a lambda or a decorator.
