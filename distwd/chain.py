@@ -150,7 +150,7 @@ class Chain(torch.optim.Optimizer):
         if has_mark:
             mark_initialized(self.state, [])
         restore_kept(self, kept)
-        if self._runner.kept.keeps_any:
+        if self._runner.kept.keeps_any or self._runner.anchors.keeps_any(self.param_groups):
             # What the checkpoint lacks begins anew. The optimizers' state too, and first: Adam begins its own only
             # while a parameter has none, and cannot know that a kept number is not Adam's.
             self._initialize(is_loaded=True)
@@ -260,6 +260,7 @@ class Chain(torch.optim.Optimizer):
                         inner.update(step.batches)
                 return None
 
+        runner.begin_real()
         evaluate = None if closure is None else runner.decaying(closure)
         # Gradients may come from the closure only, so it is evaluated before the step is assembled.
         if self._closure_optimizer is None:
@@ -304,6 +305,7 @@ class Chain(torch.optim.Optimizer):
         for inner in self._inner_optimizers.values():
             inner.initialize(members)
         self._runner.kept.create(params.entries, params.groups, is_loaded)
+        self._runner.anchors.create(params.entries, params.groups, is_loaded)
         # Where all state is there, parameters without any are marked, or checkpoint code would step this rank alone.
         if self._closure_optimizer is None and all(
             inner.keeps_no_more(self.param_groups) for inner in self._inner_optimizers.values()

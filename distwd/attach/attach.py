@@ -195,6 +195,7 @@ class Attachment:
             compiles=compile,
         )
         self._runner.check()
+        self._keeps_state = self._runner.kept.keeps_any or self._runner.anchors.keeps_any([{}])
 
         # When the rules act: behind the optimizer where they look at what it did, else before it, which costs no copy.
         # (Rules with target="closure" act in the closure in any case.)
@@ -254,6 +255,7 @@ class Attachment:
         self._joint.end()
         params = self._runner.params.read()
         self._runner.kept.remove(params.entries)
+        self._runner.anchors.forget()
         for optimizer in self._optimizers:
             optimizer.state.pop(NO_PARAMS_KEY, None)  # type: ignore[call-overload]
         # All groups, also those that DeepSpeed hides outside of their step.
@@ -335,10 +337,11 @@ class Attachment:
         write_keys(groups, self.defaults, {key: value for other in others for key, value in other.defaults.items()})
 
     def _create_kept(self, is_loaded: bool = False) -> None:
-        if not self._runner.kept.keeps_any:
+        if not self._keeps_state:
             return
         params = self._runner.params.read()
         self._runner.kept.create(params.entries, params.groups, is_loaded)
+        self._runner.anchors.create(params.entries, params.groups, is_loaded)
 
     # --- hooks -----------------------------------------------------------------------------------
 
@@ -375,6 +378,8 @@ class Attachment:
             if self._is_init_step:
                 # Checkpoint code steps each optimizer alone, so it is no part of a joint step.
                 self._joint.end()
+        if not self._is_init_step:
+            self._runner.begin_real(getattr(optimizer, "found_inf", None), optimizer.param_groups)
         if closure is None and self._runner.in_closure:
             raise ValueError("a rule has target='closure': call step(closure) with a function that evaluates the model")
         proxy = self._strategy.begin(optimizer, is_first)

@@ -10,7 +10,7 @@ import torch
 from ..optimizers.elementwise import own_decay
 from ..optimizers.state import like_whole
 from ..step.runner import StepRunner
-from ..step.step import Step, zero_where
+from ..step.step import Batch, Step, zero_where
 from .joint import JointStep, Overrides
 
 Optimizer = torch.optim.Optimizer
@@ -19,7 +19,8 @@ Optimizer = torch.optim.Optimizer
 class WriteBefore:
     """Rules that need not know what the optimizer will do.
 
-    These are the rules before it, and around elementwise optimizers those that look at no update.
+    These are the rules before it, and around elementwise optimizers those that look at no update. Proximal decay is written
+    when the optimizer has stepped.
 
     runner: runs the rules.
     joint: the steps that belong together.
@@ -30,11 +31,14 @@ class WriteBefore:
     def __init__(self, runner: StepRunner, joint: JointStep, coupling: str, overrides: Overrides) -> None:
         self._runner, self._joint, self._coupling, self._overrides = runner, joint, coupling, overrides
         self._written: Step | None = None  # a step that is written, and whose optimizer has not stepped yet
+        self._shrinking: list[
+            Batch
+        ] = []  # of that step: those with decay of the parameters as the optimizer leaves them
         self._groups: dict[int, dict[str, Any]] = {}  # by identity of a batch whose optimizer has not stepped yet
 
     def begin(self, optimizer: Optimizer, is_first: bool) -> Optimizer | None:
         """`optimizer` is about to step, by itself. Its gradients may not be there yet."""
-        self._written = None
+        self._written, self._shrinking = None, []
         return None
 
     def act(self, optimizer: Optimizer, is_first: bool) -> None:
@@ -68,7 +72,10 @@ class WriteBefore:
                 if decays_gradients and grad_scale is not None:
                     batch.terms = [term.scaled(grad_scale) for term in batch.terms]
                 if found_inf is not None:
-                    batch.terms = [replace(term, rate=zero_where(found_inf, term.rate)) for term in batch.terms]
+                    batch.terms, batch.proximal = (
+                        [replace(term, rate=zero_where(found_inf, term.rate)) for term in terms]
+                        for terms in (batch.terms, batch.proximal)
+                    )
 
         if decays_gradients:
             for batch in batches:
@@ -80,6 +87,7 @@ class WriteBefore:
                         self._overrides.set_grad(param, like_whole(update, param))
             return
 
+        self._shrinking = [batch for batch in batches if batch.proximal]
         # The optimizer's own decay rounds to the nearest, and a group's setting decays all parameters of the group: it
         # must not be used where one of them is rounded with random bits.
         stochastic = {id(batch.group) for batch in batches if batch.random_stream is not None}
@@ -98,11 +106,13 @@ class WriteBefore:
 
     def after(self, optimizer: Optimizer, stepped: Optimizer, is_complete: bool) -> None:
         """`optimizer` has stepped: counters and kept numbers move on, for a step that raises has not counted."""
+        for batch in self._shrinking:
+            batch.apply_(batch.proximal)
         # A hidden step writes nothing.
         if self._written is not None:
             self._runner.finish(self._written, optimizer.param_groups)
-            self._written = None
+        self._written, self._shrinking = None, []
 
     def forget(self) -> None:
         """Let go of all memory."""
-        self._written, self._groups = None, {}
+        self._written, self._shrinking, self._groups = None, [], {}

@@ -216,7 +216,7 @@ class SnapshotCapture:
                 # The new parameters hold the update, but not the decay that has gone into it or into the old ones.
                 copies = [self.copies.get(position, []) for position in batch.index] if self.copies else []
                 if batch.is_absorbed or decays_at_once:
-                    batch.apply_(batch.terms, with_update=True)
+                    batch.apply_(batch.all_terms, with_update=True)
                     for param, decayed, own in zip(params, batch.params, copies, strict=False):
                         for copy in own:
                             copy.sub_(param.to(copy.dtype) - decayed)
@@ -226,13 +226,13 @@ class SnapshotCapture:
                     if any(copies):
                         decay_copies_(batch, copies)
                     # Without the decay nothing would be written here, so the parameters as they are tell what it changes.
-                    tally = batch.tally if batch.terms else None
+                    tally = batch.tally if batch.all_terms else None
                     without = None if tally is None else [param.clone() for param in params]
                     # The optimizer's own write stays as it is, bit for bit.
                     apply_from_(
                         params,
                         batch.params,
-                        batch.terms,
+                        batch.all_terms,
                         batch.pending.mask,
                         workspace=batch.workspace,
                         random_bits=batch.next_bits(),

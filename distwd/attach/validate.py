@@ -127,6 +127,8 @@ def is_equal(rule: Rule, other: Rule) -> bool:
     """Whether two rules would do the same; tensors are equal to themselves only."""
     if type(rule) is not type(other) or rule.target != other.target or set(rule.defaults) != set(other.defaults):
         return False
+    if rule.given is not other.given:  # tensors to pull to
+        return False
     pairs = [(value, other.defaults[key]) for key, value in rule.defaults.items()]
     return all(one is two or (not isinstance(one, Tensor) and one == two) for one, two in pairs)
 
@@ -167,4 +169,11 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     targets = [rule.target for rule in rules]
     if "params_direct" in targets and "update" in targets[: len(targets) - targets[::-1].index("params_direct")]:
         return True
-    return any(rule.is_cautious(rule.defaults) or rule.target == "grad" or "update" in rule.sources() for rule in rules)
+    # Decay that looks at the parameters before the step and after it, too.
+    return any(
+        rule.is_cautious(rule.defaults)
+        or rule.target == "grad"
+        or "update" in rule.sources()
+        or rule.term(rule.defaults, 1.0).reads_old
+        for rule in rules
+    )

@@ -14,6 +14,7 @@ from ..kernels.apply import apply_from_
 from ..kernels.formulas import Mask
 from ..kernels.stochastic import LOW
 from ..sharding.params import NamedParam
+from ..step.state import is_kept_key
 from ..step.step import Batch
 
 Optimizer = torch.optim.Optimizer
@@ -130,13 +131,13 @@ class Watch:
 
 
 def decay_copies_(batch: Batch, copies: Sequence[Sequence[Tensor]]) -> None:
-    """c ← c − Σ rate·mask·d(p) for the copies c of each parameter p of a batch; p is what the batch holds."""
+    """c ← prox(c − Σ rate·mask·d(p−a)) for the copies c of each parameter p of a batch; p is what the batch holds."""
     mask = batch.pending.mask
     counts, first = batch.num_cells or [1] * len(batch.params), 0
     for number, (param, own) in enumerate(zip(batch.params, copies, strict=True)):
         # One by one: not every parameter need have a copy, and copies have dtypes of their own.
         own_rates = slice(first, first := first + counts[number])
-        terms = [term.only(number, own_rates) for term in batch.terms]
+        terms = [term.only(number, own_rates) for term in batch.all_terms]
         minus = None if mask.minus is None else [mask.minus[number]]
         for copy in own:
             own_mask = Mask([mask.us[number]], mask.sign, minus)
@@ -154,7 +155,8 @@ def _kept_beside(optimizer: Optimizer, param: Tensor, local: Tensor) -> Iterator
         if isinstance(value, (dict, list, tuple, Tensor)):
             found += _tensors_in(("attribute", key), value, depth=3)
     for place, value in found:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        # What rules keep there (anchors) is nobody's copy.
+        if not isinstance(value, Tensor) or not value.is_floating_point() or is_kept_key(str(place[-1])):
             continue
         tensor = local_tensor(value.detach())
         if tensor.shape == local.shape and tensor.numel() and tensor.data_ptr() != local.data_ptr():

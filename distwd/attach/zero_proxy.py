@@ -159,5 +159,5 @@ class ZeroProxyCapture:
         yield
         for batch in batches:
             # Decay and update in one pass over memory, which leaves the zeros clean for the next step.
-            batch.apply_(batch.terms, with_update=True)
+            batch.apply_(batch.all_terms, with_update=True)
             self._zeros.cleared(batch.index, batch.pending.tensors)

@@ -180,6 +180,7 @@ def build_plan(
     offsets: bool = False,
     frozen: Collection[int] = (),
     by_matrix: bool = False,
+    objection: str | None = None,
 ) -> Plan:
     """`Plan.build` for parameters that have been read already.
 
@@ -187,10 +188,11 @@ def build_plan(
     offsets: whether `Plan.offset_of` will be asked.
     frozen: positions of parameters that are not trained now; these may be anything, and their copies are not compared.
     by_matrix: whether numbers of single matrices will be asked for.
+    objection: why this rank cannot take part, if something else than its parameters is wrong.
     """
     # On this rank alone, since it is an error of the call, the same on every rank that runs the same program.
     check_layout(layout or {})
-    args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets, frozenset(frozen), by_matrix)
+    args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets, frozenset(frozen), by_matrix, objection)
     found = build(entries, args)
     return Plan(
         world=replace(args.world, error_store=found.error_store),
@@ -273,12 +275,20 @@ class PlanCache:
         plan = self.plan if self.is_current else None
         return plan is not None and plan.fits(entries) and (key is None or self._key == key)
 
-    def build(self, entries: tuple[NamedParam, ...], rules: str, key: Hashable, by_matrix: bool = False) -> Plan:
+    def build(
+        self,
+        entries: tuple[NamedParam, ...],
+        rules: str,
+        key: Hashable,
+        by_matrix: bool = False,
+        objection: str | None = None,
+    ) -> Plan:
         """Build the plan together with the other ranks.
 
         rules: a text that must be the same on every rank.
         key: what makes the plan fit, besides the parameters.
         by_matrix: whether numbers of single matrices will be asked for.
+        objection: why this rank cannot take part; all ranks raise then.
         """
         if self.plan is not None and not self.is_current:
             # The default process group has been made after the plan, or anew with other ranks. The old one may be dead,
@@ -301,6 +311,7 @@ class PlanCache:
             self._with_offsets,
             frozen_in(entries),
             by_matrix,
+            objection,
         )
         self._key = key
         return self.plan

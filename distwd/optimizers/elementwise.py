@@ -67,7 +67,7 @@ class ElementwiseOptimizer(GradientOptimizer):
             is_rounded_twice = batch.is_low and (batch.random_stream is not None or is_decayed_apart)
             # The mask of a cautious term is taken of the update.
             has_mask = any(term.cautious for term in batch.terms)
-            if self._accepts_scale(batch) and not is_rounded_twice and not has_mask:
+            if self._accepts_scale(batch) and not (is_rounded_twice or has_mask or batch.shrinks_at_once):
                 found.append(batch)
         return found
 

@@ -26,7 +26,9 @@ class FullParamOptimizer(GradientOptimizer):
     def can_step(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Only at lr 1 and without decay: whether its step is linear in lr, or reads the parameters, is not known."""
         # All or none: an optimizer may combine parameters (a trust ratio, a clipped norm), so it is run once.
-        is_bare = all(batch.is_materialized and not batch.pending.is_negated for batch in batches)
+        is_bare = all(
+            batch.is_materialized and not batch.pending.is_negated and not batch.shrinks_at_once for batch in batches
+        )
         return batches if is_bare else []
 
     def step(self, batches: Sequence[Batch]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -21,10 +22,10 @@ _GROWTH = ("params_difference", "update_difference")
 
 
 class Rule(Transform):
-    """A decay rule:  u ← u + c·m·d(p − a),  d(x) = sign(x)·min(|x|, cap)^(ord−1).
+    """A decay rule:  u ← u + c·m·d(p),  d(p) = sign(p)·|p|^(ord−1).
 
     c is what `coefficient` returns, λ (the setting `weight_decay`) unless a subclass says otherwise.
-    m is [u·(p−a) > 0] for a cautious rule, else 1.
+    m is [u·p > 0] for a cautious rule, else 1.
 
     A rule of one's own overrides some of these methods; nothing in it knows of ranks or shards:
         measures(settings): the metrics that it needs, {name: Measure}.
@@ -129,7 +130,12 @@ class Rule(Transform):
         settings = [step.settings[bound.index, batch.group_index] for batch in step.batches]
         cautious = [self.is_cautious(own.values) for own in settings]
         sees_terms = not step.shows_bare_update and any(batch.terms for batch in step.batches)
-        if any(cautious) and (self.target != "update" or sees_terms):
+        # A scale that is a tensor may be 0, and then so is the update, which an inclusive mask must see.
+        sees_scale = any(
+            isinstance(batch.pending.scale, Tensor) and own.values.get("inclusive")
+            for batch, own in zip(step.batches, settings, strict=True)
+        )
+        if any(cautious) and (self.target != "update" or sees_terms or sees_scale):
             # A mask is taken of the update at this place, so what is pending has to be in it.
             step.materialize()
         # What is pending still has to see parameters and gradients as they were.
@@ -142,14 +148,21 @@ class Rule(Transform):
             if own.is_off:
                 continue
             rate = step.rate(bound, batch, on_gradients)
-            if is_cautious:
-                # Where the learning rate is 0 the update is 0, whatever its mask is taken of.
-                scale = batch.pending.scale
-                rate = zero_where(scale == 0, rate) if isinstance(scale, Tensor) else rate if scale else 0.0
             # A term that comes while the update is not scaled yet will be scaled by exactly what scales the update.
             # Only a λ that the rule leaves as it is may be handed to an optimizer, in place of the term.
             before_lr = own.values["weight_decay"] if batch.pending.is_unscaled and own.is_absolute else None
-            term = self.term(own.values, rate, bound.sign(batch.group), before_lr, bound.index)
+            anchors = None
+            if isinstance(toward := self.toward(own.values), str):
+                anchors = step.anchors_of(bound, toward, batch)
+            term = self.term(own.values, rate, bound.sign(batch.group), before_lr, bound.index, anchors)
+            if is_cautious:
+                # Where the learning rate is 0 the update is 0, whatever the mask is taken of: nothing decays, and with
+                # an inclusive mask everything.
+                scale = batch.pending.scale
+                if isinstance(scale, Tensor):
+                    term = replace(term, rate=zero_where(scale == 0, rate))
+                elif scale == 0:
+                    term = replace(term, cautious=False, rate=rate if term.inclusive else 0.0)
             self._add(batch, term)
 
     def term(
@@ -164,25 +177,15 @@ class Rule(Transform):
         """What the rule adds to a step: the only place where settings become a term.
 
         rate, sign, before_lr, index: as in `DecayTerm`.
-        anchors: local tensors that it pulls to; None: to the number that the settings say.
+        anchors: local tensors to pull to, where `toward` is no number.
         """
-        cap = settings.get("cap")
-        return DecayTerm(
-            rate,
-            float(settings.get("ord", 2)),
-            self.is_cautious(settings),
-            sign,
-            before_lr,
-            toward=float(settings.get("toward", 0.0)) if anchors is None else anchors,
-            cap=None if cap is None else float(cap),
-            inclusive=bool(settings.get("inclusive", False)),
-            proximal=bool(settings.get("proximal", False)),
-            index=index,
-        )
+        ord, toward = float(settings.get("ord", 2)), self.toward(settings)
+        term = DecayTerm(rate, ord, self.is_cautious(settings), sign, before_lr, index=index)
+        return replace(term, toward=(anchors or []) if isinstance(toward, str) else float(toward))
 
     def _add(self, batch: Batch, term: DecayTerm) -> None:
         if self.target == "update":
-            batch.terms.append(term)
+            (batch.proximal if term.proximal else batch.terms).append(term)
         elif self.target == "params_direct":
             batch.apply_([term])
             batch.written.append(term)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._torch import local_tensor
-from ..checks import check_nonnegative, check_ord
+from ..checks import check_nonnegative, check_ord, plain_number
 from ..kernels.apply import apply_
 from ..kernels.blocks import Workspace
 from ..kernels.formulas import DecayTerm
@@ -21,16 +23,26 @@ from .base import Rule
 
 
 class WeightDecay(Rule):
-    """Weight decay at its place in a chain:  u ← u + λ·sign(p)·|p|^(ord−1).
+    """Weight decay at its place in a chain:  u ← u + λ·d(p − a),  d(x) = sign(x)·min(|x|, cap)^(ord−1).
 
     weight_decay: λ ≥ 0, float or 0-d tensor, per step; scaled by the learning rate if `LR` stands behind the rule.
-    ord: ≥ 1; 2 is ordinary (L2) decay, 1 decays by the sign (L1). Both are keys of the param groups.
+    ord: ≥ 1; 2 is ordinary (L2) decay, 1 decays by the sign (L1).
     target: "update" (as above) · "grad" (the same, to the gradient that later transforms see) ·
-        "params_direct" (p ← p − λ·d(p) at once) · "closure" (to the gradient in every evaluation of the closure, as
+        "params_direct" (p ← p − λ·d(p−a) at once) · "closure" (to the gradient in every evaluation of the closure, as
         LBFGS needs).
-    p: any float dtype and sharding; bf16 and fp16 are computed in float32. No communication.
-    Raises ValueError for λ < 0, ord < 1, or another target.
-    Source: torchzero's `WeightDecay`; Loshchilov & Hutter, arXiv 1711.05101, for the decoupled place.
+    toward: a, in units of p: a number · "initial": the parameters as the first real step begins, kept in the optimizer's
+        state (`anchor`, shaped, sharded and typed like p) · {name: tensor}: tensors with the shapes and placements of the
+        parameters, any float dtype, used as they are and not saved; in the param groups they are called "given".
+    cap: > 0, in units of p: beyond it the pull is that of |p − a| = cap (Huber); None: no cap.
+    proximal: whether the pull is of the parameter θ̃ that the step would leave, with τ = λ (times the learning rate):
+        ord 2: θ̃/(1+τ), or θ̃ − τ·cap·sign(θ̃) beyond (1+τ)·cap · ord 1: sign(θ̃)·max(|θ̃|−τ, 0), with exact zeros ·
+        other: θ̃/(1 + τ·|p|^(ord−2)). It acts last, wherever the rule stands, and no mask or metric sees it.
+    All but `target` are keys of the param groups. p: any float dtype and sharding; bf16 and fp16 are computed in float32.
+        No communication.
+    Raises ValueError for λ < 0, ord < 1, cap ≤ 0 or another target; for proximal with an anchor, with a cap and ord ≠ 2,
+        with another target or before an optimizer; in the first step for given tensors that do not fit, by name.
+    Source: torchzero's `WeightDecay`; Loshchilov & Hutter, arXiv 1711.05101, for the decoupled place; arXiv 1802.01483
+        (L2-SP) and 2308.11958 (L2-Init) for anchors; 2511.14721 (AdamHD) for the cap; 2404.10824 (pWD) for other ord.
 
     >>> import torch
     >>> from distwd import LR, Chain, WeightDecay
@@ -38,18 +50,111 @@ class WeightDecay(Rule):
     >>> Chain([w], WeightDecay(0.1), LR(0.5)).step()
     >>> w.detach()
     tensor([ 0.9500, -1.9000])
+    >>> Chain([w], LR(0.5), WeightDecay(0.1, ord=1, proximal=True)).step()
+    >>> w.detach()
+    tensor([ 0.8500, -1.8000])
     """
 
-    def __init__(self, weight_decay: float | Tensor, ord: float = 2, target: str = "update") -> None:
-        super().__init__(target=target, weight_decay=weight_decay, ord=ord)
+    # Settings that `repr` leaves out where they say nothing.
+    _silent: ClassVar[dict[str, Any]] = {"toward": 0.0, "cap": None, "proximal": False, "inclusive": False}
+
+    def __init__(
+        self,
+        weight_decay: float | Tensor,
+        ord: float = 2,
+        target: str = "update",
+        *,
+        toward: float | str | Mapping[str, Tensor] = 0.0,
+        cap: float | None = None,
+        proximal: bool = False,
+    ) -> None:
+        self._set(target, toward, weight_decay=weight_decay, ord=ord, cap=cap, proximal=proximal)
+
+    def _set(self, target: str, toward: float | str | Mapping[str, Tensor], **settings: Any) -> None:
+        # Param groups are saved with every checkpoint, and somebody's own tensors shall not be.
+        if isinstance(toward, Mapping):
+            self.given, toward = dict(toward), "given"
+        Rule.__init__(self, target=target, **settings, toward=toward)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        super().check(settings)
+        name = type(self).__name__
+        toward, cap = plain_number(settings.get("toward", 0.0)), plain_number(settings.get("cap"))
+        is_number = isinstance(toward, (int, float)) and not isinstance(toward, bool) and math.isfinite(toward)
+        if toward == "given" and self.given is None:
+            raise ValueError(f"toward='given' needs the tensors: pass {name}(..., toward={{name: tensor}})")
+        if isinstance(toward, Mapping):
+            raise ValueError(
+                f"a dict of tensors in a param group would be saved with it: pass {name}(..., toward={{name: tensor}}), and "
+                "toward='given' in the group"
+            )
+        if not (is_number or toward in ("initial", "given")):
+            raise ValueError(
+                f"toward={settings['toward']!r} is not known; use a finite number, 'initial', or a dict {{name: tensor}}"
+            )
+        for flag in ("proximal", "inclusive"):
+            if not isinstance(settings.get(flag, False), bool):
+                raise ValueError(f"{flag}={settings[flag]!r} must be True or False")
+        if cap is not None and (not isinstance(cap, (int, float)) or isinstance(cap, bool) or not 0 < cap < math.inf):
+            raise ValueError(f"cap={settings['cap']!r} is not usable: pass a finite number > 0, or None for no cap")
+        if not settings.get("proximal"):
+            return
+        if toward != 0:
+            raise ValueError(f"{name}: proximal=True pulls to 0 only, and toward={toward!r}; leave out one of the two")
+        if cap is not None and settings["ord"] != 2:
+            raise ValueError(
+                f"{name}: proximal=True with a cap is known for ord=2 only, not {settings['ord']:g}; leave out cap, or "
+                "proximal"
+            )
+        if self.target != "update":
+            raise ValueError(
+                f"{name}: proximal=True acts on the parameters that the whole step leaves, so it has no target={self.target!r}; "
+                "use target='update'"
+            )
+
+    def check_place(self, settings: Mapping[str, Any], optimizer_behind: str) -> None:
+        if settings.get("proximal") and optimizer_behind:
+            raise ValueError(
+                f"{type(self).__name__}: proximal=True acts on the parameters that the whole step leaves, and here it would "
+                f"be part of the gradient of {optimizer_behind}; put it behind the optimizer (attach: coupling 'lr' or 'none')"
+            )
+
+    def toward(self, settings: Mapping[str, Any]) -> float | str:
+        toward: float | str = plain_number(settings.get("toward", 0.0))
+        return toward
+
+    def term(self, settings: Mapping[str, Any], *args: Any, **kwargs: Any) -> DecayTerm:
+        cap = settings.get("cap")
+        return replace(
+            super().term(settings, *args, **kwargs),
+            cap=None if cap is None else float(cap),
+            proximal=bool(settings.get("proximal", False)),
+            inclusive=bool(settings.get("inclusive", False)),
+        )
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        words = [super().describe(settings)]
+        for name, nothing in self._silent.items():
+            if (value := settings.get(name, nothing)) != nothing:
+                words.append(name if value is True else f"{name} {value}")
+        return ", ".join(filter(None, words))
+
+    def __repr__(self) -> str:
+        shown = {k: v for k, v in self.defaults.items() if k not in self._silent or v != self._silent[k]}
+        words = [f"{key}={value!r}" for key, value in shown.items()]
+        words += [] if self.target == "update" else [f"target={self.target!r}"]
+        return f"{type(self).__name__}({', '.join(words)})"
 
 
 class CautiousWeightDecay(WeightDecay):
-    """Decay only where the update shrinks the weight anyway:  u ← u + λ·[u·p > 0]·sign(p)·|p|^(ord−1).
+    """Decay only where the update shrinks the weight anyway:  u ← u + λ·[u·(p−a) > 0]·sign(p−a)·|p−a|^(ord−1).
 
     The mask is taken of the update as it stands at the rule's place in the chain (before a maximizing optimizer: of its
-    negative). Arguments, shapes, dtypes, units and errors as `WeightDecay`. No communication.
-    Source: Chen et al., arXiv 2510.12402 (written there with ≥ 0); torchzero and modded-nanogpt use > 0, as here.
+    negative).
+    inclusive: whether the mask is ≥ 0, so that also weights decay whose update is 0: rows of an embedding without gradient,
+        say. A key of the param groups.
+    toward: a, as in `WeightDecay`, and so are the other arguments, shapes, dtypes, units and errors. No communication.
+    Source: Chen et al., arXiv 2510.12402, with ≥ 0, as nanochat and dion have it; torchzero and modded-nanogpt use > 0.
 
     >>> import torch
     >>> from distwd import LR, CautiousWeightDecay, Chain
@@ -58,6 +163,17 @@ class CautiousWeightDecay(WeightDecay):
     >>> w.detach()
     tensor([ 0.4500, -2.5000])
     """
+
+    def __init__(
+        self,
+        weight_decay: float | Tensor,
+        ord: float = 2,
+        target: str = "update",
+        *,
+        inclusive: bool = False,
+        toward: float | str | Mapping[str, Tensor] = 0.0,
+    ) -> None:
+        self._set(target, toward, weight_decay=weight_decay, ord=ord, inclusive=inclusive)
 
     def is_cautious(self, settings: Mapping[str, Any]) -> bool:
         return True

@@ -45,6 +45,7 @@ class BuildArgs:
     offsets: whether to find where counted pieces begin in their wholes.
     frozen: positions of parameters that are not trained now.
     by_matrix: whether numbers of single matrices will be asked for, so that each tensor must tell its own.
+    objection: why this rank cannot take part, if something else than its parameters is wrong.
     """
 
     world: World
@@ -54,6 +55,7 @@ class BuildArgs:
     offsets: bool = False
     frozen: frozenset[int] = frozenset()
     by_matrix: bool = False
+    objection: str | None = None
 
     @property
     def arguments(self) -> str:
@@ -174,6 +176,8 @@ def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
     # An error is sent, not raised: a rank that raises alone leaves the others waiting in the exchange. ValueErrors come
     # from our checks, RuntimeErrors from torch, of tensors whose bits cannot be read.
     try:
+        if args.objection is not None:
+            raise ValueError(args.objection)
         check_params(entries, args.frozen)
         pieces = tuple(_describe_all(entries, args, matched))
         checksums = [(0, 0)] * len(entries)

@@ -73,7 +73,7 @@ class Rounding:
         """
         # Stochastic rounding keeps a small decay in the mean.
         for batch in () if self._warned or self.is_stochastic else batches:
-            for terms in (batch.written, [] if on_gradients else batch.terms):
+            for terms in (batch.written, [] if on_gradients else batch.all_terms):
                 what = f"param_groups[{batch.group_index}]"
                 self._warned = self._warned or warn_if_lost(what, terms, batch.params[0].dtype)
 
@@ -152,7 +152,12 @@ def warn_if_lost(what: str, terms: Sequence[DecayTerm], dtype: torch.dtype) -> b
     what: how the message calls the parameters.
     terms: the decay; rates that are tensors are not read, and make no warning.
     """
-    known = [term.rate for term in terms if term.ord == 2 and isinstance(term.rate, (int, float))]
+    # How much of p a pull to something else takes, or one with a cap, depends on p.
+    known = [
+        term.rate
+        for term in terms
+        if term.ord == 2 and term.cap is None and term.toward == 0 and isinstance(term.rate, (int, float))
+    ]
     rate = sum(known) if len(known) == len(terms) else 0.0
     # Below a power of two numbers are eps/2 of it apart; elsewhere they are further apart than that part of themselves.
     half_a_step = torch.finfo(dtype).eps / 4

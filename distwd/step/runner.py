@@ -17,6 +17,7 @@ from ..kernels.compile import check_compiler
 from ..metrics.plan import Plan, PlanCache, PlanOptions
 from ..sharding.params import ParamList, Params, frozen_in
 from ..sharding.pieces import check_params
+from .anchors import Anchors
 from .audit import audit
 from .coefficients import Coefficients, check_coefficient
 from .phases import Schedule
@@ -55,6 +56,7 @@ class StepRunner:
         # Where the pieces of a layout begin in their wholes is known from the exchange alone, and noise depends on it.
         self.plans = PlanCache(options, with_offsets=rounding.is_stochastic)
         self.kept = KeptNumbers(transforms, state_of, may_keep)
+        self.anchors = Anchors(transforms, state_of, may_keep)
         self._rounding, self._tracks, self._compiles = rounding, track_unchanged, compiles
         self._workspace = Workspace(compiles)
         # In a step, `prepare` has seen to it that the plan fits.
@@ -79,7 +81,8 @@ class StepRunner:
         if self.plans.fits(params.entries):
             assert self.plans.plan is not None
             return self.plans.plan
-        return self._build(params, self._schedule(params, self._read_settings(params)))
+        settings = self._read_settings(params)
+        return self._build(params, self._schedule(params, settings), self.anchors.fault(params, settings))
 
     @property
     def phases(self) -> int:
@@ -127,7 +130,7 @@ class StepRunner:
         if self._scheduled is not self._settings:
             self._schedules, self._scheduled = self._schedule(params, self._settings), self._settings
             self._computing = {index for (index, _), own in self._settings.items() if not own.is_absolute}
-        schedules = self._schedules
+        schedules, fault = self._schedules, self.anchors.fault(params, self._settings)
         measures = any(schedule.phases for schedule in schedules)
         if measures:
             self._check_asks(params)
@@ -138,12 +141,26 @@ class StepRunner:
                 self.has_built_plan = True
             # Other metrics than before are other collectives: that, too, all ranks have to do together.
             if not self.plans.fits(params.entries, schedules):
-                self._build(params, schedules)
+                self._build(params, schedules, fault)
         # Absolute rules need no plan: each rank looks at its own tensors, and only at those that are new.
         elif self._checked is not params.entries:
             check_params(params.entries, frozen_in(params.entries))
             self._checked = params.entries
+        # Where no plan was built, ranks have not met, and each looks at its own tensors.
+        if fault is not None:
+            raise ValueError(fault)
         return params
+
+    def begin_real(self, found_inf: Tensor | None = None, groups: Sequence[dict[str, Any]] | None = None) -> None:
+        """The step is no hidden one of checkpoint code: what is pulled to begins as the parameters are now.
+
+        found_inf: not 0 where the step will be skipped.
+        groups: the groups that it is of; None: all.
+        """
+        # By identity: two groups may be equal.
+        ids = None if groups is None else set(map(id, groups))
+        own = None if ids is None else [i for i, group in enumerate(self.now.groups) if id(group) in ids]
+        self.anchors.begin(self.now, self._settings, found_inf, own)
 
     def read(self) -> Params:
         """The parameters, groups and settings as they are now; what a step goes by until they are read again."""
@@ -166,6 +183,7 @@ class StepRunner:
             params.active,
             self._settings,
             self._coefficients.rate,
+            self.anchors.of,
             inner_optimizers,
             self._workspace,
             **settings,
@@ -276,12 +294,12 @@ class StepRunner:
         }
         return Schedule.of(self.in_step, asks), Schedule.of(self.in_closure, asks)
 
-    def _build(self, params: Params, schedules: tuple[Schedule, Schedule]) -> Plan:
+    def _build(self, params: Params, schedules: tuple[Schedule, Schedule], fault: str | None) -> Plan:
         rules = " | ".join(map(str, schedules)) + self._rounding.words
         # All ranks must mean the same metrics and the same noise, so this text is part of the exchange.
         had_plan = self.plans.plan is not None
         try:
-            return self.plans.build(params.entries, rules, schedules, _measures_matrices(schedules))
+            return self.plans.build(params.entries, rules, schedules, _measures_matrices(schedules), fault)
         except PlanError:
             if had_plan and self.plans.plan is not None:
                 self.params.forget()  # the others have not come: a change of the groups may be taken back

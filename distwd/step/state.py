@@ -25,6 +25,7 @@ SHARDS = (Shard, StridedShard)  # the second is no subclass of the first in ever
 PREFIX = "distwd_"  # of the keys of kept numbers in an optimizer's state
 # Counts the steps of numbers that begin as a metric. It tells that they have begun; no value of theirs could.
 COUNT = "num_steps"
+ANCHOR = "anchor"  # what ends the key of a parameter's anchor
 
 
 def is_kept_key(key: str) -> bool:
@@ -52,6 +53,7 @@ class KeptNumbers:
     ) -> None:
         # Most rules keep nothing, and then a step shall not even ask.
         self._transforms = [bound for bound in transforms if type(bound.transform).keeps is not Transform.keeps]
+        self._all = transforms
         self.keeps_any = bool(self._transforms)
         self._state_of = state_of
         # FSDP1 saves no state of a piece without elements, and refuses to save numbers that differ between ranks: what
@@ -195,8 +197,8 @@ class KeptNumbers:
                 torch._foreach_copy_(targets, parts)
 
     def remove(self, entries: Sequence[NamedParam]) -> None:
-        """Take the numbers of these rules out of the state of the parameters."""
-        for bound in self._transforms:
+        """Take what these rules keep, anchors too, out of the state of the parameters."""
+        for bound in self._all:
             for entry in entries:
                 states = self._state_of(entry.tensor)
                 state = states.get(entry.tensor, {})
@@ -229,12 +231,15 @@ def is_empty_piece(param: Tensor) -> bool:
 
 
 def kept_in(state_dict: Mapping[str, Any]) -> dict[int, State]:
-    """The kept numbers in a state dict, by the position of the parameter among all of its groups."""
+    """The kept numbers in a state dict, by the position of the parameter among all of its groups.
+
+    Anchors are not among them: they have the dtype of their parameter, which torch leaves them.
+    """
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     found = {}
     for position, index in enumerate(saved):
         state = state_dict["state"].get(index, {})
-        own = {key: value for key, value in state.items() if is_kept_key(key)}
+        own = {key: value for key, value in state.items() if is_kept_key(key) and not key.endswith(f"_{ANCHOR}")}
         if own:
             found[position] = own
     return found

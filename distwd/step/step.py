@@ -113,6 +113,7 @@ class Batch:
     pending: the update as it stands.
     workspace: where blocks are worked on.
     terms: decay that waits to be written, beside the pending update:  p ← p − Σ terms − u.
+    proximal: decay of the parameter as it will be then; never part of the update, nor of what a mask or metric sees.
     is_absorbed: whether terms have become part of the pending update.
     written: terms of target="params_direct", which have been written already.
     random_stream: random bits for stochastic rounding; None: round to the nearest.
@@ -130,6 +131,7 @@ class Batch:
     pending: PendingUpdate
     workspace: Workspace
     terms: list[DecayTerm] = field(default_factory=list)
+    proximal: list[DecayTerm] = field(default_factory=list)
     is_absorbed: bool = False
     written: list[DecayTerm] = field(default_factory=list)
     random_stream: Iterator[RandomBits] | None = None
@@ -144,6 +146,16 @@ class Batch:
     def next_bits(self) -> RandomBits | None:
         """The random bits of the next write to the parameters; every write has bits of its own."""
         return None if self.random_stream is None else next(self.random_stream)
+
+    @property
+    def all_terms(self) -> list[DecayTerm]:
+        """All decay that waits to be written."""
+        return [*self.terms, *self.proximal]
+
+    @property
+    def shrinks_at_once(self) -> bool:
+        """Whether proximal terms must be part of the write: it is rounded, or they look at the parameters before it."""
+        return bool(self.proximal) and (self.is_low or any(term.reads_old for term in self.proximal))
 
     @property
     def is_materialized(self) -> bool:
@@ -166,6 +178,7 @@ class Batch:
             grads=grads,
             pending=PendingUpdate(grads),
             terms=[],
+            proximal=[],
             written=[],
             num_cells=None if self.num_cells is None else [self.num_cells[number] for number in kept],
         )
@@ -175,9 +188,10 @@ class Batch:
         self.pending.scale_by(lr)
         # Terms are scaled as the update is, so decay behind the optimizer and before `LR` is decoupled and × lr.
         self.terms = [term.scaled(lr) for term in self.terms]
+        self.proximal = [term.scaled(lr) for term in self.proximal]
 
     def apply_(self, terms: Sequence[DecayTerm], with_update: bool = False) -> None:
-        """Write to the parameters:  p ← p − Σ terms(p), and − u too if asked. Then u is zeros where it is ours."""
+        """Write to the parameters:  p ← prox(p − Σ terms(p)), with − u too if asked. Then u is zeros where it is ours."""
         pending, random_bits = self.pending, self.next_bits()
         tensors, factor = (pending.tensors, pending.factor) if with_update else (None, 1.0)
         clear = with_update and pending.is_owned
@@ -274,6 +288,7 @@ class Step:
     active_groups: indices of the groups that this step is of; the others are as if they had no parameters.
     settings: the `GroupSettings` of every transform in every group, by (index of the transform, index of the group).
     rate_of: tells a rule its coefficient for a batch (`Coefficients.rate`).
+    anchors: tells a rule the local tensors that it pulls a batch to (`Anchors.of`).
     inner_optimizers: the wrapped optimizers, by the index of their transform.
     workspace: where blocks are worked on.
 
@@ -292,6 +307,7 @@ class Step:
         active_groups: frozenset[int],
         settings: Mapping[tuple[int, int], Any],
         rate_of: Callable[..., Rate],
+        anchors: Callable[..., list[Tensor]],
         inner_optimizers: Mapping[int, WaitingOptimizer],
         workspace: Workspace,
         *,
@@ -303,7 +319,8 @@ class Step:
         """only: indices of the groups to make batches of; None: all active ones. Metrics still are over all of them."""
         self.entries, self.groups, self.active_groups = entries, groups, active_groups
         self.settings = settings
-        self.rate_of, self.inner_optimizers, self.workspace = rate_of, inner_optimizers, workspace
+        self.rate_of, self.anchors = rate_of, anchors
+        self.inner_optimizers, self.workspace = inner_optimizers, workspace
         self.grad_scale, self.found_inf, self.decays_gradients = grad_scale, found_inf or {}, decays_gradients
         self.waiting: WaitingOptimizer | None = None
         self.old: Mapping[int, Tensor] = {}
@@ -350,6 +367,10 @@ class Step:
             rate = rate * self.grad_scale
         found_inf = self.found_inf.get(batch.group_index)
         return rate if found_inf is None else zero_where(found_inf, rate)
+
+    def anchors_of(self, bound: Any, toward: str, batch: Batch) -> list[Tensor]:
+        """The local tensors that a rule pulls a batch to, one for each parameter; toward: "initial" or "given"."""
+        return self.anchors(bound, toward, batch, self.entries)
 
     def tensors_for(self, of: str) -> list[Source]:
         """What a metric of `of` is taken of. Parameters without a gradient are missing in all but "params"."""
@@ -413,7 +434,7 @@ class Step:
                     batch.materialize()
 
     def write(self) -> None:
-        """The end of the step:  p ← p − Σ terms − u."""
+        """The end of the step:  p ← prox(p − Σ terms − u)."""
         rest = self.batches
         if self.waiting is not None:
             waiting, self.waiting = self.waiting, None
@@ -423,10 +444,13 @@ class Step:
             rest = [batch for batch in self.batches if id(batch) not in taken]
             if direct:
                 waiting.step(direct)
+            for batch in direct:
+                if batch.proximal:
+                    batch.apply_(batch.proximal)
             if rest:
                 waiting.update(rest)
         for batch in rest:
-            batch.apply_(batch.terms, with_update=True)
+            batch.apply_(batch.all_terms, with_update=True)
         # Zeros that have been cleared while they were in the cache need not be cleared again in the next step.
         for inner in self.inner_optimizers.values():
             inner.note_cleared(rest)

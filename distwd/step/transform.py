@@ -24,6 +24,7 @@ class Transform(ABC):
     is_linear: whether scaling the update before it is the same as scaling it afterwards.
     coefficient_settings: the names of all hyperparameters that its coefficient depends on; None: on any.
     optimizer_name: the name of the optimizer that it runs; "" for what is no optimizer.
+    given: somebody's own tensors that it pulls to, by the name of the parameter; None if there are none.
     """
 
     defaults: dict[str, Any]
@@ -32,9 +33,16 @@ class Transform(ABC):
     is_linear: ClassVar[bool] = True
     coefficient_settings: ClassVar[frozenset[str] | None] = None
     optimizer_name: str = ""
+    given: Mapping[str, Tensor] | None = None
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError if these settings (of a param group) are not usable."""
+
+    def check_place(self, settings: Mapping[str, Any], optimizer_behind: str) -> None:
+        """Raise ValueError if a rule with these settings cannot stand where it does.
+
+        optimizer_behind: what the nearest optimizer behind it is called; "" if there is none.
+        """
 
     def measures(self, settings: Mapping[str, Any]) -> Mapping[str, Measure]:
         """The metrics that it needs, by names of its own choice; {} if none."""
@@ -43,6 +51,10 @@ class Transform(ABC):
     def keeps(self, settings: Mapping[str, Any]) -> Mapping[str, float | Measure]:
         """The numbers that it carries from step to step, with the value that each begins with; {} if none."""
         return {}
+
+    def toward(self, settings: Mapping[str, Any]) -> float | str:
+        """What it pulls parameters to: a number; "initial": what they were as the first real step began; or "given"."""
+        return 0.0
 
     def is_absolute(self, settings: Mapping[str, Any]) -> bool:
         """Whether its rate is the number λ as it stands: nothing is measured, kept or computed."""
@@ -137,6 +149,8 @@ class BoundTransform:
         else:
             # Tensors were checked when they came with the constructor or their group; reading one in a step would wait.
             self.transform.check({name: 0.0 if isinstance(v, Tensor) else v for name, v in values.items()})
+        _, is_before, name = self.coupling.rpartition("before ")
+        self.transform.check_place(values, name if is_before else "")
         asks, keeps = self.asks(values)
         # A tensor is not read to find out: where it is 0, so is the rate.
         is_off = is_zero(values.get("weight_decay"))
@@ -170,10 +184,12 @@ class BoundTransform:
             is_number = isinstance(begins, (int, float)) and not isinstance(begins, bool)
             # Checkpoints cut state keys at dots; "num_steps" counts the steps of numbers that begin as a metric.
             is_free = isinstance(name, str) and "." not in name and name not in ("num_steps", *measures)
+            # The keys of anchors end so.
+            is_free = is_free and not f"_{name}".endswith(("_anchor", "_anchor_begun"))
             if not (is_number or isinstance(begins, Measure)) or not is_free:
                 raise ValueError(
                     f"{self.label}.keeps: {name!r} begins as {begins!r}; it must be a number or a Measure, under a name "
-                    "without dots that `measures` does not use, and not 'num_steps'"
+                    "without dots that `measures` does not use, and not 'num_steps' or 'anchor'"
                 )
         return {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}, keeps
 
