@@ -90,10 +90,11 @@ def _decay(part: Decay, distwd):
             cautious=part.cautious,
             scope=part.scope,
         )
-    if part.target == "params_direct" and not part.cautious:
+    pulls = {key: value for key in ("toward", "cap", "proximal", "inclusive") if (value := getattr(part, key))}
+    if part.target == "params_direct" and not part.cautious and not pulls:
         return distwd.DirectWeightDecay(part.weight_decay, part.ord)
     rule = distwd.CautiousWeightDecay if part.cautious else distwd.WeightDecay
-    return rule(part.weight_decay, part.ord, part.target)
+    return rule(part.weight_decay, part.ord, part.target, **pulls)
 
 
 def numbers_of(stats: Mapping, key: str) -> list[Tensor]:

@@ -45,10 +45,22 @@ def norm_of(x: Tensor, p: float) -> float:
     return ((x.abs() ** p).sum() ** (1 / p)).item()
 
 
-def direction(x: Tensor, ord: float) -> Tensor:
-    """sign(x)·|x|^(ord−1), in float64."""
+def direction(x: Tensor, ord: float, cap: float | None = None) -> Tensor:
+    """sign(x)·min(|x|, cap)^(ord−1), in float64."""
     x = x.double()
-    return x.sign() * x.abs() ** (ord - 1)
+    return x.sign() * x.abs().clamp(max=math.inf if cap is None else cap) ** (ord - 1)
+
+
+def proximal(new: Tensor, old: Tensor, tau: float, ord: float, cap: float | None = None) -> Tensor:
+    """The proximal step of length τ from `new`; `old` is the parameter before the step. In the words of family.md."""
+    size = new.abs()
+    if ord == 1:
+        return new.sign() * (size - tau).clamp(min=0)
+    if ord != 2:
+        return new / (1 + tau * old.abs() ** (ord - 2)) if tau else new
+    if cap is None:
+        return new / (1 + tau)
+    return torch.where(size <= (1 + tau) * cap, new / (1 + tau), new - tau * cap * new.sign())
 
 
 # --- the parts of a chain ---------------------------------------------------------------------------------------------
@@ -65,6 +77,10 @@ class Decay:
     norm_input: str = "update"
     cautious: bool = False
     scope: str = "all"
+    toward: float | str | Mapping[str, Tensor] = 0.0
+    cap: float | None = None
+    proximal: bool = False
+    inclusive: bool = False
     by_name: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def setting(self, key: str, name: str):
@@ -104,6 +120,9 @@ class Oracle:
         self.num_steps: dict[str, int] = dict.fromkeys(params, 0)
         self.memory: dict[tuple[int, str, str], Tensor] = {}
         self.coefficients: list[dict[str, float]] = []
+        self.initial: Values = {name: value.clone() for name, value in self.params.items()}
+        # Proximal decay that waits for the end of the step, with the rate of each parameter so far.
+        self.proximal: list[tuple[Decay, dict[str, float]]] = []
 
     def step(self, grads: Mapping[str, Tensor | None]) -> None:
         self.grads: Values = {name: g.detach().double().clone() for name, g in grads.items() if g is not None}
@@ -119,8 +138,13 @@ class Oracle:
         for index, part in enumerate(self.parts):
             self._apply(index, part)
         self._start_update()
+        old = dict(self.params)
         for name in self.live:
             self.params[name] = self.params[name] - self.update[name]
+            for part, rates in self.proximal:
+                ord, cap = part.setting("ord", name), part.setting("cap", name)
+                self.params[name] = proximal(self.params[name], old[name], rates[name], ord, cap)
+        self.proximal = []
 
     def _start_update(self) -> None:
         """The update is the gradient until a transform makes it something else; `target="grad"` still edits it."""
@@ -132,6 +156,9 @@ class Oracle:
             self._decay(part)
             return
         self._start_update()
+        if isinstance(part, LrPart):
+            for _, rates in self.proximal:
+                rates.update({name: rate * part.by_name.get(name, part.lr) for name, rate in rates.items()})
         for name in self.live:
             if isinstance(part, LrPart):
                 self.update[name] = self.update[name] * part.by_name.get(name, part.lr)
@@ -148,6 +175,9 @@ class Oracle:
             return
         if part.target == "update":
             self._start_update()
+            if any(part.setting("proximal", name) for name in self.params):
+                rates = {n: self._coefficient(part, n) * part.setting("proximal", n) for n in self.params}
+                self.proximal.append((part, rates))
             self._add(part, self.update)
             return
         assert part.target == "params_direct", part.target
@@ -162,10 +192,16 @@ class Oracle:
         coefficients = {name: self._coefficient(part, name) for name in self.params}
         self.coefficients.append(coefficients)
         for name in self.live:
-            terms[name] = coefficients[name] * direction(self.params[name], part.setting("ord", name))
+            toward = part.setting("toward", name)
+            anchor = self.initial[name] if toward == "initial" else toward
+            pulled = self.params[name] - (anchor[name].double() if isinstance(anchor, Mapping) else anchor)
+            rate = coefficients[name] * (not part.setting("proximal", name))
+            terms[name] = rate * direction(pulled, part.setting("ord", name), part.setting("cap", name))
             if part.setting("cautious", name):
                 seen = self.update.get(name, self.grads[name]) if part.target != "closure" else self.grads[name]
-                terms[name] = torch.where(seen * self.params[name] > 0, terms[name], 0.0)
+                along = seen * pulled
+                is_pulled = along >= 0 if part.setting("inclusive", name) else along > 0
+                terms[name] = torch.where(is_pulled, terms[name], 0.0)
         for name in self.live:
             onto[name] = onto[name] + terms[name]
 

@@ -41,7 +41,7 @@ class Anchors:
         # Most optimizers have no such rule, and then a step shall not even ask.
         self._transforms = [bound for bound in transforms if type(bound.transform).toward is not Transform.toward]
         self._state_of, self._may_keep = state_of, may_keep
-        self._has_warned = False
+        self._has_warned = self._rests = False  # _rests: whether the step under way will be skipped
         # Anchors that have begun while they may not lie in the state yet, by key and parameter.
         self._unplaced: dict[tuple[str, Tensor], Tensor] = {}
         # Those that are known to have begun: the state tells, but reading it would wait for the device in every step.
@@ -128,6 +128,7 @@ class Anchors:
         groups: indices of the groups that the step is of; None: all.
         Reads state and `found_inf`, but only while there is something to begin.
         """
+        self._rests = False
         wanted = self._wanted(settings)
         if self._ready and self._ready[0] is params.entries and self._ready[1] == wanted:
             return
@@ -140,6 +141,7 @@ class Anchors:
             and (f"{bound.state_prefix}_{ANCHOR}", entry.tensor) not in self._begun
         ]
         if waiting and found_inf is not None and bool(found_inf != 0):
+            self._rests = True
             return
         # What a checkpoint has brought is never taken anew.
         states = [(bound, param, self._state_of(param).get(param, {})) for bound, param in waiting]
@@ -165,7 +167,8 @@ class Anchors:
         key = f"{bound.state_prefix}_{ANCHOR}"
         found = []
         for param, local in zip(batch.whole, batch.params, strict=True):
-            if not self._holds(param):
+            # Of nothing, or in a step that writes nothing, before it has begun: any tensor will do.
+            if not self._holds(param) or (self._rests and (key, param) not in self._begun):
                 found.append(local)
                 continue
             # What was frozen when the step began, and has a gradient now, begins late. (The batch still has the parameters
