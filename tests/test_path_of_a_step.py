@@ -32,7 +32,7 @@ def attached(*rules: distwd.Rule) -> Callable[[list[Any]], Any]:
 
 
 CASES = {
-    "chain, absolute": (chain(distwd.WeightDecay(0.1)), 13, None),
+    "chain, absolute": (chain(distwd.WeightDecay(0.1)), 14, None),
     "chain, relative": (chain(distwd.RelativeWeightDecay(0.1)), 23, 8),
     "attach, relative to the update": (attached(distwd.RelativeWeightDecay(0.1)), 26, 9),
 }

@@ -192,7 +192,9 @@ def build_plan(
     """
     # On this rank alone, since it is an error of the call, the same on every rank that runs the same program.
     check_layout(layout or {})
-    args = BuildArgs(World.of(group), layout or {}, check_replicas, rules, offsets, frozenset(frozen), by_matrix, objection)
+    args = BuildArgs(
+        World.of(group), layout or {}, check_replicas, rules, offsets, frozenset(frozen), by_matrix, objection
+    )
     found = build(entries, args)
     return Plan(
         world=replace(args.world, error_store=found.error_store),

@@ -120,7 +120,7 @@ class WeightDecay(Rule):
             )
 
     def toward(self, settings: Mapping[str, Any]) -> float | str:
-        toward: float | str = plain_number(settings.get("toward", 0.0))
+        toward: float | str = settings.get("toward", 0.0)
         return toward
 
     def term(self, settings: Mapping[str, Any], *args: Any, **kwargs: Any) -> DecayTerm:

@@ -16,7 +16,8 @@ from .state import ANCHOR, State, is_empty_piece
 from .step import Batch
 from .transform import BoundTransform, GroupSettings, Transform
 
-Settings = Mapping[tuple[int, int], GroupSettings]
+# (rule, index of the group, "initial" or "given")
+Wanted = tuple[tuple[BoundTransform, int, str], ...]
 
 BEGUN = f"{ANCHOR}_begun"
 
@@ -49,7 +50,7 @@ class Anchors:
         self._ready: tuple[Any, ...] = ()  # parameters and settings of which all have begun
         self._fitting: tuple[Any, ...] = ()  # parameters and settings whose given tensors fit
 
-    def _wanted(self, settings: Settings) -> tuple[tuple[BoundTransform, int, str], ...]:
+    def wanted(self, settings: Mapping[tuple[int, int], GroupSettings]) -> Wanted:
         """Each rule and group with tensors to pull to, and which."""
         return tuple(
             (bound, index, toward)
@@ -104,9 +105,8 @@ class Anchors:
 
     # --- in a step -------------------------------------------------------------------------------
 
-    def fault(self, params: Params, settings: Settings) -> str | None:
+    def fault(self, params: Params, wanted: Wanted) -> str | None:
         """Why tensors that were given do not fit the parameters, as a text; None if they do."""
-        wanted = self._wanted(settings)
         if self._fitting and self._fitting[0] is params.entries and self._fitting[1] == wanted:
             return None
         for bound, index, toward in wanted:
@@ -120,16 +120,16 @@ class Anchors:
         return None
 
     def begin(
-        self, params: Params, settings: Settings, found_inf: Tensor | None = None, groups: Collection[int] | None = None
+        self, params: Params, wanted: Wanted, found_inf: Tensor | None = None, groups: Collection[int] | None = None
     ) -> None:
         """A real step begins: initial anchors that have not begun are now the parameters.
 
+        wanted: as `wanted` returns it.
         found_inf: not 0 where the step will be skipped; then nothing begins.
         groups: indices of the groups that the step is of; None: all.
         Reads state and `found_inf`, but only while there is something to begin.
         """
         self._rests = False
-        wanted = self._wanted(settings)
         if self._ready and self._ready[0] is params.entries and self._ready[1] == wanted:
             return
         waiting = [

@@ -17,7 +17,7 @@ from ..kernels.compile import check_compiler
 from ..metrics.plan import Plan, PlanCache, PlanOptions
 from ..sharding.params import ParamList, Params, frozen_in
 from ..sharding.pieces import check_params
-from .anchors import Anchors
+from .anchors import Anchors, Wanted
 from .audit import audit
 from .coefficients import Coefficients, check_coefficient
 from .phases import Schedule
@@ -69,6 +69,8 @@ class StepRunner:
         self._settings: dict[tuple[int, int], GroupSettings] = {}  # by (index of the transform, index of the group)
         self._schedules: tuple[Schedule, Schedule] = (Schedule(()), Schedule(()))
         self._scheduled: Any = None  # the settings that the schedules are of
+        self._anchored: Wanted = ()
+        self._measures_matrices = False
         self._computing: set[int] = set()  # indices of transforms that compute a coefficient
         self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
@@ -82,7 +84,8 @@ class StepRunner:
             assert self.plans.plan is not None
             return self.plans.plan
         settings = self._read_settings(params)
-        return self._build(params, self._schedule(params, settings), self.anchors.fault(params, settings))
+        fault = self.anchors.fault(params, self.anchors.wanted(settings))
+        return self._build(params, self._schedule(params, settings), fault)
 
     @property
     def phases(self) -> int:
@@ -130,7 +133,10 @@ class StepRunner:
         if self._scheduled is not self._settings:
             self._schedules, self._scheduled = self._schedule(params, self._settings), self._settings
             self._computing = {index for (index, _), own in self._settings.items() if not own.is_absolute}
-        schedules, fault = self._schedules, self.anchors.fault(params, self._settings)
+            self._anchored = self.anchors.wanted(self._settings)
+            self._measures_matrices = _measures_matrices(self._schedules)
+        schedules = self._schedules
+        fault = self.anchors.fault(params, self._anchored) if self._anchored else None
         measures = any(schedule.phases for schedule in schedules)
         if measures:
             self._check_asks(params)
@@ -157,10 +163,11 @@ class StepRunner:
         found_inf: not 0 where the step will be skipped.
         groups: the groups that it is of; None: all.
         """
-        # By identity: two groups may be equal.
-        ids = None if groups is None else set(map(id, groups))
-        own = None if ids is None else [i for i, group in enumerate(self.now.groups) if id(group) in ids]
-        self.anchors.begin(self.now, self._settings, found_inf, own)
+        if self._anchored:
+            # By identity: two groups may be equal.
+            ids = None if groups is None else set(map(id, groups))
+            own = None if ids is None else [i for i, group in enumerate(self.now.groups) if id(group) in ids]
+            self.anchors.begin(self.now, self._anchored, found_inf, own)
 
     def read(self) -> Params:
         """The parameters, groups and settings as they are now; what a step goes by until they are read again."""
@@ -190,7 +197,7 @@ class StepRunner:
         )
         if self._rounding.is_stochastic:
             self._rounding.begin(step.entries, step.batches, lambda: self.plan)
-        if _measures_matrices(self._schedules):
+        if self._measures_matrices:
             # A number of a matrix is written to that matrix alone. All 1-d rates of a batch have one number for each.
             pieces = self._coefficients.plan.pieces
             for batch in step.batches:
