@@ -115,7 +115,10 @@ class Slots:
     def __init__(self, plan: Plan, frozen: Sequence[int] = ()) -> None:
         self.plan = plan
         excluded = set(frozen)
-        self._counts = [owned and position not in excluded for position, owned in enumerate(plan.owned)]
+        self._counts = [
+            owned and piece.numel > 0 and position not in excluded
+            for position, (owned, piece) in enumerate(zip(plan.owned, plan.pieces, strict=True))
+        ]
         # Matrices of each piece that lie here, in the order of its elements, however many elements they have.
         self.num_cells = [math.prod(piece.local_stack) for piece in plan.pieces]
         self._keys: dict[str, tuple[Sequence[int], Counter[int]]] = {}
