@@ -68,6 +68,21 @@ def apply_(
     _write_(write, numbers, lists, rest, mask, workspace, random_bits, num_cells)
 
 
+def scale_(tensors: list[Tensor], factor: Tensor, *, workspace: Workspace) -> None:
+    """x ← factor·x, in place; of bf16 and fp16 computed in float32 and rounded once.
+
+    tensors: local tensors of one dtype and device.
+    factor: 0-d, on any device.
+    workspace: where blocks are worked on.
+    """
+    # For the same reasons as in `apply_`.
+    if tensors[0].dtype not in LOW:
+        torch._foreach_mul_(tensors, _operand(factor, range(len(tensors)), tensors[0]))
+        return
+    write = Write((), has_keep=True, unit_scale=1.0)
+    _write_(write, Numbers(factor, [], None), [tensors], None, workspace, None)
+
+
 def apply_from_(
     targets: list[Tensor],
     params: list[Tensor],
