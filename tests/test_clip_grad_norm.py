@@ -34,18 +34,20 @@ def limit_of(order: float) -> float:
     return metric_of(list(runs.grads_of(0).values()), order) / 2
 
 
-def clipped_on(layout: str, dtype: torch.dtype = torch.float32, orders: list | None = None, **settings) -> list[tuple]:
-    """For each order: the norm, the whole gradients after it, the collectives it took with a plan, and the norm without one."""
+def clipped_on(layout: str, dtype: torch.dtype = torch.float32, orders: list | None = None) -> list[tuple]:
+    """For each order: the norm, the whole gradients after it, and the collectives it took. The first norm is found without a plan, too."""
     held = layouts.place(layout, whole_model(PARAMS_SEED, dtype))
     plan = Plan.build(held.items(), layout=held.marks)
     seen = []
     for order in orders or ORDERS:
         runs.feed(layout, held, 0)
-        alone = clip_grad_norm_(held.items(), math.inf, order, layout=held.marks)
+        if not seen:
+            without_plan = clip_grad_norm_(held.items(), math.inf, order, layout=held.marks).item()
         with Wire() as wire, no_host_sync():
             total = clip_grad_norm_(held.values(), limit_of(order), order, plan=plan)
         grads = layouts.view(layout, {name: param.grad for name, param in held.items()})
-        seen.append((total, grads, wire.calls, alone))
+        seen.append((total, grads, wire.calls))
+    assert seen[0][0].item() == without_plan
     return seen
 
 
@@ -60,12 +62,11 @@ def clipped_alone(worlds, dtype: torch.dtype) -> list[tuple]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_process_clips_as_the_formula_says(worlds, dtype):
-    for order, (total, grads, calls, alone) in zip(ORDERS, clipped_alone(worlds, dtype), strict=True):
+    for order, (total, grads, calls) in zip(ORDERS, clipped_alone(worlds, dtype), strict=True):
         whole = {name: grad.double() for name, grad in runs.grads_of(0, dtype).items()}
         expected = metric_of(list(whole.values()), order)
         assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert abs(total.item() - expected) <= ulp(expected)
-        assert total.item() == alone.item()
         assert calls == []
         factor = limit_of(order) / (expected + 1e-6)
         assert factor < 0.6
@@ -81,20 +82,20 @@ def test_norm_and_gradients_have_the_bits_of_one_process_and_take_one_collective
     orders = ORDERS if layout in ("fsdp3", "hsdp", "fsdp_tp", "experts_plain", "stages") else ORDERS[:3]
     ranks = (EVERY | LARGE)[layout].ranks
     for seen in worlds.run(ranks, clipped_on, layout, torch.float32, orders):
-        for (total, grads, calls, alone), (whole_total, whole_grads, *_) in zip(seen, expected, strict=False):
+        for (total, grads, calls), (whole_total, whole_grads, _) in zip(seen, expected, strict=False):
             assert type(total) is torch.Tensor
-            assert total.item() == alone.item() == whole_total.item()
+            assert total.item() == whole_total.item()
             assert differing(grads, whole_grads) == []
             assert len(calls) == (ranks > 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp", "mixed", "stages", "fsdp1_full_flat"])
+@pytest.mark.parametrize("layout", ["fsdp3", "fsdp_tp", "mixed", "stages", "experts_plain"])
 def test_other_dtypes_have_the_bits_of_one_process_too(worlds, layout, dtype):
     """bf16 is scaled by a float32 number and rounded once, so where it is cut does not matter."""
     expected = clipped_alone(worlds, dtype)
     for seen in worlds.run(EVERY[layout].ranks, clipped_on, layout, dtype, ORDERS[:3]):
-        for (total, grads, *_), (whole_total, whole_grads, *_) in zip(seen, expected, strict=False):
+        for (total, grads, _), (whole_total, whole_grads, _) in zip(seen, expected, strict=False):
             # Sums of float64 round by the place where they are cut.
             rtol = 1e-14 if dtype == torch.float64 else 0
             torch.testing.assert_close(total, whole_total, rtol=rtol, atol=0)
@@ -372,7 +373,7 @@ def not_finite(layout: str, raises: bool) -> tuple[str, bool]:
     held = layouts.place(layout, whole_model(PARAMS_SEED))
     runs.feed(layout, held, 0)
     if dist.get_rank() == dist.get_world_size() - 1:
-        layouts.local_of(held["head.weight"].grad).view(-1)[0] = math.nan
+        layouts.local_of(held["up.weight"].grad).view(-1)[0] = math.nan
     before = [layouts.local_of(param.grad).clone() for param in held.values()]
     message = ""
     try:
@@ -389,7 +390,7 @@ def test_a_norm_that_is_not_finite_is_the_same_error_on_every_rank_if_asked_for(
     raised = worlds.run(ranks, not_finite, layout, True)
     assert len({message for message, _ in raised}) == 1
     for message, unchanged in raised:
-        assert re.search(rf"order 2 is not finite \(rank {ranks - 1}: head\.weight\), so nothing was clipped", message)
+        assert re.search(rf"order 2 is not finite \(rank {ranks - 1}: up\.weight\), so nothing was clipped", message)
         assert unchanged
     for message, unchanged in worlds.run(ranks, not_finite, layout, False):
         assert message == ""
@@ -421,7 +422,7 @@ def seeded_experts() -> str:
 def test_experts_that_were_seeded_alike_are_an_error_on_every_rank(worlds):
     first, second = worlds.run(2, seeded_experts)
     assert first == second
-    assert "copies of one piece have different gradients" in first
+    assert "copies of one piece have the same bits, but different gradients" in first
 
 
 def wrong_on_one_rank() -> tuple[str, str, bool]:

@@ -148,7 +148,7 @@ def clip_grad_norm_(
             f"clip_grad_norm_: the norm of order {order:g} is not finite ({'; '.join(by_rank) or 'all gradients are'}), so "
             "nothing was clipped; skip this step on every rank, or pass error_if_nonfinite=False to clip by it anyway"
         )
-    if max_norm == math.inf and is_number:
+    if is_number and max_norm == math.inf:
         return total
     # torch's own formula and dtype. It is never asked whether the norm is too large: a product with 1 changes nothing, and
     # the question would wait for the device.
