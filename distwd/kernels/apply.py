@@ -80,7 +80,7 @@ def scale_(tensors: list[Tensor], factor: Tensor, *, workspace: Workspace) -> No
         torch._foreach_mul_(tensors, _operand(factor, range(len(tensors)), tensors[0]))
         return
     write = Write((), has_keep=True, unit_scale=1.0)
-    _write_(write, Numbers(factor, [], None), [tensors], None, workspace, None)
+    _write_(write, Numbers(factor, (), None), [tensors], (), None, workspace, None)
 
 
 def apply_from_(
