@@ -75,12 +75,15 @@ def scale_(tensors: list[Tensor], factor: Tensor, *, workspace: Workspace) -> No
     factor: 0-d, on any device.
     workspace: where blocks are worked on.
     """
-    # For the same reasons as in `apply_`.
     if tensors[0].dtype not in LOW:
-        torch._foreach_mul_(tensors, _operand(factor, range(len(tensors)), tensors[0]))
+        torch._foreach_mul_(tensors, factor.to(tensors[0].device, tensors[0].dtype))
         return
-    write = Write((), has_keep=True, unit_scale=1.0)
-    _write_(write, Numbers(factor, (), None), [tensors], (), None, workspace, None)
+    # As in `apply_`: a factor that is a tensor would be rounded to their 8 or 11 bits.
+    factor = factor.to(tensors[0].device, torch.float32)
+    for _, (pieces,) in blocks(tensors):
+        workspace.begin_block()
+        wide = workspace.mul_(workspace.copies(pieces, torch.float32), factor)
+        torch._foreach_copy_(pieces, wide)
 
 
 def apply_from_(

@@ -47,7 +47,7 @@ def clip_grad_norm_(
         `layout` as in `Plan.build`; where ranks hold copies, their gradients are compared, too.
     error_if_nonfinite: raise an error where the norm is NaN or infinite. This reads the norm on the host; nothing else does.
     Returns the norm before clipping, a 0-d float32 tensor (float64 if every parameter is float64), on the device of the
-    first gradient, with the same bits on every rank and on any sharding. Summed in float64.
+    first gradient. Summed in float64: the same bits on every rank and, as float32, on any sharding.
 
     A collective call, on every rank of the group; one all-reduce if the plan is given. A gradient that is sharded otherwise
     than its parameter, `Partial` too, is redistributed to be measured, and scaled where it lies.
