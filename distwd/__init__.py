@@ -5,6 +5,7 @@ from .chain import Chain
 from .errors import PlanError
 from .groups.param_groups import param_groups
 from .groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
+from .metrics.clip import clip_grad_norm_
 from .metrics.metric import Measure
 from .metrics.plan import Plan, global_metric
 from .optimizers.lr import LR
@@ -38,6 +39,7 @@ __all__ = [
     "Wrap",
     "__version__",
     "attach",
+    "clip_grad_norm_",
     "decay_weights_",
     "global_metric",
     "param_groups",

@@ -30,10 +30,11 @@ try:
     from replica import Replica
     from text import Sequences, fingerprint, read_text, split_text
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
     from world import World, end_process, start_world
+
+    import distwd
 except ModuleNotFoundError as error:
     sys.exit(f"train.py: {error}; install what the program needs with: pip install -e '.[demo]'")
 
@@ -153,7 +154,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         loss = self._accumulate_gradients()
         if options.clip is not None:
-            self._clip_gradients(options.clip)
+            distwd.clip_grad_norm_(self.params, options.clip, plan=self.plan)
         if self.replica is not None:
             self.replica.step()
         self.step += 1
@@ -195,13 +196,6 @@ class Trainer:
     def _loss(self, batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.options.bf16):
             return cross_entropy(self.model, batch)
-
-    def _clip_gradients(self, limit: float) -> None:
-        """Scale all gradients so that the norm of the whole model's is at most `limit`: one collective, any mesh."""
-        norm = self.plan.metric([param.grad for param in self.params], "l2")
-        grads = [param.grad for param in self.params if param.grad is not None]
-        shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1))
 
     @torch.no_grad()
     def _validation_loss(self, validation: Sequences) -> float:

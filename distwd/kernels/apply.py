@@ -68,6 +68,24 @@ def apply_(
     _write_(write, numbers, lists, rest, mask, workspace, random_bits, num_cells)
 
 
+def scale_(tensors: list[Tensor], factor: Tensor, *, workspace: Workspace) -> None:
+    """x ← factor·x, in place; of bf16 and fp16 computed in float32 and rounded once.
+
+    tensors: local tensors of one dtype and device.
+    factor: 0-d, on any device.
+    workspace: where blocks are worked on.
+    """
+    if tensors[0].dtype not in LOW:
+        torch._foreach_mul_(tensors, factor.to(tensors[0].device, tensors[0].dtype))
+        return
+    # As in `apply_`: a factor that is a tensor would be rounded to their 8 or 11 bits.
+    factor = factor.to(tensors[0].device, torch.float32)
+    for _, (pieces,) in blocks(tensors):
+        workspace.begin_block()
+        wide = workspace.mul_(workspace.copies(pieces, torch.float32), factor)
+        torch._foreach_copy_(pieces, wide)
+
+
 def apply_from_(
     targets: list[Tensor],
     params: list[Tensor],

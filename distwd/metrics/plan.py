@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .._torch import layout_spec
 from ..errors import CollectiveError, PlanError
+from ..kernels.blocks import Workspace
 from ..sharding.build import BuildArgs, build
 from ..sharding.collectives import local_like
 from ..sharding.explain import explain_change
@@ -48,6 +49,7 @@ class Plan:
     alike: tuples of names (as in `name_ids`) that have the same bits, and may be one weight.
     result_dtype: of metrics: float32, or float64 for a model in float64.
     mark: travels with its numbers, to tell them from those of another plan.
+    workspace: temporaries of metrics by this plan, kept between calls.
 
     >>> import torch
     >>> from distwd import Plan
@@ -74,6 +76,7 @@ class Plan:
     # Of no use to users: see `offset_of` and `fits`.
     _offsets: tuple[int, ...] = field(repr=False)
     _stamps: list[Any] = field(repr=False)
+    workspace: Workspace = field(default_factory=Workspace, repr=False)
 
     @classmethod
     def build(
@@ -126,7 +129,7 @@ class Plan:
                     raise ValueError(
                         f"{piece.name}: got a local tensor of shape {tuple(local.shape)}, the plan has {piece.local_shape}"
                     )
-            (value,) = measure(self, [Request(parsed, sources_of(locals_))])
+            (value,) = measure(self, [Request(parsed, sources_of(locals_))], workspace=self.workspace)
         return value[0].to(self.result_dtype)
 
     def offset_of(self, position: int) -> int:
