@@ -4,7 +4,13 @@ from .attach.attach import Attachment, attach
 from .chain import Chain
 from .errors import PlanError
 from .groups.param_groups import param_groups
-from .groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
+from .groups.schedulers import (
+    CorrectedWeightDecay,
+    CosineWeightDecay,
+    InverseTimeWeightDecay,
+    LambdaWeightDecay,
+    LinearWeightDecay,
+)
 from .metrics.clip import clip_grad_norm_
 from .metrics.metric import Measure
 from .metrics.plan import Plan, global_metric
@@ -25,6 +31,7 @@ __all__ = [
     "CorrectedWeightDecay",
     "CosineWeightDecay",
     "DirectWeightDecay",
+    "InverseTimeWeightDecay",
     "LR",
     "LambdaWeightDecay",
     "LinearWeightDecay",

@@ -14,7 +14,13 @@ from torch.optim import lr_scheduler
 
 from distwd import LR, Adam, Chain, WeightDecay, attach
 from distwd.groups.param_groups import param_groups
-from distwd.groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
+from distwd.groups.schedulers import (
+    CorrectedWeightDecay,
+    CosineWeightDecay,
+    InverseTimeWeightDecay,
+    LambdaWeightDecay,
+    LinearWeightDecay,
+)
 
 
 def adamw(weight_decay: Any = 0.5, lr: Any = 0.125) -> torch.optim.AdamW:
@@ -70,6 +76,14 @@ def test_cosine_goes_down_or_up_after_its_warm_up_and_stays(end):
     assert used[-1] == end
 
 
+def test_inverse_time_halves_at_the_timescale():
+    optimizer = adamw(weight_decay=0.5)
+    used = walk(optimizer, 7, InverseTimeWeightDecay(optimizer, 2))
+    assert used == pytest.approx([0.5 / (1 + t / 2) for t in range(7)], rel=1e-15)
+    assert used[2] == 0.25
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+
+
 TWINS = {
     "lambda": (lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)), lambda o: LambdaWeightDecay(o, lambda t: 1 / (1 + t))),
     "linear": (lambda o: lr_scheduler.LinearLR(o, 0.25, 0.75, 5), lambda o: LinearWeightDecay(o, 0.25, 0.75, 5)),
@@ -122,22 +136,33 @@ def test_corrected_divides_by_the_peak_of_each_group(form, given):
     assert optimizer.param_groups[1]["weight_decay"] == 0.0
 
 
-@pytest.mark.parametrize(("form", "power"), [("corrected", 2), ("independent", 1)])
-def test_what_adamw_takes_off_is_adamc_or_the_independent_decay(form, power):
-    """With gradients of 0 AdamW only decays:  p ← p·(1 − ηλ_t), which is to be (η²/η_max)·λ or (η/η_max)·λ."""
+@pytest.mark.parametrize(("form", "power"), [("corrected", 2), ("independent", 1), ("squared", 2)])
+def test_what_adamw_takes_off_is_adamc_the_independent_decay_or_palms(form, power):
+    """With gradients of 0 AdamW only decays:  p ← p·(1 − ηλ_t), which is to be (η²/η_max)·λ, (η/η_max)·λ or η²·λ."""
     optimizer = adamw(weight_decay=0.5, lr=0.25)
     one_cycle = lr_scheduler.OneCycleLR(optimizer, max_lr=0.25, total_steps=8, cycle_momentum=False)
-    scheduler = CorrectedWeightDecay(optimizer, lr_max=0.25, form=form)
+    peak = 1.0 if form == "squared" else 0.25
+    scheduler = CorrectedWeightDecay(optimizer, lr_max=None if form == "squared" else peak, form=form)
     param, expected, lrs = optimizer.param_groups[0]["params"][0], 1.0, []
     for _ in range(7):
         lrs.append(optimizer.param_groups[0]["lr"])
-        expected *= 1 - lrs[-1] ** power / 0.25 * 0.5
+        expected *= 1 - lrs[-1] ** power / peak * 0.5
         param.grad = torch.zeros_like(param)
         optimizer.step()
         one_cycle.step()
         scheduler.step()
     torch.testing.assert_close(param.detach(), torch.full((2, 3), expected), rtol=1e-5, atol=0)
     assert max(lrs) / min(lrs) > 10
+
+
+def test_squared_follows_the_lr_of_each_group():
+    optimizer = adamw(weight_decay=0.5, lr=0.25)
+    optimizer.param_groups[2]["lr"] = 0.125
+    scheduler = CorrectedWeightDecay(optimizer, form="squared")
+    assert scheduler.get_last_wd() == [0.125, 0.0, 0.0625]
+    optimizer.param_groups[0]["lr"] = 0.0
+    scheduler.step()
+    assert scheduler.get_last_wd() == [0.0, 0.0, 0.0625]
 
 
 # --- any optimizer ----------------------------------------------------------------------------------------------------
@@ -223,9 +248,17 @@ def test_a_tensor_is_filled_in_place_and_is_each_groups_own():
 READS = ("__float__", "__bool__", "__int__", "item", "tolist")
 
 
-@pytest.mark.parametrize("given", [None, 0.25])
-@pytest.mark.parametrize("form", ["corrected", "independent"])
-def test_tensors_are_not_read_on_the_host(monkeypatch, given, form):
+@pytest.mark.parametrize(
+    ("form", "given", "value"),
+    [
+        ("corrected", None, 0.25),
+        ("corrected", 0.25, 0.25),
+        ("independent", None, 2.0),
+        ("independent", 0.25, 2.0),
+        ("squared", None, 0.0625),
+    ],
+)
+def test_tensors_are_not_read_on_the_host(monkeypatch, form, given, value):
     optimizer = adamw(weight_decay=torch.tensor(0.5), lr=torch.tensor(0.0))
     scheduler = CorrectedWeightDecay(optimizer, given, form=form)
     with monkeypatch.context() as patch:
@@ -234,11 +267,11 @@ def test_tensors_are_not_read_on_the_host(monkeypatch, given, form):
         for lr in (0.25, 0.125):
             optimizer.param_groups[0]["lr"].fill_(lr)
             scheduler.step()
-    assert optimizer.param_groups[0]["weight_decay"] == (0.25 if form == "corrected" else 2.0)
+    assert optimizer.param_groups[0]["weight_decay"] == value
     # A number beside a tensor lr has to be read.
     optimizer = adamw(weight_decay=0.5, lr=torch.tensor(0.25))
-    CorrectedWeightDecay(optimizer, 0.5, form=form)
-    assert optimizer.param_groups[0]["weight_decay"] == (0.25 if form == "corrected" else 1.0)
+    CorrectedWeightDecay(optimizer, None if form == "squared" else 0.5, form=form)
+    assert optimizer.param_groups[0]["weight_decay"] == {"corrected": 0.25, "independent": 1.0, "squared": 0.125}[form]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -254,7 +287,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "functions for some groups": (lambda: LambdaWeightDecay(adamw(), [lambda t: 1.0]), "wd_lambda has 1 entries"),
     "a peak of 0": (lambda: CorrectedWeightDecay(adamw(), 0.0), "lr_max=0.0 is not usable"),
     "peaks for some groups": (lambda: CorrectedWeightDecay(adamw(), [1.0, 1.0]), "lr_max has 2 entries"),
-    "an unknown form": (lambda: CorrectedWeightDecay(adamw(), form="squared"), "form='squared' is not known"),
+    "an unknown form": (lambda: CorrectedWeightDecay(adamw(), form="cubed"), "form='cubed' is not known"),
+    "a peak for what has none": (lambda: CorrectedWeightDecay(adamw(), 0.5, form="squared"), "knows no lr_max=0.5"),
+    "a timescale of 0": (lambda: InverseTimeWeightDecay(adamw(), 0), "timescale=0 is not usable"),
+    "a timescale without end": (lambda: InverseTimeWeightDecay(adamw(), math.inf), "timescale=inf is not usable"),
     "a key that no group has": (lambda: LambdaWeightDecay(adamw(), falling, keys=["wd"]), "no group with 'wd'"),
     "an optimizer without decay": (lambda: LambdaWeightDecay(torch.optim.Rprop([torch.ones(1)]), falling), "Rprop has no group with"),
     "a resume without base values": (lambda: LambdaWeightDecay(adamw(), falling, 3), "lack 'initial_weight_decay'"),

@@ -19,7 +19,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 from distwd import LR, Adam, Chain, WeightDecay, attach
-from distwd.groups.schedulers import CorrectedWeightDecay, CosineWeightDecay, LambdaWeightDecay, LinearWeightDecay
+from distwd.groups.schedulers import (
+    CorrectedWeightDecay,
+    CosineWeightDecay,
+    InverseTimeWeightDecay,
+    LambdaWeightDecay,
+    LinearWeightDecay,
+)
 from tests.layouts import gather, place, whole_model
 from tests.test_schedulers import adamw
 
@@ -34,6 +40,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "lambda": lambda o: LambdaWeightDecay(o, falling),
     "linear": lambda o: LinearWeightDecay(o, 0.0, 2.0, 4),
     "cosine": lambda o: CosineWeightDecay(o, 3, 0.75, warmup_iters=2),
+    "inverse time": lambda o: InverseTimeWeightDecay(o, 3),
     "corrected": CorrectedWeightDecay,
     "independent": lambda o: CorrectedWeightDecay(o, form="independent"),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_nonnegative, plain_number
 
-FORMS = ("corrected", "independent")
+FORMS = ("corrected", "independent", "squared")
 
 _KEY = re.compile(r"(distwd_)?weight_decay(_\d+)?")
 _BASE = "initial_"  # as lr_scheduler's "initial_lr"
@@ -294,24 +294,64 @@ class CosineWeightDecay(WeightDecayScheduler):
         return left * base + (1 - left) * self.wd_min
 
 
+class InverseTimeWeightDecay(WeightDecayScheduler):
+    """Weight decay that falls with time:  λ_t = λ₀/(1 + t/T).
+
+    timescale: T > 0, in calls of `step`: there λ is half of λ₀.
+
+    The other arguments, and errors, are those of `LambdaWeightDecay`: optimizer, last_epoch, keys.
+    Source: ADANA (arXiv 2602.05298); SODA (arXiv 2605.11172), with T = 2.
+
+    >>> import torch
+    >>> from distwd import InverseTimeWeightDecay
+    >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], weight_decay=0.5)
+    >>> scheduler = InverseTimeWeightDecay(optimizer, timescale=1)
+    >>> optimizer.step(); scheduler.step()
+    >>> scheduler.get_last_wd()
+    [0.25]
+    """
+
+    _settings = ("timescale",)
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        timescale: float,
+        last_epoch: int = -1,
+        *,
+        keys: Sequence[str] | None = None,
+    ) -> None:
+        timescale = plain_number(timescale)
+        if isinstance(timescale, bool) or not isinstance(timescale, (int, float)) or not 0 < timescale < math.inf:
+            raise ValueError(f"timescale={timescale!r} is not usable: it must be a finite number > 0, in steps")
+        self.timescale: float = timescale
+        super().__init__(optimizer, last_epoch, keys)
+
+    def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
+        return base / (1 + epoch / self.timescale)
+
+
 class CorrectedWeightDecay(WeightDecayScheduler):
-    """Weight decay tied to the learning rate:  λ_t = λ₀·η_t/η_max ("corrected") or λ₀/η_max ("independent").
+    """Weight decay tied to the learning rate:  λ_t = λ₀·η_t/η_max ("corrected"), λ₀/η_max ("independent") or λ₀·η_t ("squared").
 
     What a step then takes off depends on where the rule stands:
         scaled by η (AdamW; between optimizer and `LR`; coupling="lr"): corrected (η²/η_max)·λ₀θ, as AdamC;
-        independent (η/η_max)·λ₀θ.
-        not scaled by η (behind `LR`; coupling="none"): corrected (η/η_max)·λ₀θ, which is the independent decay there.
+        independent (η/η_max)·λ₀θ; squared η²·λ₀θ, as PaLM with λ₀ = 1.
+        not scaled by η (behind `LR`; coupling="none"): corrected (η/η_max)·λ₀θ, which is the independent decay there;
+        squared η·λ₀θ.
 
     lr_max: η_max > 0, a number or one per param group. Default: the largest lr so far, per group, saved and restored. In a
         warm-up η/η_max is then 1 up to the peak; give the peak if the decay shall be warmed up with the lr.
-    form: "corrected" or "independent". With lr_max=1, "corrected" is λ₀·η, and AdamW's step takes off η²·λ₀θ (PaLM).
+        "squared" knows no η_max.
+    form: "corrected", "independent" or "squared".
 
     Make it after the lr scheduler, and step it after it: it reads η as it is then, which is the next step's. If λ is a number
     and lr a tensor, the lr is read in every step (a synchronisation); if λ is a tensor, nothing is read. While η_max is 0,
     λ is 0.
     The other arguments, and errors, are those of `LambdaWeightDecay`: optimizer, last_epoch, keys. ValueError also for groups
-    without "lr".
-    Source: Defazio, arXiv 2506.02285 (AdamC); Loshchilov & Hutter, arXiv 1711.05101, and Wortsman et al., arXiv 2309.14322.
+    without "lr", and for lr_max with form="squared".
+    Source: Defazio, arXiv 2506.02285 (AdamC); Loshchilov & Hutter, arXiv 1711.05101, and Wortsman et al., arXiv 2309.14322;
+    Chowdhery et al., arXiv 2204.02311 (PaLM).
 
     >>> import torch
     >>> from distwd import CorrectedWeightDecay
@@ -335,6 +375,10 @@ class CorrectedWeightDecay(WeightDecayScheduler):
         keys: Sequence[str] | None = None,
     ) -> None:
         check_choice("form", form, FORMS)
+        if form == "squared" and lr_max is not None:
+            raise ValueError(
+                f"form='squared' is λ₀·lr and knows no lr_max={lr_max!r}; leave it out, or use 'corrected'"
+            )
         is_list = isinstance(lr_max, Sequence)
         peaks = [plain_number(peak) for peak in (lr_max if isinstance(lr_max, Sequence) else [lr_max])]
         for peak in [] if lr_max is None else peaks:
@@ -368,8 +412,8 @@ class CorrectedWeightDecay(WeightDecayScheduler):
         return {**super().state_dict(), "peaks": [float(peak) for peak in self.peaks]}
 
     def _value(self, epoch: int, index: int, base: float) -> float | Tensor:
-        lr: Any = self.optimizer.param_groups[index]["lr"] if self.form == "corrected" else 1.0
-        peak = self.peaks[index]
+        lr: Any = 1.0 if self.form == "independent" else self.optimizer.param_groups[index]["lr"]
+        peak: Any = 1.0 if self.form == "squared" else self.peaks[index]
         # At the start of a warm-up from 0 the largest lr is 0, and lr/peak is 0/0: no decay then.
         if isinstance(peak, Tensor):
             return base * torch.where(peak > 0, lr / peak, 0.0)

@@ -203,12 +203,17 @@ class Rule(Transform):
                 num_cells=batch.num_cells,
             )
 
-    def describe(self, settings: Mapping[str, Any]) -> str:
-        """What it measures, and how its direction differs from p, for `print(optimizer)`."""
+    def rate_words(self, settings: Mapping[str, Any]) -> list[str]:
+        """What its coefficient depends on, in words."""
         words = []
         for ask in self.measures(settings).values():
             by = "" if ask.scope == "all" else f" by {ask.scope}"
             words.append(f"{self.measured_as} {ask.parsed.name} of {ask.of}{by}")
+        return words
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        """What it measures, and how its direction differs from p, for `print(optimizer)`."""
+        words = self.rate_words(settings)
         if settings.get("ord", 2) != 2:
             words.append(f"ord {settings['ord']:g}")
         if self.is_cautious(settings):
