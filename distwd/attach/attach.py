@@ -16,7 +16,7 @@ from ..checks import check_choice, is_zero, plain_number
 from ..metrics.plan import Plan, PlanOptions
 from ..optimizers.init_step import FirstStep, mark_if_no_params
 from ..optimizers.lr import LR
-from ..optimizers.state import NO_PARAMS_KEY, without_mark
+from ..optimizers.state import NO_PARAMS_KEY, lacks_second_moment, without_mark
 from ..rules.base import Rule
 from ..sharding.layout import Layout
 from ..sharding.params import ParamList
@@ -108,10 +108,12 @@ class ExternalOptimizer(Transform):
     """The attached optimizer among the transforms. It steps by itself, between the hooks; rules behind it see its update."""
 
     is_linear = False
+    changes = frozenset({"update", "second_moment"})
     optimizer_name = "the optimizer"
 
-    def __init__(self) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.defaults: dict[str, Any] = {}
+        self.lacks_second_moment = next((type(one).__name__ for one in optimizers if lacks_second_moment(one)), "")
 
     def apply(self, step: Step, bound: BoundTransform) -> None:
         """Nothing: what it did, or what it will see, is in the step already."""
@@ -171,7 +173,7 @@ class Attachment:
 
         # The chain that this attachment is equal to: rules before the optimizer ("gradient"), between it and its lr
         # ("lr"), or behind both ("none"). The update is scaled by the optimizer already; LR scales the decay alike.
-        external: list[tuple[Transform, dict[str, str]]] = [(ExternalOptimizer(), {"maximize": "maximize"})]
+        external: list[tuple[Transform, dict[str, str]]] = [(ExternalOptimizer(optimizers), {"maximize": "maximize"})]
         lr: list[tuple[Transform, dict[str, str]]] = [(LR(1.0), {"lr": "lr"})] if coupling == "lr" else []
         own_rules: list[tuple[Transform, dict[str, str]]] = list(zip(rules, rule_keys, strict=True))
         ordered = own_rules + external if coupling == "gradient" else external + own_rules + lr

@@ -13,6 +13,8 @@ from .._torch import local_tensor
 from ..checks import is_zero
 from ..kernels.apply import apply_from_
 from ..kernels.blocks import BufferPool
+from ..metrics.measure import Source
+from ..optimizers.state import borrow_state, second_moments
 from ..sharding.params import NamedParam, is_frozen
 from ..step.runner import StepRunner
 from ..step.step import Batch, PendingUpdate, Step
@@ -144,6 +146,7 @@ class UpdateCapture:
         # In the order of the parameters, whatever the order of the optimizers.
         copied.sort(key=lambda batch: batch.index[0])
         step.batches = on_zeros + copied
+        step.second_moments = self._second_moments
         with (
             self._zero_proxies.adopted(on_zeros, self._over_lr),
             self._snapshot.adopted(step, copied, self._over_lr, self._decays_at_once),
@@ -151,6 +154,16 @@ class UpdateCapture:
             self._runner.run(step, has_begun=True)
         # Several optimizers count their steps together, here; one that shares nothing counts its own.
         self._runner.finish(step, optimizer.param_groups if self._joint.each_alone else step.groups)
+
+    def _second_moments(self, step: Step) -> list[Source]:
+        """v̂ of all trained parameters, from the state of the optimizers that have stepped."""
+        owner_of = {id(group): each for each in self._joint.optimizers for group in each.param_groups}
+        owners = {index: owner_of[id(group)] for index, group in enumerate(step.groups) if id(group) in owner_of}
+        return second_moments(
+            step,
+            lambda group: (type(owners[group]).__name__, step.groups[group]),
+            lambda group, param: borrow_state(owners[group].state, param, "", as_local=True),
+        )
 
     def _params_of(self, optimizer: Optimizer) -> Iterator[tuple[int, NamedParam]]:
         """The parameters of an optimizer that are shown now, with their positions among all."""

@@ -169,11 +169,12 @@ def needs_update(rules: Sequence[Rule], optimizers: Sequence[torch.optim.Optimiz
     targets = [rule.target for rule in rules]
     if "params_direct" in targets and "update" in targets[: len(targets) - targets[::-1].index("params_direct")]:
         return True
-    # Decay that looks at the parameters before the step and after it, too.
+    # The second moment is the one that the step makes of its gradient. And decay may look at the parameters before the step
+    # and after it, too.
     return any(
         rule.is_cautious(rule.defaults)
         or rule.target == "grad"
-        or "update" in rule.sources()
+        or not rule.sources().isdisjoint(("update", "second_moment"))
         or rule.term(rule.defaults, 1.0).reads_old
         for rule in rules
     )

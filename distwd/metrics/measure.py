@@ -39,7 +39,7 @@ class Source:
     positions: of their parameters in the plan.
     tensors: local tensors of the parameters' local shapes, all on one device.
     minus: as many again, subtracted a block at a time so that no difference lies in memory; () for none.
-    scale: one factor for all, a number or a 0-d tensor.
+    scale: one factor for all, a number or a 0-d tensor; or one for each tensor, 1-d.
     """
 
     positions: Sequence[int]
@@ -318,29 +318,35 @@ def reduce_statistics(
 def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> None:
     """Add the statistics of a request's tensors, over the elements that this rank owns, to `into`. No communication."""
     statistics, scope = request.metric.statistics, request.scope
-    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], float | Tensor, int]] = {}
+    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], list[float | Tensor], int]] = {}
     into.device = into.device or request.device
     for source in request.sources:
         scale = source.scale
         # A tensor is not read to find out whether it equals another.
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
+        factors = scale.unbind() if isinstance(scale, Tensor) and scale.dim() else None
         for key, places in slots.owned_among(source.positions, scope).items():
             into.num_seen[key] += len(places)
             tensors, minus = slots.counted(source, places)
             num_rows = slots.num_cells[key] if scope == "matrix" else 1
-            if len(tensors) == 1 and (size := tensors[0].numel()):
-                # Small tensors with a slot of their own: those of one length are measured together, as rows of a
-                # matrix. One by one, scope="tensor" would start several kernels for every bias.
-                kind = (tensors[0].device, tensors[0].dtype, size, num_rows, bool(minus), scale_key)
-                own_keys, own_tensors, own_minus, *_ = alike.setdefault(kind, ([], [], [], scale, num_rows))
-                own_keys.append(key)
-                own_tensors += tensors
-                own_minus += minus
-            else:
+            if factors is None and (len(tensors) > 1 or not tensors[0].numel()):
                 values = local_statistics(tensors, statistics, workspace, minus)
                 into.parts.append(([key], {statistic: value.view(1) for statistic, value in values.items()}, scale))
-    for own_keys, own_tensors, own_minus, scale, num_rows in alike.values():
+                continue
+            # Small tensors with a slot or a factor of their own: those of one length are measured together, as rows of a
+            # matrix. One by one, scope="tensor" would start several kernels for every bias.
+            for number, (place, tensor) in enumerate(zip(places, tensors, strict=True)):
+                if tensor.numel():
+                    kind = (tensor.device, tensor.dtype, tensor.numel(), num_rows, bool(minus), factors is not None, scale_key)
+                    own_keys, own_tensors, own_minus, own_scales, _ = alike.setdefault(kind, ([], [], [], [], num_rows))
+                    own_keys.append(key)
+                    own_tensors.append(tensor)
+                    own_minus += minus[number : number + 1]
+                    own_scales.append(scale if factors is None else factors[place])
+    for (*_, has_factors, _), (own_keys, own_tensors, own_minus, own_scales, num_rows) in alike.items():
         each = statistics_of_each(own_tensors, own_minus, statistics, workspace, num_rows)
+        # torch has no stack of numbers.
+        scale = torch.stack(own_scales).repeat_interleave(num_rows) if has_factors else own_scales[0]
         into.parts.append((own_keys, each, scale))
 
 

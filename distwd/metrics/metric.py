@@ -13,7 +13,7 @@ from ..checks import check_choice, plain_number
 from ..kernels.sums import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic
 
 # What a metric may be taken of, and over which parameters.
-SOURCES = ("update", "grad", "params")
+SOURCES = ("update", "grad", "params", "second_moment")
 # From the coarsest to the finest; a "matrix" is the last two dimensions of a tensor.
 SCOPES = ("all", "group", "tensor", "matrix")
 
@@ -100,7 +100,8 @@ def _norm(p: float) -> Metric:
 class Measure:
     """A number that a rule asks for:  metric of the tensors `of`, one per `scope`.
 
-    of: "update", "grad" or "params", the tensors it is taken of.
+    of: "update", "grad", "params" or "second_moment" (v̂ of Adam and its like), the tensors it is taken of; as
+        `norm_input` of `RelativeWeightDecay`.
     metric: a metric's name, or a number p, see `parse_metric`.
     scope: "all" for one number over all parameters, "group" for one per param group, "tensor" for one per parameter,
         "matrix" for one per matrix: the last two dimensions of a parameter, so one for each of stacked experts [E, m, n].

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .._torch import local_tensor
+from ..metrics.measure import Source
 from ..step.state import PREFIX
-from ..step.step import WaitingOptimizer
+from ..step.step import Step, WaitingOptimizer
 from ..step.transform import BoundTransform
-from .state import borrow_state, commit_state, initial_state, own_key
+from .state import borrow_state, commit_state, initial_state, own_key, second_moments
 
 
 class InnerOptimizer:
@@ -55,6 +56,15 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
         """Whether the chain holds state of this optimizer for `param`."""
         state = self.chain.state.get(param, {})
         return any(own_key(key, self.suffix) is not None for key in state)
+
+    def second_moments(self, step: Step) -> list[Source]:
+        """v̂ of all trained parameters, once it has stepped. Raises ValueError if its state does not tell."""
+        settings = [{**self.inner.defaults, **self.bound.settings(group)} for group in step.groups]
+        return second_moments(
+            step,
+            lambda group: (self.cls.__name__, settings[group]),
+            lambda group, param: borrow_state(self.chain.state, param, self.suffix, as_local=True),
+        )
 
     def initialize(self, params: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
         """Create the optimizer's state now, if it is one of torch's, so that every rank has every key from the start.

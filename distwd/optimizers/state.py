@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from .. import _torch
 from .._torch import local_tensor
+from ..kernels.sums import wide_dtype
+from ..metrics.measure import Source
 from ..sharding.collectives import local_like
 from ..step.state import is_kept_key
+from ..step.step import Step
 
 State = dict[str, Any]
 
@@ -133,6 +136,73 @@ def initial_state(inner: torch.optim.Optimizer, group: dict[str, Any], example: 
     example.grad = None
     begun: State = inner.state.pop(example, {})
     return begun
+
+
+def lacks_second_moment(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer surely keeps no `exp_avg_sq`. False also where only its first step will tell."""
+    begun = [state for state in optimizer.state.values() if not all(map(is_kept_key, state))]
+    if begun:
+        return not any("exp_avg_sq" in state for state in begun)
+    cls = type(optimizer)
+    if not cls.__module__.startswith("torch.optim"):
+        return False
+    # Another one of its class, since making the state replaces what there is. A matrix, because Muon takes no other.
+    example = torch.zeros(1, 1, requires_grad=True)
+    twin = cls([example])  # type: ignore[call-arg]
+    return "exp_avg_sq" not in initial_state(twin, {**twin.defaults, "params": [example]}, example)
+
+
+def second_moments(
+    step: Step,
+    host_of: Callable[[int], tuple[str, Mapping[str, Any]]],
+    state_of: Callable[[int, Tensor], State],
+) -> list[Source]:
+    """v̂ = exp_avg_sq/(1 − β₂ᵗ) of all trained parameters, under amsgrad of the largest exp_avg_sq so far.
+
+    A parameter that is not updated in this step has it from an earlier one; without state it counts as zeros.
+
+    step: whose optimizer has stepped.
+    host_of: the optimizer of a param group, by its index: its class's name, and its settings.
+    state_of: its state for a parameter of a group, shards as local tensors.
+    Raises ValueError for an updated parameter whose state does not tell v̂.
+    """
+    frozen, updated = set(step.frozen), {position for batch in step.batches for position in batch.index}
+    # By device of v, device of t and β₂: what is computed together.
+    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], Any]] = {}
+    for position, entry in enumerate(step.entries):
+        if entry.group not in step.active_groups or position in frozen:
+            continue
+        (name, settings), state = host_of(entry.group), state_of(entry.group, entry.tensor)
+        # torch keeps the largest where its groups say so; others may have another word for it.
+        is_largest = settings.get("amsgrad", "max_exp_avg_sq" in state)
+        key = "max_exp_avg_sq" if is_largest else "exp_avg_sq"
+        value: Any = state.get(key)
+        if value is None and position not in updated:
+            continue
+        num_steps, betas = state.get("step", settings.get("step")), settings.get("betas")
+        # Quantised states are tensors of other kinds, or of other shapes.
+        is_plain = type(value) in _torch.ORDINARY and value.is_floating_point()
+        if num_steps is None or betas is None or not is_plain or value.shape != local_tensor(entry.tensor).shape:
+            raise ValueError(
+                f"{name} does not tell the second moment of {entry.name}: it needs {key!r} of the parameter's shape and 'step' in "
+                "its state, and 'betas' in its groups; use another norm_input, or Adam, AdamW, NAdam or RAdam"
+            )
+        num_steps = num_steps if isinstance(num_steps, Tensor) else torch.tensor(float(num_steps))
+        beta = betas[1]
+        by = value.device, num_steps.device, id(beta) if isinstance(beta, Tensor) else beta
+        positions, values, counts, _ = alike.setdefault(by, ([], [], [], beta))
+        positions.append(position)
+        values.append(value)
+        counts.append(num_steps.reshape(()))
+    found = []
+    for (device, *_), (positions, values, counts, beta) in alike.items():
+        # On the device: to find out which parameters have stepped equally often would be to read the counters.
+        wide = wide_dtype(device)
+        t = torch.stack(counts).to(device, wide, non_blocking=True)
+        beta = beta.to(device, wide, non_blocking=True) if isinstance(beta, Tensor) else beta
+        # Before its first step v is 0, and so is v̂.
+        found.append(Source(positions, values, (), torch.where(t > 0, 1 / (1 - beta**t), 0.0)))
+    return found
 
 
 def mark_initialized(states: dict[Any, State], params: Sequence[Tensor]) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..step.step import Step
 from ..step.transform import BoundTransform, Transform
-from .base import InnerOptimizer
+from .base import GradientOptimizer, InnerOptimizer
 from .elementwise import ELEMENTWISE, ElementwiseOptimizer
 from .full_params import ClosureOptimizer, FullParamOptimizer, needs_closure
+from .state import lacks_second_moment
 
 
 class Wrap(Transform):
@@ -41,6 +42,7 @@ class Wrap(Transform):
     """
 
     is_linear = False
+    changes = frozenset({"update", "second_moment"})
 
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], **kwargs: Any) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
@@ -65,6 +67,7 @@ class Wrap(Transform):
         # The class itself knows what its hyperparameters are, and refuses bad ones. (A matrix, since Muon takes no
         # other.)
         example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self._fixed})
+        self.lacks_second_moment = name if lacks_second_moment(example) else ""
         # AdamW's flag goes with its weight_decay: the chain sets both where it lets the optimizer do a decay.
         hidden = {*self._fixed, "decoupled_weight_decay"}
         self.defaults = {key: value for key, value in example.defaults.items() if key not in hidden}
@@ -97,7 +100,8 @@ class Wrap(Transform):
         # It is not run yet. What stands behind it decides: if nothing needs its update, it steps the parameters
         # directly.
         step.materialize(exact=True)
-        step.waiting = step.inner_optimizers[bound.index]
+        step.waiting = inner = step.inner_optimizers[bound.index]
+        step.second_moments = inner.second_moments if isinstance(inner, GradientOptimizer) else None
 
     def __repr__(self) -> str:
         words = [] if type(self) is not Wrap else [self.optimizer_name]

@@ -111,7 +111,7 @@ class Rule(Transform):
         return frozenset({{"params_direct": "params", "closure": "grad"}.get(self.target, self.target)})
 
     def sources(self) -> set[str]:
-        """What its metrics may be taken of in any group: some of "params", "grad", "update"."""
+        """What its metrics may be taken of in any group: some of "params", "grad", "update", "second_moment"."""
         # Under `attach` groups differ in λ alone. A rule may measure nothing at λ = 0, and a group may switch it on.
         found = set()
         for settings in (self.defaults, {**self.defaults, "weight_decay": 1.0}):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..metrics.measure import num_collectives
-from ..metrics.metric import Measure
+from ..metrics.metric import SOURCES, Measure
 from ..sharding.world import World
 from .transform import BoundTransform
 
@@ -44,7 +44,7 @@ class Schedule:
         points that stab all intervals.
         """
         # "update" is the gradient itself until a transform makes it something else.
-        final_since = {"update": 0, "grad": 0, "params": 0}
+        final_since = dict.fromkeys(SOURCES, 0)
         update_is_gradient = True
         # (position, asks). Looking at the last one is enough: its position is the largest, and asks only ever join it.
         opened: list[tuple[int, list[tuple[int, Measure]], dict[Measure, int]]] = []

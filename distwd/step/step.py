@@ -297,6 +297,7 @@ class Step:
     found_inf: by group index, a tensor that is not 0 where the optimizer will skip its step.
     decays_gradients: whether the pending update is the gradient that the optimizer will see.
     old: local parameters as they were before the optimizer's step, by position, where it has stepped already.
+    second_moments: what the optimizer that has stepped last keeps as v̂; None: there is none.
     shows_bare_update: whether every rule sees the update as the optimizer has made it, and not the decay of others.
     """
 
@@ -325,6 +326,7 @@ class Step:
         self.waiting: WaitingOptimizer | None = None
         self.old: Mapping[int, Tensor] = {}
         self.shows_bare_update = False
+        self.second_moments: Callable[[Step], list[Source]] | None = None
 
         found: dict[tuple[int, torch.device, torch.dtype], Batch] = {}
         frozen = []
@@ -373,7 +375,7 @@ class Step:
         return self.anchors(bound, toward, batch, self.entries)
 
     def tensors_for(self, of: str) -> list[Source]:
-        """What a metric of `of` is taken of. Parameters without a gradient are missing in all but "params"."""
+        """What a metric of `of` is taken of. Parameters without a gradient are missing in "update" and "grad"."""
         if of == "params":
             # All that are trained, with a gradient or without, as they were when the step began.
             locals_: list[Tensor | None] = []
@@ -385,6 +387,11 @@ class Step:
                     old = self.old.get(position)
                     locals_.append(local_tensor(entry.tensor) if old is None else old)
             return sources_of(locals_)
+        if of == "second_moment":
+            # Of this step's gradient, so the optimizer has to run first. Where none has come yet, as in a hidden step, there is
+            # nothing.
+            self._run_waiting()
+            return [] if self.second_moments is None else self.second_moments(self)
         # Gradients that a GradScaler has multiplied: metrics are of what the optimizer will make of them.
         unscale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.to(wide_dtype(self.grad_scale.device))
         if of == "grad":

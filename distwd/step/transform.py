@@ -20,11 +20,12 @@ class Transform(ABC):
 
     defaults: hyperparameters by name; each becomes a key of the optimizer's param groups.
     target: what a rule writes to, "update" for everything else.
-    changes: what it may change of "update", "grad" and "params" before the step is written.
+    changes: what it may change of the sources of metrics before the step is written.
     is_linear: whether scaling the update before it is the same as scaling it afterwards.
     coefficient_settings: the names of all hyperparameters that its coefficient depends on; None: on any.
     optimizer_name: the name of the optimizer that it runs; "" for what is no optimizer.
     given: somebody's own tensors that it pulls to, by the name of the parameter; None if there are none.
+    lacks_second_moment: the class of an optimizer of it that surely keeps no `exp_avg_sq`; "" if it may keep one.
     """
 
     defaults: dict[str, Any]
@@ -34,6 +35,7 @@ class Transform(ABC):
     coefficient_settings: ClassVar[frozenset[str] | None] = None
     optimizer_name: str = ""
     given: Mapping[str, Tensor] | None = None
+    lacks_second_moment: str = ""
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError if these settings (of a param group) are not usable."""
@@ -112,6 +114,7 @@ class BoundTransform:
     maximize_keys: group keys that tell whether the optimizers behind it maximize.
     lr_key: the group key of the learning rate that scales the update behind it, before another optimizer does.
     state_prefix: what the keys of its kept numbers in the optimizer's state begin with.
+    optimizer: the nearest optimizer before it, whose second moment it may ask for; None if there is none.
     """
 
     transform: Transform
@@ -122,6 +125,7 @@ class BoundTransform:
     maximize_keys: tuple[str, ...] = ()
     lr_key: str | None = None
     state_prefix: str = ""
+    optimizer: Transform | None = None
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The transform's hyperparameters as this param group has them now."""
@@ -191,7 +195,19 @@ class BoundTransform:
                     f"{self.label}.keeps: {name!r} begins as {begins!r}; it must be a number or a Measure, under a name "
                     "without dots that `measures` does not use, and not 'num_steps' or 'anchor'"
                 )
-        return {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}, keeps
+        asks = {**measures, **{name: begins for name, begins in keeps.items() if isinstance(begins, Measure)}}
+        if any(ask.of == "second_moment" for ask in asks.values()):
+            if self.optimizer is None:
+                raise ValueError(
+                    f"{self.label} asks for 'second_moment', which an optimizer makes of this step's gradient, and none stands "
+                    "before the rule; put it behind one that keeps exp_avg_sq (Adam, AdamW, NAdam, RAdam)"
+                )
+            if lacking := self.optimizer.lacks_second_moment:
+                raise ValueError(
+                    f"{self.label} asks for 'second_moment', and {lacking} keeps no exp_avg_sq; use an optimizer that does (Adam, "
+                    "AdamW, NAdam, RAdam), or measure something else"
+                )
+        return asks, keeps
 
 
 def bind(
@@ -229,9 +245,11 @@ def bind(
         coupling = _coupling(transform, transforms[index + 1 :], bound_keys[index + 1 :])
         # The suffix comes before the label: at the end, keys of a second attachment would begin like those of the first.
         prefix = f"distwd{state_suffix}_{labels[index]}"
+        before = () if transform.target == "closure" else transforms[:index]
+        optimizer = next((other for other in reversed(before) if other.optimizer_name), None)
         bound.append(
             BoundTransform(
-                transform, index, labels[index], bound_keys[index], coupling, tuple(maximize), lr_key, prefix
+                transform, index, labels[index], bound_keys[index], coupling, tuple(maximize), lr_key, prefix, optimizer
             )
         )
     return tuple(bound)
