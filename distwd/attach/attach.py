@@ -444,7 +444,8 @@ class Attachment:
             if is_complete:
                 self._joint.end()
         # Many optimizers begin their state in their first step, and only then there is room for kept numbers.
-        self._create_kept()
+        if self._runner.keeps_numbers:
+            self._create_kept()
         # A hidden step is no part of a joint step.
         if is_complete or self._is_init_step:
             self._just_stepped.clear()

@@ -51,7 +51,7 @@ class KeptNumbers:
         state_of: Callable[[Tensor], dict[Any, State]],
         may_keep: Callable[[Tensor], bool],
     ) -> None:
-        # Most rules keep nothing, and then a step shall not even ask.
+        # Those that may keep numbers; whether they do is up to their settings.
         self._transforms = [bound for bound in transforms if type(bound.transform).keeps is not Transform.keeps]
         self._all = transforms
         self.keeps_any = bool(self._transforms)
@@ -63,10 +63,6 @@ class KeptNumbers:
         # Numbers that have moved while they may not lie in the state yet, by key and parameter: many optimizers begin a
         # parameter's state with its first gradient. And by key and group, of groups without parameters on this rank.
         self._unplaced: dict[tuple[str, Tensor | int], Tensor] = {}
-
-    def is_kept_by(self, index: int) -> bool:
-        """Whether the transform with this index may keep numbers."""
-        return any(bound.index == index for bound in self._transforms)
 
     @staticmethod
     def names(keeps: Mapping[str, float | Measure]) -> dict[str, float]:

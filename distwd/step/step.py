@@ -374,6 +374,10 @@ class Step:
         """The local tensors that a rule pulls a batch to, one for each parameter; toward: "initial" or "given"."""
         return self.anchors(bound, toward, batch, self.entries)
 
+    def keeps_numbers(self, index: int) -> bool:
+        """Whether the transform with this index keeps numbers, in any group. The same on every rank."""
+        return any(own.keeps for (other, _), own in self.settings.items() if other == index)
+
     def tensors_for(self, of: str) -> list[Source]:
         """What a metric of `of` is taken of. Parameters without a gradient are missing in "update" and "grad"."""
         if of == "params":
