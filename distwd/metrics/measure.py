@@ -318,7 +318,7 @@ def reduce_statistics(
 def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> None:
     """Add the statistics of a request's tensors, over the elements that this rank owns, to `into`. No communication."""
     statistics, scope = request.metric.statistics, request.scope
-    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], list[float | Tensor], int]] = {}
+    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], list[Any], int]] = {}
     into.device = into.device or request.device
     for source in request.sources:
         scale = source.scale
@@ -337,7 +337,15 @@ def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> N
             # matrix. One by one, scope="tensor" would start several kernels for every bias.
             for number, (place, tensor) in enumerate(zip(places, tensors, strict=True)):
                 if tensor.numel():
-                    kind = (tensor.device, tensor.dtype, tensor.numel(), num_rows, bool(minus), factors is not None, scale_key)
+                    kind = (
+                        tensor.device,
+                        tensor.dtype,
+                        tensor.numel(),
+                        num_rows,
+                        bool(minus),
+                        factors is not None,
+                        scale_key,
+                    )
                     own_keys, own_tensors, own_minus, own_scales, _ = alike.setdefault(kind, ([], [], [], [], num_rows))
                     own_keys.append(key)
                     own_tensors.append(tensor)

@@ -109,7 +109,9 @@ class Coefficients:
         taken = {ask: self._taken.pop((phase.position, ask), None) for ask in asks}
         sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks if taken[ask] is None)}
         requests = [Request(ask.parsed, sources.get(ask.of, ()), ask.scope, taken[ask]) for ask in asks]
-        counted = dict.fromkeys(ask.scope for index, ask in phase.asks if ask.scope in OWN and step.keeps_numbers(index))
+        counted = dict.fromkeys(
+            ask.scope for index, ask in phase.asks if ask.scope in OWN and step.keeps_numbers(index)
+        )
         for scope in counted:
             # A kept number of one parameter moves if the parameter has a gradient anywhere. Ranks whose shard is empty
             # may have none (FSDP1), so that is counted in the same reduction: a 1 for each gradient of an owner, for
