@@ -75,14 +75,19 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def as_numbers(value: Any) -> Any:
-    """A 0-d tensor as a float; a mapping of them (scope "group" or "tensor") as a dict of floats."""
+    """A 0-d tensor as a float; a mapping (scope "group" or "tensor") as a dict, one number per matrix as a list of floats."""
     if isinstance(value, Mapping):
         return {str(key): as_numbers(part) for key, part in value.items()}
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value.tolist()
     return None if value is None else float(value)
 
 
-def mean(value: float | Mapping[str, float] | None) -> float | None:
-    """One number to show for what may be one number per group or tensor."""
-    if not isinstance(value, Mapping):
+def mean(value: Any) -> float | None:
+    """One number to show for what may be one number per group, tensor or matrix."""
+    if not isinstance(value, Mapping | list):
         return value
-    return sum(value.values()) / len(value) if value else None
+    known = [
+        part for one in (value.values() if isinstance(value, Mapping) else value) if (part := mean(one)) is not None
+    ]
+    return sum(known) / len(known) if known else None

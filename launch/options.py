@@ -3,14 +3,18 @@
     --decay relative --position decoupled     ->  Chain(Adam(), RelativeWeightDecay(...), LR(...))
     --decay absolute --position coupled       ->  Chain(WeightDecay(...), Adam(), LR(...))
     --decay cautious --position constant      ->  Chain(Adam(), LR(...), CautiousWeightDecay(...))
+    --norm-input second_moment --power -0.5   ->  Chain(Adam(), RelativeWeightDecay(...), LR(...)), which is SWD
 
+Every rule of the library has its word, and every argument of a rule its flag: both are read from the library.
 What is left out on the command line is left to the library's own defaults.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -19,19 +23,19 @@ from torch.distributed import ProcessGroup
 
 import distwd
 
-RULES = {
-    "absolute": distwd.WeightDecay,
-    "relative": distwd.RelativeWeightDecay,
-    "cautious": distwd.CautiousWeightDecay,
-    "direct": distwd.DirectWeightDecay,
+
+def word_of(name: str) -> str:
+    """The word for a rule: "absolute" for WeightDecay, else its name without that: "relative", "radial-brake"."""
+    short = name.removesuffix("WeightDecay") or "Absolute"
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", short).lower()
+
+
+PUBLIC = {name: getattr(distwd, name) for name in distwd.__all__ if name != "Rule"}
+RULES: dict[str, type[distwd.Rule]] = {
+    word_of(name): cls for name, cls in PUBLIC.items() if isinstance(cls, type) and issubclass(cls, distwd.Rule)
 }
-KNOBS = {
-    "none": (),
-    "absolute": ("ord", "target"),
-    "relative": ("ord", "norm_input", "metric", "scope", "cautious", "target"),
-    "cautious": ("ord", "target"),
-    "direct": ("ord",),
-}
+# What each rule takes; λ has a flag of its own for all of them.
+KNOBS = {"none": ()} | {word: tuple(inspect.signature(rule).parameters) for word, rule in RULES.items()}
 KERNELS: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "single": {"foreach": False},
@@ -120,12 +124,12 @@ def add_decay(parser: Parser) -> None:
         default="decoupled",
         help="before Adam | between Adam and the learning rate | after both",
     )
-    group.add_argument("--ord", type=float, default=argparse.SUPPRESS, help="2 is the usual decay")
-    group.add_argument("--target", choices=("update", "grad", "params_direct"), default=argparse.SUPPRESS)
-    group.add_argument("--metric", type=word_or_number, default=argparse.SUPPRESS, help="mad, rms, l2, ... (relative)")
-    group.add_argument("--norm-input", default=argparse.SUPPRESS, help="update, grad or params (relative)")
-    group.add_argument("--scope", default=argparse.SUPPRESS, help="all, group or tensor (relative)")
-    group.add_argument("--cautious", action="store_true", default=argparse.SUPPRESS, help="with a mask (relative)")
+    for name, (kind, help) in FLAGS.items():
+        how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        how = {"action": "store_true"} if kind is bool else how
+        if takers := [word for word, names in KNOBS.items() if name in names]:
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=f"{help} ({', '.join(takers)})", **how)
 
 
 def add_checkpoint(parser: Parser) -> None:
@@ -168,6 +172,34 @@ def word_or_number(text: str) -> str | float:
         return text
 
 
+# The arguments of rules, and what they are on a command line: a function of the text, the words to choose from, or bool for
+# a flag without a value.
+FLAGS: dict[str, tuple[Any, str]] = {
+    "ord": (float, "2 is the usual decay"),
+    "target": (("update", "grad", "params_direct"), "what it writes to"),
+    "metric": (word_or_number, "mad, rms, l2, ..."),
+    "norm_input": (str, "update, grad, params or second_moment"),
+    "scope": (str, "all, group, tensor or matrix"),
+    "cautious": (bool, "with a mask"),
+    "per": (str, "what the metric is divided by: update, grad, params or second_moment"),
+    "power": (float, "of the metric or the ratio"),
+    "smoothing": (float, "the share of a running mean that stays"),
+    "inclusive": (bool, "decay where update or parameter is 0, too"),
+    "toward": (word_or_number, "a number, or initial"),
+    "cap": (float, "beyond it the decay does not grow"),
+    "proximal": (bool, "the implicit step"),
+    "ratio": (float, "the share of the radius that is kept"),
+    "radius": (word_or_number, "a number, or initial"),
+    "outward": (float, "the share of a growing norm that stays"),
+    "inward": (float, "the share of a shrinking norm that stays"),
+    "bound": (word_or_number, "a number, initial or inflection"),
+    "factor": (float, "of the initial bound"),
+    "after": (int, "the steps after which it acts"),
+    "rate": (float, "of the multiplier"),
+    "every": (int, "steps between two decisions"),
+}
+
+
 def find_problem(options: argparse.Namespace) -> str | None:
     """What is wrong with the options as a whole, or None. The same on every rank: it looks at nothing else."""
     if options.resume and not options.checkpoint:
@@ -187,21 +219,23 @@ def find_problem(options: argparse.Namespace) -> str | None:
 
 def find_decay_problem(options: argparse.Namespace) -> str | None:
     """The library judges the values (metric, ord, ...); here, only whether the rule has such a knob."""
-    foreign = sorted(set(given_knobs(options)) - set(KNOBS[options.decay]))
+    foreign = sorted(set(given_knobs(options)) - {"weight_decay", *KNOBS[options.decay]})
     if foreign:
         flags = ", ".join("--" + name.replace("_", "-") for name in foreign)
         takers = [rule for rule, names in KNOBS.items() if set(foreign) <= set(names)]
         return f"--decay {options.decay} takes no {flags}; drop it, or use --decay {' or '.join(takers)}"
     try:
-        make_transforms(options)
+        # Of one parameter: what stands where in a chain is judged when that is made.
+        make_optimizer([("example", torch.nn.Parameter(torch.ones(1, 1)))], options)
     except ValueError as error:
         return str(error)
     return None
 
 
 def given_knobs(options: argparse.Namespace) -> dict[str, Any]:
-    names = {name for knobs in KNOBS.values() for name in knobs}
-    return {name: value for name, value in vars(options).items() if name in names}
+    """What the command line says of the rule. λ is there in any case, for those that take one."""
+    knobs = {name: value for name, value in vars(options).items() if name in FLAGS}
+    return knobs | ({"weight_decay": options.weight_decay} if "weight_decay" in KNOBS[options.decay] else {})
 
 
 def make_transforms(options: argparse.Namespace) -> list[Any]:
@@ -210,7 +244,7 @@ def make_transforms(options: argparse.Namespace) -> list[Any]:
     rate = distwd.LR(options.lr)
     if options.decay == "none":
         return [adam, rate]
-    rule = RULES[options.decay](options.weight_decay, **given_knobs(options))
+    rule = RULES[options.decay](**given_knobs(options))
     return {
         "coupled": [rule, adam, rate],
         "decoupled": [adam, rule, rate],

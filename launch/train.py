@@ -234,7 +234,8 @@ class Trainer:
         constant = self.optimizer.param_groups[0].get("weight_decay", 0.0) if self.options.decay != "none" else 0.0
         return {
             "metric": as_numbers(stats.get("metric")),
-            "coefficient": as_numbers(stats.get("coefficient", constant)),
+            # Norm rules multiply the parameter instead.
+            "coefficient": as_numbers(stats.get("coefficient", stats.get("gain", constant))),
         }
 
     def _finish(self) -> bool:

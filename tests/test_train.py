@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import distwd
+
 for needed in ("transformers", "tqdm"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"launch/train.py needs {needed}: pip install -e '.[demo]'", allow_module_level=True)
@@ -170,6 +172,8 @@ def assert_same(mine: Any, its: Any) -> None:
     [
         ("--decay absolute --metric rms", "--decay absolute takes no --metric; drop it, or use --decay relative"),
         ("--metric nonsense", "nonsense"),
+        ("--decay relative --smoothing 1", "smoothing=1.0 must be >= 0 and < 1"),
+        ("--norm-input second_moment --position coupled", "none stands before the rule"),
         ("--weight-decay -1", "weight_decay"),
         ("--resume", "--resume needs --checkpoint DIR"),
         ("--clip 0", "0 is not a positive number"),
@@ -185,6 +189,41 @@ def test_a_wrong_command_line_ends_with_one_clear_line(
     assert error.startswith("train.py: error: ")
     assert reason in error
     assert error.count("\n") == 1
+
+
+def test_every_rule_and_every_argument_of_it_has_a_word() -> None:
+    options = load_launch("options")
+    rules = {
+        name
+        for name in distwd.__all__
+        if isinstance(cls := getattr(distwd, name), type) and issubclass(cls, distwd.Rule)
+    }
+    assert {cls.__name__ for cls in options.RULES.values()} == rules - {"Rule"}
+    assert {"absolute", "relative", "cautious", "direct"} <= options.RULES.keys()
+    assert {name for names in options.KNOBS.values() for name in names} <= {"weight_decay", *options.FLAGS}
+    line = "--norm-input second_moment --per params --power -0.5 --smoothing 0.25 --scope tensor --cautious"
+    (rule,) = [
+        part for part in options.make_transforms(options.parse_options(line.split())) if isinstance(part, distwd.Rule)
+    ]
+    knobs = {"norm_input": "second_moment", "per": "params", "power": -0.5, "smoothing": 0.25, "scope": "tensor"}
+    assert knobs.items() <= rule.defaults.items()
+    assert rule.defaults["cautious"] is True
+
+
+RULE_LINES = [
+    "--norm-input grad --metric l2 --per params --smoothing 0.1",
+    "--norm-input second_moment --power -0.5 --weight-decay 0.01",
+]
+
+
+@pytest.mark.parametrize("line", RULE_LINES)
+def test_the_check_holds_for_a_rule(line: str, tmp_path: Path) -> None:
+    """Two ranks end with the bits of one process, from one collective a step."""
+    train(tmp_path, "--check", *line.split(), ranks=2)
+    assert json.loads((tmp_path / "summary.json").read_text())["check"]["elements_differ"] == 0
+    log = read_log(tmp_path)
+    assert [each["collectives"] for each in log] == [1] * 4
+    assert all(each["coefficient"] > 0 for each in log)
 
 
 def test_a_mesh_is_read_and_held_against_the_number_of_processes() -> None:
