@@ -86,7 +86,7 @@ def as_numbers(value: Any) -> Any:
 def mean(value: Any) -> float | None:
     """One number to show for what may be one number per group, tensor or matrix."""
     if not isinstance(value, Mapping | list):
-        return value
+        return None if value is None else float(value)
     known = [
         part for one in (value.values() if isinstance(value, Mapping) else value) if (part := mean(one)) is not None
     ]

@@ -444,7 +444,7 @@ class Attachment:
             if is_complete:
                 self._joint.end()
         # Many optimizers begin their state in their first step, and only then there is room for kept numbers.
-        if self._runner.keeps_numbers:
+        if self._runner.keeps_state:
             self._create_kept()
         # A hidden step is no part of a joint step.
         if is_complete or self._is_init_step:

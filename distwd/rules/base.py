@@ -58,6 +58,7 @@ class Rule(Transform):
     """
 
     measured_as: ClassVar[str] = "by"  # what `print(optimizer)` says before each metric
+    silent: ClassVar[Mapping[str, Any]] = {}  # settings that `repr` leaves out where they have these values
 
     def __init__(self, *, target: str = "update", **settings: Any) -> None:
         if target in _GROWTH:
@@ -221,6 +222,7 @@ class Rule(Transform):
         return ", ".join(words)
 
     def __repr__(self) -> str:
-        words = [f"{key}={value!r}" for key, value in self.defaults.items()]
+        shown = {k: v for k, v in self.defaults.items() if k not in self.silent or v != self.silent[k]}
+        words = [f"{key}={value!r}" for key, value in shown.items()]
         words += [] if self.target == "update" else [f"target={self.target!r}"]
         return f"{type(self).__name__}({', '.join(words)})"

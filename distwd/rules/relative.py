@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class RelativeWeightDecay(Rule):
     # Groups that differ in `ord` or `cautious` alone share one coefficient, and `stats` shows one.
     coefficient_settings = frozenset({"weight_decay", "power"})
     measured_as = "×"
+    silent: ClassVar[Mapping[str, Any]] = {"per": None, "power": 1.0, "smoothing": 0.0}
 
     def __init__(
         self,

@@ -55,8 +55,7 @@ class WeightDecay(Rule):
     tensor([ 0.8500, -1.8000])
     """
 
-    # Settings that `repr` leaves out where they say nothing.
-    _silent: ClassVar[dict[str, Any]] = {"toward": 0.0, "cap": None, "proximal": False, "inclusive": False}
+    silent: ClassVar[Mapping[str, Any]] = {"toward": 0.0, "cap": None, "proximal": False, "inclusive": False}
 
     def __init__(
         self,
@@ -134,16 +133,10 @@ class WeightDecay(Rule):
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         words = [super().describe(settings)]
-        for name, nothing in self._silent.items():
+        for name, nothing in self.silent.items():
             if (value := settings.get(name, nothing)) != nothing:
                 words.append(name if value is True else f"{name} {value}")
         return ", ".join(filter(None, words))
-
-    def __repr__(self) -> str:
-        shown = {k: v for k, v in self.defaults.items() if k not in self._silent or v != self._silent[k]}
-        words = [f"{key}={value!r}" for key, value in shown.items()]
-        words += [] if self.target == "update" else [f"target={self.target!r}"]
-        return f"{type(self).__name__}({', '.join(words)})"
 
 
 class CautiousWeightDecay(WeightDecay):

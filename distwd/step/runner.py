@@ -72,7 +72,7 @@ class StepRunner:
         self._anchored: Wanted = ()
         self._measures_matrices = False
         self._computing: set[int] = set()  # indices of transforms that compute a coefficient
-        self.keeps_numbers = False  # whether any rule keeps numbers, by the settings of this step
+        self.keeps_state = False  # whether any rule keeps numbers or anchors, by the settings of this step
         self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
     # --- outside of a step -----------------------------------------------------------------------
@@ -136,7 +136,7 @@ class StepRunner:
             self._computing = {index for (index, _), own in self._settings.items() if not own.is_absolute}
             self._anchored = self.anchors.wanted(self._settings)
             self._measures_matrices = _measures_matrices(self._schedules)
-            self.keeps_numbers = any(own.keeps for own in self._settings.values())
+            self.keeps_state = bool(self._anchored) or any(own.keeps for own in self._settings.values())
         schedules = self._schedules
         fault = self.anchors.fault(params, self._anchored) if self._anchored else None
         measures = any(schedule.phases for schedule in schedules)
