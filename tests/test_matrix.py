@@ -484,20 +484,18 @@ class MatrixJob(Job):
         }
 
 
+# Experts cut over FSDP alone; and over expert parallelism and FSDP at once.
+ORIGINS = [
+    (carrier, form, "fsdp4") for carrier, form in [("chain", "flattened"), ("chain", "full"), ("AdamW", "plain")]
+]
+
+
 @pytest.mark.parametrize(
-    ("carrier", "form"),
-    [
-        ("chain", "plain"),
-        ("chain", "flattened"),
-        ("chain", "full"),
-        ("AdamW", "plain"),
-        ("AdamW", "full"),
-        ("SGD", "plain"),
-    ],
+    ("carrier", "form", "origin"), [*ORIGINS, ("SGD", "plain", "fsdp4"), ("chain", "plain", "experts_fsdp")]
 )
-def test_numbers_of_matrices_saved_at_four_ranks_go_on_elsewhere_bit_for_bit(worlds, carrier, form):
+def test_numbers_of_matrices_saved_at_four_ranks_go_on_elsewhere_bit_for_bit(worlds, carrier, form, origin):
     with tempfile.TemporaryDirectory() as folder:
-        before, params, after = worlds.run(4, saved, "fsdp4", carrier, form, folder, MatrixJob)[0]
+        before, params, after = worlds.run(4, saved, origin, carrier, form, folder, MatrixJob)[0]
         for name, numbers in before.items():
             assert len(numbers) == 3
             assert all(isinstance(number, tuple) is (name == "experts.weight") for number in numbers.values())
@@ -608,6 +606,7 @@ KINDS = {
     "product": [DecayTerm(0.1)],
     "masked": [DecayTerm(0.1, 3, cautious=True), DecayTerm(0.2)],
     "proximal": [DecayTerm(0.1, 1, proximal=True)],
+    "anchored": [DecayTerm(0.1, cap=0.5)],
 }
 
 
@@ -627,11 +626,13 @@ def test_a_stack_is_written_as_its_matrices_one_by_one(kind, dtype, has_update, 
     params, updates = stacks(dtype, 0), stacks(dtype, 1)
     counts = [max(math.prod(param.shape[:-2]), 1) for param in params]
     rates = torch.linspace(0.5, 1.5, sum(counts), dtype=torch.float64)
-    terms = [replace(term, rate=term.rate * rates) for term in KINDS[kind]]
+    anchors = stacks(torch.float32, 2) if kind == "anchored" else None
+    terms = [replace(term, rate=term.rate * rates, toward=anchors or 0.0) for term in KINDS[kind]]
     expected, first = [param.clone() for param in params], 0
     for number, count in enumerate(counts):
         for place, (p, u) in enumerate(zip(matrices(expected[number]), matrices(updates[number]), strict=True)):
-            own = [replace(term, rate=term.rate[first + place]) for term in terms]
+            toward = [matrices(anchors[number])[place]] if anchors else 0.0
+            own = [replace(term, rate=term.rate[first + place], toward=toward) for term in terms]
             scale = 0.5 * rates[first + place] if has_update else 1.0
             writing.apply_([p], own, [u] if has_update else None, scale, Mask([u]), workspace=Workspace())
         first += count

@@ -30,8 +30,8 @@ class RelativeWeightDecay(Rule):
     metric: "mad" (mean |x|), "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf", or a number p; see
         `global_metric`.
     cautious: decay only where update·p > 0, as `CautiousWeightDecay`.
-    scope: one number over "all" parameters of the optimizer, one per param "group", one per "tensor", or one per "matrix"
-        (the last two dimensions, so one for each of stacked experts); the cost is one all-reduce in any case.
+    scope: one number over "all" parameters of the optimizer, one per param "group", one per "tensor", or one per "matrix":
+        the last two dimensions of a parameter, so stacked experts [E, m, n] have E. The cost is one all-reduce in any case.
     per: what the metric is divided by: the same metric of another input, or None for 1. Where it is 0, c is 0.
     power: a finite number. Where a power < 0 would divide by 0, c is 0.
     smoothing: s in [0, 1), the weight of the running mean c̄ (one for each number of `scope`), which lies in the

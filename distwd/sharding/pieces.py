@@ -138,6 +138,15 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     )
 
 
+def stack_here(tensor: Tensor) -> tuple[int, ...]:
+    """How many indices of each dimension but the last two are here, of a DTensor or a plain tensor as it is."""
+    num_stacked = max(tensor.dim() - 2, 0)
+    if not isinstance(tensor, DTensor):
+        return tuple(tensor.shape[:num_stacked])
+    # Not the shape of the local tensor: that of an empty one may be any.
+    return tuple(map(_length, _cuts(tensor, tuple(local_tensor(tensor).shape))[:num_stacked]))
+
+
 def check_matrices(name: str, tensor: Tensor, mark: Mark | None) -> None:
     """Raise ValueError for a plain tensor that does not tell which matrices its elements are of."""
     if isinstance(tensor, DTensor):

@@ -68,11 +68,6 @@ class Coefficients:
         ] = {}  # by scope [slots] bool, where a rule keeps numbers of single parameters
         self._slots_of_plan: dict[tuple[int, ...], Slots] = {}  # by what is frozen
 
-    @property
-    def plan(self) -> Plan:
-        """Whose parameters are measured."""
-        return self._plan()
-
     def _slots(self, frozen: tuple[int, ...] = ()) -> Slots:
         """In which slot each parameter counts; kept as long as the plan is the same."""
         plan, known = self._plan(), self._slots_of_plan
@@ -179,7 +174,7 @@ class Coefficients:
         positions = _trainable(step, index) if begins else []
         entries = [step.entries[position] for position in positions]
         is_shared = scope not in OWN
-        nums = self._nums(positions, scope)
+        nums = self.num_own(positions, scope)
         stored = self._kept.read(bound, begins, entries, index, like.device, nums) if begins else {}
         for name, values in stored.items():
             if not is_shared:
@@ -210,8 +205,8 @@ class Coefficients:
         own_plan = None if is_shared else self._plan()
         return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, has_gradient, dtype, own_plan)
 
-    def _nums(self, positions: Sequence[int], scope: str) -> list[int] | None:
-        """How many numbers of their own these parameters have on this rank; None where they share one."""
+    def num_own(self, positions: Sequence[int], scope: str) -> list[int] | None:
+        """How many numbers of a scope each of these parameters has of its own on this rank; None where they share one."""
         if scope not in OWN:
             return None
         return [self._slots().num_cells[position] if scope == "matrix" else 1 for position in positions]
@@ -255,7 +250,7 @@ class Coefficients:
             else:
                 slots = self._slots().index(positions, known.scope, device)
                 values = {name: value[slots] for name, value in now.items()}
-            nums = self._nums(positions, known.scope)
+            nums = self.num_own(positions, known.scope)
             self._kept.write(bound, values, entries, index, nums, known.scope == "matrix")
 
     @contextmanager

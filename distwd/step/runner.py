@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -201,9 +200,8 @@ class StepRunner:
             self._rounding.begin(step.entries, step.batches, lambda: self.plan)
         if self._measures_matrices:
             # A number of a matrix is written to that matrix alone. All 1-d rates of a batch have one number for each.
-            pieces = self._coefficients.plan.pieces
             for batch in step.batches:
-                batch.num_cells = [math.prod(pieces[position].local_stack) for position in batch.index]
+                batch.num_cells = self._coefficients.num_own(batch.index, "matrix")
         if self._tracks:
             # One for each group, though a group may have several batches.
             tallies = {batch.group_index: Tally() for batch in step.batches}

@@ -15,7 +15,7 @@ from .._torch import StridedShard, local_tensor
 from ..kernels.sums import wide_dtype
 from ..metrics.metric import Measure
 from ..sharding.params import NamedParam
-from ..sharding.pieces import describe
+from ..sharding.pieces import stack_here
 from .transform import BoundTransform, Transform, finest_scope
 
 State = dict[str, Any]
@@ -210,8 +210,7 @@ def numbers_like(param: Tensor, begins: float, by_matrix: bool) -> Tensor:
     device, num_stacked = local_tensor(param).device, max(param.dim() - 2, 0)
     if not by_matrix or not num_stacked:
         return torch.full((), begins, dtype=torch.float32, device=device)
-    # Not by the shape of the local tensor: that of an empty one may be any.
-    local = torch.full(describe("", param).local_stack, begins, dtype=torch.float32, device=device)
+    local = torch.full(stack_here(param), begins, dtype=torch.float32, device=device)
     if not isinstance(param, DTensor):
         return local
     # Where the matrices themselves are cut, the ranks that hold parts of them have copies of their numbers.
