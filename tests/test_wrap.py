@@ -95,6 +95,17 @@ def test_the_rate_multiplies_what_was_wrapped(name):
     assert_close(train(chain, params), train(optimizer, reference))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("rates", [(LR,), (0.5, 2 * LR)], ids=["one rate", "two rates"])
+def test_the_rate_multiplies_an_optimizer_that_sees_the_parameters(rates, decay):
+    """Muon steps at rate one while the rates behind it are known already: it has waited for what comes after it."""
+    params, reference = matrices(), matrices()
+    rules = [distwd.WeightDecay(decay)] if decay else []
+    chain = distwd.Chain(params.items(), distwd.Wrap(torch.optim.Muon), *rules, *map(distwd.LR, rates))
+    optimizer = torch.optim.Muon(reference.values(), lr=LR, weight_decay=decay)
+    assert_close(train(chain, params), train(optimizer, reference), rtol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["SGD", "SGD momentum", "RMSprop", "Adam", "NAdam", "RAdam", "Adagrad", "Adamax"])
 def test_decay_before_a_wrapped_optimizer_is_its_own_l2(name):
     kind, settings = OPTIMIZERS[name]

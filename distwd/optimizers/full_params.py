@@ -54,11 +54,13 @@ class FullParamOptimizer(GradientOptimizer):
             param.grad = grad
 
     def update(self, batches: Sequence[Batch]) -> None:
-        """−u ← p after the step − p before it; the parameters stay as they are."""
+        """−scale·u ← scale·(p after the step − p before it); the parameters stay as they are."""
         before = [[param.clone() for param in batch.params] for batch in batches]
         self.step(batches)
         for batch, old in zip(batches, before, strict=True):
-            batch.pending = PendingUpdate(_move_back(batch.params, old), is_owned=True, is_negated=True)
+            # The learning rates that the chain has come to while the optimizer waited: it steps at lr 1.
+            scale = batch.pending.scale
+            batch.pending = PendingUpdate(_move_back(batch.params, old), is_owned=True, is_negated=True, scale=scale)
 
 
 class ClosureOptimizer(InnerOptimizer):
