@@ -171,6 +171,90 @@ def test_every_matrix_has_its_own_number():
         assert optimizer.state[param]["distwd_Spread_radius"].shape == param.shape[:-2]
 
 
+def variants() -> dict[str, Callable[[Any, str], tuple[Any, Any]]]:
+    """Ways to step; each makes, of named parameters and a scope, what steps and what has `stats`."""
+
+    def relative(scope: str, **more: Any) -> Rule:
+        return RelativeWeightDecay(LAMBDA, more.pop("ord", 2), more.pop("of", "params"), "l2", scope=scope, **more)
+
+    def chain(*parts: Callable[[str], Any], **options: Any) -> Callable[[Any, str], tuple[Any, Any]]:
+        def build(named, scope):
+            made = Chain(named, *(part(scope) for part in parts), **options)
+            return made, made
+
+        return build
+
+    def attached(cls: Any, coupling: str, *made: Callable[[str], Rule], **settings: Any):
+        def build(named, scope):
+            optimizer = cls(named, lr=RATE, **settings)
+            return optimizer, attach(optimizer, *(rule(scope) for rule in made), coupling=coupling)
+
+        return build
+
+    def several(named, scope):
+        """Every optimizer has some; they share one metric."""
+        halves = [torch.optim.SGD(some, lr=RATE, momentum=0.9, foreach=False) for some in (named[::2], named[1::2])]
+        decay = attach(halves, relative(scope, of="update", cautious=True))
+
+        class Both:
+            def step(self):
+                for half in halves:
+                    half.step()
+
+        return Both(), decay
+
+    def spread(scope: str) -> Rule:
+        rule = Spread(weight_decay=LAMBDA)
+        rule.scope = scope
+        return rule
+
+    adam, lr = (lambda scope: Adam(foreach=False)), (lambda scope: LR(RATE))
+    return {
+        "keeps": chain(adam, spread, lr),
+        "a running mean": chain(adam, lambda scope: relative(scope, smoothing=0.5, per="grad"), lr),
+        "in the gradient": chain(lambda scope: relative(scope, target="grad"), adam, lr),
+        "at once": chain(adam, lambda scope: relative(scope, target="params_direct", ord=3), lr, track_unchanged=True),
+        "behind a mask": chain(adam, spread, lambda scope: relative(scope, of="update", cautious=True), lr),
+        "attached, gradient": attached(torch.optim.SGD, "gradient", spread),
+        "attached, none": attached(torch.optim.RMSprop, "none", spread),
+        "attached, from a copy": attached(torch.optim.ASGD, "lr", lambda s: relative(s, of="update", cautious=True)),
+        "attached, second moment": attached(
+            torch.optim.AdamW, "lr", lambda s: relative(s, of="second_moment"), weight_decay=0, foreach=False
+        ),
+        "several": several,
+    }
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_a_stack_decays_as_its_matrices_would_as_parameters(variant):
+    """Bit for bit, and so do the numbers: scope "matrix" of [E, m, n] is scope "tensor" of E parameters [m, n]."""
+    start = whole(1)
+    stacked = [(name, nn.Parameter(value.clone())) for name, value in start.items()]
+    apart = [
+        (f"{name} {number}", nn.Parameter(part.clone()))
+        for name, value in start.items()
+        for number, part in enumerate(matrices_of(value))
+    ]
+    build = variants()[variant]
+    (optimizer, decay), (other, its) = build(stacked, "matrix"), build(apart, "tensor")
+    for step in range(3):
+        grads = whole(10 + step)
+        for name, param in stacked:
+            param.grad = None if step == 1 and name == "deep" else grads[name].clone()
+        parts = [None if p.grad is None else g for name, p in stacked for g in matrices_of(grads[name])]
+        for (_, param), grad in zip(apart, parts, strict=True):
+            param.grad = None if grad is None else grad.clone()
+        optimizer.step()
+        other.step()
+    ours = [part for _, param in stacked for part in matrices_of(param.detach())]
+    assert all(torch.equal(one, param) for one, (_, param) in zip(ours, apart, strict=True))
+    for label, table in decay.stats().items():
+        for what, values in table.items() if label != "unchanged_here" else ():
+            for name in start:
+                own = [value for key, value in its.stats()[label][what].items() if key.split()[0] == name]
+                assert torch.equal(values[name].reshape(-1), torch.stack(own)), f"{label} {what} of {name}"
+
+
 # --- cut over ranks ---------------------------------------------------------------------------------------------------
 
 
