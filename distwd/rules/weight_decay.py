@@ -146,7 +146,8 @@ class CautiousWeightDecay(WeightDecay):
     negative).
     inclusive: whether the mask is ≥ 0, so that also weights decay whose update is 0: rows of an embedding without gradient,
         say. A key of the param groups.
-    toward: a, as in `WeightDecay`, and so are the other arguments, shapes, dtypes, units and errors. No communication.
+    toward: a, as in `WeightDecay`. Other arguments as there; shapes, dtypes, units and errors as `WeightDecay`. No
+        communication.
     Source: Chen et al., arXiv 2510.12402, with ≥ 0, as nanochat and dion have it; torchzero and modded-nanogpt use > 0.
 
     >>> import torch
