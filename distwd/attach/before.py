@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..optimizers.elementwise import own_decay
+from ..optimizers.elementwise import own_decay, proximal_lr
 from ..optimizers.state import like_whole
 from ..step.runner import StepRunner
 from ..step.step import Batch, Step, zero_where
-from .joint import JointStep, Overrides
+from .joint import JointStep, Overrides, attachments_on
 
 Optimizer = torch.optim.Optimizer
 
@@ -87,7 +88,6 @@ class WriteBefore:
                         self._overrides.set_grad(param, like_whole(update, param))
             return
 
-        self._shrinking = [batch for batch in batches if batch.proximal]
         # The optimizer's own decay rounds to the nearest, and a group's setting decays all parameters of the group: it
         # must not be used where one of them is rounded with random bits.
         stochastic = {id(batch.group) for batch in batches if batch.random_stream is not None}
@@ -95,14 +95,20 @@ class WriteBefore:
             group, decay = batch.group, None
             # Its decay is scaled by lr, as "lr" is and "none" is not.
             if self._coupling == "lr" and id(group) not in stochastic:
-                decay = own_decay(type(optimizer), batch.terms)
+                decay = own_decay(type(optimizer), batch.all_terms)
+            # For a proximal one it gets a smaller lr for this step, which no other attachment may take for its own.
+            if batch.proximal and (isinstance(group.get("lr"), Tensor) or len(attachments_on(optimizer)) > 1):
+                decay = None
             # Another attachment may have put its own decay there already; then this one is written.
             if decay is None or (id(group) not in self._overrides.groups and group["weight_decay"] != 0):
                 if batch.terms:
                     batch.apply_(batch.terms)
             else:
                 batch.count_unchanged()
-                self._overrides.set_decay(group, decay)
+                lr = proximal_lr(group["lr"], decay) if batch.proximal else None
+                self._overrides.set_decay(group, decay, lr)
+                batch.proximal = []
+        self._shrinking = [batch for batch in batches if batch.proximal]
 
     def after(self, optimizer: Optimizer, stepped: Optimizer, is_complete: bool) -> None:
         """`optimizer` has stepped: counters and kept numbers move on, for a step that raises has not counted."""

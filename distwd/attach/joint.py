@@ -95,17 +95,21 @@ class Overrides:
     groups: dict[int, GroupOverride] = field(default_factory=dict)
     grads: list[GradOverride] = field(default_factory=list)
 
-    def set_decay(self, group: dict[str, Any], weight_decay: float) -> None:
+    def set_decay(self, group: dict[str, Any], weight_decay: float, lr: Any = None) -> None:
         """Let the optimizer do a decoupled decay of its own in this group.
 
         group: a param group of Adam or one of its relatives.
         weight_decay: λ, which the optimizer multiplies by the group's lr.
+        lr: what it is to step with instead of that; None: the group's own.
         """
         # Batches of several dtypes share a group; what the second found is not the group's own setting.
         if id(group) not in self.groups:
             own = {key: group[key] for key in ("weight_decay", "decoupled_weight_decay")}
+            changed = {"weight_decay": weight_decay, "decoupled_weight_decay": True}
+            if lr is not None:
+                own["lr"], changed["lr"] = group["lr"], lr
             self.groups[id(group)] = GroupOverride(group, own)
-            group.update(weight_decay=weight_decay, decoupled_weight_decay=True)
+            group.update(changed)
 
     def set_grad(self, param: Tensor, grad: Tensor) -> None:
         """Show the optimizer `grad` as the gradient of `param`."""

@@ -162,6 +162,7 @@ class Ops:
     div_: ClassVar[Binary] = _operation(Tensor.div_, torch._foreach_div_, in_place=True)
     abs: ClassVar[Unary] = _operation(torch.abs, torch._foreach_abs)
     pow: ClassVar[Binary] = _operation(torch.pow, torch._foreach_pow)  # x^y
+    clamp_min: ClassVar[Binary] = _operation(torch.clamp_min, torch._foreach_clamp_min)  # max(x, y)
     clamp_min_: ClassVar[Binary] = _operation(Tensor.clamp_min_, torch._foreach_clamp_min_, in_place=True)  # max(x, y)
     clamp_max_: ClassVar[Binary] = _operation(Tensor.clamp_max_, torch._foreach_clamp_max_, in_place=True)  # min(x, y)
     copy_: ClassVar[Binary] = _operation(Tensor.copy_, torch._foreach_copy_, in_place=True)  # y, rounded to the nearest

@@ -290,10 +290,9 @@ def shrink_(ops: Ops, kind: TermKind, tau: Operand, other: Operand, ts: list[Ten
     elif kind.ord == 2:
         ops.div_(ts, other)
     elif kind.ord == 1:
-        # |t| as t·sign(t), in place.
-        signs = ops.sign(ts)
-        ops.clamp_min_(ops.add_(ops.mul_(ts, signs), other), 0.0)
-        ops.mul_(ts, signs)
+        # t less what of it lies within ±τ. (foreach clamps by a number, or by a tensor for each.)
+        low, high = ([one] * len(ts) if isinstance(one, Tensor) else one for one in (other, tau))
+        ops.sub_(ts, ops.clamp_max_(ops.clamp_min(ts, low), high))
     elif kind.ord > 2:
         ops.div_(ts, ops.add_(ops.mul_(powers, tau), 1.0))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,10 +32,10 @@ KNOWS_DECOUPLED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch
 
 
 def own_decay(cls: type[torch.optim.Optimizer], terms: Sequence[DecayTerm]) -> float | None:
-    """λ, if `terms` are what an optimizer of this class can do itself:  p ← p·(1 − lr·λ).
+    """λ, if `terms` are what an optimizer of this class can do itself:  p ← p·(1 − lr·λ), or p ← (p − lr·u)/(1 + lr·λ).
 
     Its kernels round the decay in their own way, and skip it together with the step, so it is theirs wherever it can
-    be.
+    be. The second, which is proximal, it does with a smaller lr (see `proximal_lr`).
 
     cls: the class of the optimizer.
     terms: the decay that waits to be written.
@@ -45,7 +46,13 @@ def own_decay(cls: type[torch.optim.Optimizer], terms: Sequence[DecayTerm]) -> f
     (term,) = terms
     # `before_lr` is set for an absolute rule only, where lr scales decay and update alike. A tensor would have to be
     # read, which waits for the device: the kernels take a Python number.
-    return term.before_lr if term.is_l2 and isinstance(term.before_lr, (int, float)) else None
+    is_l2 = replace(term, proximal=False).is_l2
+    return term.before_lr if is_l2 and isinstance(term.before_lr, (int, float)) else None
+
+
+def proximal_lr(lr: Any, decay: float) -> Any:
+    """The lr with which a decoupled decay λ is proximal:  (p − lr·u)/(1 + lr·λ) = p·(1 − l·λ) − l·u  for l = lr/(1 + lr·λ)."""
+    return lr / (1 + lr * decay)
 
 
 class ElementwiseOptimizer(GradientOptimizer):
@@ -63,11 +70,12 @@ class ElementwiseOptimizer(GradientOptimizer):
         for batch in batches:
             # bf16 and fp16 are rounded once for decay and update together, unless the optimizer does both itself. Its
             # kernels round to the nearest, so a write with random bits cannot be theirs.
-            is_decayed_apart = bool(batch.terms) and own_decay(self.cls, batch.terms) is None
+            is_decayed_apart = bool(batch.all_terms) and own_decay(self.cls, batch.all_terms) is None
             is_rounded_twice = batch.is_low and (batch.random_stream is not None or is_decayed_apart)
             # The mask of a cautious term is taken of the update.
             has_mask = any(term.cautious for term in batch.terms)
-            if self._accepts_scale(batch) and not (is_rounded_twice or has_mask or batch.shrinks_at_once):
+            reads_old = any(term.reads_old for term in batch.proximal)
+            if self._accepts_scale(batch) and not (is_rounded_twice or has_mask or reads_old):
                 found.append(batch)
         return found
 
@@ -78,15 +86,18 @@ class ElementwiseOptimizer(GradientOptimizer):
         return not isinstance(batch.pending.scale, Tensor) or bool(accepts_tensors)
 
     def step(self, batches: Sequence[Batch]) -> None:
-        """p ← p − Σ terms, then p ← p − scale·u, by the optimizer itself, decay included where it can."""
-        decays, targets = [], []
+        """p ← p − Σ terms, then p ← p − scale·u, by the optimizer itself, decay included where it can, proximal too."""
+        decays, targets, scales = [], [], []
         for batch in batches:
-            decay = own_decay(self.cls, batch.terms)
-            decays.append(decay or 0.0)
+            decay, scale = own_decay(self.cls, batch.all_terms), batch.pending.scale
             if decay is not None:
                 batch.count_unchanged()
+                if batch.proximal:
+                    scale, batch.proximal = proximal_lr(scale, decay), []
             elif batch.terms:
                 batch.apply_(batch.terms)
+            decays.append(decay or 0.0)
+            scales.append(scale)
             # Plain parameters with the very gradients that the optimizer is to see are stepped as they are. All others
             # are stepped through local tensors that share their storage: DTensors would be dispatched one by one, and
             # a gradient that rules have changed must not replace `p.grad`.
@@ -95,7 +106,7 @@ class ElementwiseOptimizer(GradientOptimizer):
                 for local, whole, grad in zip(batch.params, batch.whole, batch.grads, strict=True)
             )
             targets.append(batch.whole if is_as_given else [local.detach() for local in batch.params])
-        self._step_on(targets, batches, [batch.pending.scale for batch in batches], decays)
+        self._step_on(targets, batches, scales, decays)
 
     def update(self, batches: Sequence[Batch]) -> None:
         """−scale·u ← what zeros become."""

@@ -229,7 +229,7 @@ class Batch:
         """Count what the terms leave unchanged where an optimizer does them itself: as if they were written alone."""
         if self.tally is not None:
             copies = [param.clone() for param in self.params]
-            apply_(copies, self.terms, workspace=self.workspace, num_cells=self.num_cells)
+            apply_(copies, self.all_terms, workspace=self.workspace, num_cells=self.num_cells)
             self.tally.add(copies, self.params)
 
     def materialize(self) -> None:
