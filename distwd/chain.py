@@ -137,14 +137,15 @@ class Chain(torch.optim.Optimizer):
             self._initialize()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load as torch does. A setting that the saved groups do not have yet stays as it is.
+        """Load as torch does. A setting that the saved groups do not have yet stays as it is, and so does a pull to anchors.
 
         So decay may be added to a run that resumes from a checkpoint without it.
         """
         # The mark of a rank without parameters is never saved, so loading would drop it.
         has_mark = NO_PARAMS_KEY in self.state
         kept = kept_in(state_dict)
-        super().load_state_dict(with_current_values(dict(state_dict), self.param_groups, list(self.defaults)))
+        complete = with_current_values(dict(state_dict), self.param_groups, list(self.defaults))
+        super().load_state_dict(self._runner.anchors.with_current_words(complete, self.param_groups))
         # With state comes having stepped: a real step at lr 0 must not pass for the hidden step of checkpoint code.
         self._has_stepped = self._has_stepped or bool(state_dict["state"])
         if has_mark:

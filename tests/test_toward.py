@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 import distwd
-from distwd import LR, Adam, CautiousWeightDecay, Chain, WeightDecay, Wrap, attach
+from distwd import (
+    LR,
+    Adam,
+    CautiousWeightDecay,
+    Chain,
+    Measure,
+    RelativeWeightDecay,
+    Rule,
+    WeightDecay,
+    Wrap,
+    attach,
+)
 from distwd.step import anchors
 from distwd.step.anchors import Anchors
 from tests import wire
@@ -336,16 +347,17 @@ def test_loaded_anchors_are_never_taken_anew(way, dtype):
     assert not equal(params, straight)
 
 
-def test_a_checkpoint_without_anchors_begins_them_with_one_warning():
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_checkpoint_without_anchors_begins_them_with_one_warning(has_key):
+    """Also if its groups say toward=0.0: else the new pull would be gone without a word."""
     params = params_of(whole_model(7))
     plain = Chain(params.items(), Adam(), WeightDecay(0.3), LR(0.01))
     run(plain, params, range(2))
     state = reloaded(plain)
+    if not has_key:  # as before there was such a setting
+        del state["param_groups"][0]["toward"]
     now = {name: value.detach().clone() for name, value in params.items()}
-    chain = Chain(params.items(), Adam(), WeightDecay(0.3, toward="initial"), LR(0.01))
-    # The group says what the saved one said: the setting comes with the checkpoint, as weight_decay does.
-    for group in state["param_groups"]:
-        group["toward"] = "initial"
+    chain = Chain(params.items(), Adam(), WeightDecay(0.2, toward="initial"), LR(0.01))
     with pytest.warns(UserWarning, match="no anchors of WeightDecay; they begin anew"):
         chain.load_state_dict(state)
     with warnings.catch_warnings():
@@ -353,6 +365,23 @@ def test_a_checkpoint_without_anchors_begins_them_with_one_warning():
         chain.load_state_dict(state)
         run(chain, params, range(2, 4))
     assert all(torch.equal(anchor_of(chain, params[name])[0], value) for name, value in now.items())
+    assert chain.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_a_checkpoint_with_anchors_tells_what_is_pulled_to():
+    params = params_of(whole_model(7))
+    chain = Chain(params.items(), Adam(), WeightDecay(0.3, toward="initial"), LR(0.01))
+    run(chain, params, range(2))
+    chain.param_groups[0]["toward"] = 0.0
+    other = Chain(params.items(), Adam(), WeightDecay(0.3, toward="initial"), LR(0.01))
+    other.load_state_dict(reloaded(chain))
+    assert other.param_groups[0]["toward"] == 0.0
+    # One that pulled to given tensors needs them again.
+    given = Chain(params.items(), Adam(), WeightDecay(0.3, toward=params_of(whole_model(3))), LR(0.01))
+    run(given, params, range(1))
+    other.load_state_dict(reloaded(given))
+    with pytest.raises(ValueError, match="toward='given' needs the tensors"):
+        other.step()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -443,6 +472,58 @@ def test_equal_rules_are_those_with_the_same_tensors():
     attach(optimizer, WeightDecay(0.1, toward="initial"))
     with pytest.raises(ValueError, match="is attached to SGD already"):
         attach(optimizer, WeightDecay(0.1, toward="initial"))
+
+
+class Leash(Rule):
+    """A rule of one's own: the further the whole model has gone, the harder it is pulled back to where it began."""
+
+    def measures(self, settings):
+        return {"size": Measure("params", "l2", scope="matrix")}
+
+    def coefficient(self, settings, measured, kept):
+        return settings["weight_decay"] * measured["size"]
+
+    def toward(self, settings):
+        return "initial"
+
+
+@pytest.mark.parametrize("way", ["chain", "attach"])
+def test_a_rule_of_ones_own_may_pull_to_the_initial_parameters(way):
+    params = parameters()
+    start = {name: value.detach().clone() for name, value in params.items()}
+    if way == "chain":
+        optimizer = Chain(params.items(), SGD, Leash(weight_decay=0.1), LR(0.5))
+    else:
+        optimizer = torch.optim.SGD(params.items(), lr=0.5)
+        attach(optimizer, Leash(weight_decay=0.1))
+    exact = dict(start)
+    for step in range(3):
+        for name, grad in grads_of(step, torch.float64).items():
+            params[name].grad = grad
+            # One number for each expert.
+            old = exact[name]
+            size = old.flatten(-2).norm(dim=-1)[..., None, None] if old.dim() > 1 else old.norm()
+            exact[name] = old - 0.5 * (grad + 0.1 * size * (old - start[name]))
+        optimizer.step()
+    assert_close({name: value.detach() for name, value in params.items()}, exact, 1e-6)
+
+
+@pytest.mark.parametrize("rules", [1, 2])
+def test_two_optimizers_in_one_attachment(rules):
+    """Each parameter's anchor lies with the optimizer that holds it, and begins with the first of the joint steps."""
+    first, second = param([1.0, 2.0], [1.0, 1.0]), param([3.0], [1.0])
+    optimizers = [torch.optim.SGD([("first", first)], lr=0.1), torch.optim.AdamW([("second", second)], weight_decay=0)]
+    # A metric makes them one joint step; absolute rules act for each alone.
+    more = [RelativeWeightDecay(0.1, norm_input="params")][: rules - 1]
+    attachment = attach(optimizers, WeightDecay(0.5, toward="initial"), *more)
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.step()
+    assert anchor_of(optimizers[0], first)[0].tolist() == [1.0, 2.0] and anchor_of(optimizers[0], first)[1] == 1
+    assert anchor_of(optimizers[1], second) == (torch.tensor([3.0]), 1.0)
+    assert first not in optimizers[1].state and second not in optimizers[0].state
+    attachment.remove()
+    assert not optimizers[0].state
 
 
 def test_what_is_shown():

@@ -32,6 +32,7 @@ class Rule(Transform):
         keeps(settings): the numbers that it carries from step to step, {name: what it begins with}: a number, or a
             Measure, whose value as the first real step begins is taken.
         coefficient(settings, measured, kept): c; with `keeps`, a pair of c and the new kept numbers.
+        toward(settings): what p is pulled to, as in `WeightDecay`: a number, or "initial"; then p − a stands for p above.
 
     settings: the hyperparameters, each a key of the param groups of a `Chain`. Under `attach` the groups hold
         `weight_decay` alone (as `distwd_weight_decay`), and the others stay as they are here. "ord" (default 2) and

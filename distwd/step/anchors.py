@@ -99,6 +99,23 @@ class Anchors:
                 stacklevel=3,
             )
 
+    def with_current_words(self, state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A state dict in which groups that pull to "initial" or "given" tensors go on so, if they were saved without any.
+
+        All other settings come from the checkpoint, as in torch; but whoever adds anchors to a run that resumes would lose
+        them without a word.
+        """
+        found = []
+        for now, saved in zip(groups, state_dict["param_groups"], strict=False):
+            own = {}
+            for bound in self._transforms:
+                key, anchor = bound.keys.get("toward", ""), f"{bound.state_prefix}_{ANCHOR}"
+                had_any = any(anchor in state_dict["state"].get(index, {}) for index in saved["params"])
+                if isinstance(now.get(key), str) and not isinstance(saved.get(key), str) and not had_any:
+                    own[key] = now[key]
+            found.append({**saved, **own})
+        return {**state_dict, "param_groups": found + state_dict["param_groups"][len(found) :]}
+
     def forget(self) -> None:
         """Let go of all memory."""
         self._unplaced, self._begun, self._ready, self._fitting = {}, set(), (), ()
