@@ -27,7 +27,7 @@ from torch.distributed.tensor import Replicate
 
 import distwd
 from distwd import LR, Adam, CautiousWeightDecay, Chain, RelativeWeightDecay, WeightDecay, attach
-from distwd.step import anchors
+from distwd.step.state import Anchors
 from tests import layouts, runs, wire
 from tests.layouts import EVERY, FLAT, LAYOUTS, Net, whole_model
 from tests.runs import PARAMS_SEED, differing
@@ -145,12 +145,12 @@ def test_every_rule_does_something(worlds):
 
 def with_begin(layout: str, cases: list, is_mutant: bool) -> None:
     """Runs on a rank. The mutant takes elements of the local piece in another order."""
-    real = anchors.Anchors._begin_one
+    real = Anchors._begin_one
 
     def begin(self, bound, param, now):
         real(self, bound, param, now.roll(1))
 
-    wrong = functools.partial(mock.patch.object, anchors.Anchors, "_begin_one", begin)
+    wrong = functools.partial(mock.patch.object, Anchors, "_begin_one", begin)
     train_all(layout, cases, torch.float32, False, wrong if is_mutant else nullcontext)
 
 
@@ -410,14 +410,14 @@ def shares_memory() -> bool:
     given = layouts.place("fsdp2", whole_model(GIVEN_SEED))
     chain = Chain(held.items(), WeightDecay(1.0, toward=given), LR(1.0))
     seen = []
-    real = anchors.Anchors.of
+    real = Anchors.of
 
     def look(*args):
         seen.extend(real(*args))
         return seen
 
     runs.feed("fsdp2", held, 0)
-    with mock.patch.object(anchors.Anchors, "of", look):
+    with mock.patch.object(Anchors, "of", look):
         chain.step()
     pieces = [layouts.local_of(tensor) for tensor in given.values()]
     return [piece.data_ptr() for piece in pieces] == [one.data_ptr() for one in seen]

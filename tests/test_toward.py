@@ -26,8 +26,8 @@ from distwd import (
     Wrap,
     attach,
 )
-from distwd.step import anchors
-from distwd.step.anchors import Anchors
+from distwd.step import state as states
+from distwd.step.state import Anchors
 from tests import wire
 from tests.chains import transforms_of
 from tests.layouts import whole_model
@@ -343,7 +343,7 @@ def test_loaded_anchors_are_never_taken_anew(way, dtype):
     straight, params = resumed(way, dtype, nullcontext())
     assert equal(params, straight)
     # A mutant: nothing tells that what was loaded has begun.
-    straight, params = resumed(way, dtype, mock.patch.object(anchors, "BEGUN", "nothing"))
+    straight, params = resumed(way, dtype, mock.patch.object(states, "BEGUN", "nothing"))
     assert not equal(params, straight)
 
 

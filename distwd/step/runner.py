@@ -16,12 +16,11 @@ from ..kernels.compile import check_compiler
 from ..metrics.plan import Plan, PlanCache, PlanOptions
 from ..sharding.params import ParamList, Params, frozen_in
 from ..sharding.pieces import check_params
-from .anchors import Anchors, Wanted
 from .audit import audit
 from .coefficients import Coefficients, check_coefficient
 from .phases import Schedule
 from .rounding import Rounding
-from .state import KeptNumbers
+from .state import Anchors, KeptNumbers, Wanted
 from .step import Step, Tally
 from .transform import BoundTransform, GroupSettings
 
