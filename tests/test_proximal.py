@@ -121,6 +121,43 @@ def test_attached_equals_the_chain_at_that_place(kind, other, coupling, cls):
     assert_close(train(optimizer, params), expected(parts), 1e-6)
 
 
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
+def test_ord_2_is_the_optimizers_own_decay_with_a_smaller_lr_and_nothing_of_that_stays(cls):
+    """(p − lr·u)/(1 + lr·λ), in the chain and attached alike; also where the step raises."""
+    results = []
+    for way in ("chain", "attach", "by hand"):
+        params = fp32_parameters()
+        optimizer = cls(params.items(), lr=0.1, weight_decay=0, foreach=False)
+        if way == "chain":
+            optimizer = Chain(params.items(), Wrap(cls, foreach=False), rule_of("ord 2"), LR(0.1))
+        elif way == "attach":
+            attach(optimizer, rule_of("ord 2"))
+        for step in range(2):
+            for name, grad in grads_of(step).items():
+                params[name].grad = grad
+            optimizer.step()
+            if way == "by hand":
+                for param in params.values():
+                    param.data /= 1.1
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        assert optimizer.param_groups[0]["weight_decay"] == (1.0 if way == "chain" else 0)
+        results.append({name: param.detach() for name, param in params.items()})
+    assert all(torch.equal(one, two) for one, two in zip(results[0].values(), results[1].values(), strict=True))
+    assert_close(results[0], results[2], 1e-5)
+
+
+def test_the_lr_is_put_back_after_a_step_that_raises():
+    w = nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([w], lr=0.1, weight_decay=0, foreach=False)
+    attach(optimizer, rule_of("ord 2"))
+    optimizer.param_groups[0]["betas"] = None
+    with pytest.raises(TypeError):
+        optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.1
+    assert w.tolist() == [1.0, 1.0]
+
+
 def test_groups_have_settings_of_their_own():
     settings = [{"proximal": True, "ord": 1}, {}, {"proximal": True, "cap": 0.2}]
     names = [[name for name, _ in group["params"]] for group in grouped(parameters())]

@@ -273,10 +273,15 @@ def loaded(layout: str, carrier: str, form: str, dtype: torch.dtype, folder: str
     return job.kept(), job.train(range(2, 4))
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("carrier", "dtype"),
-    [("chain", torch.float32), ("AdamW", torch.float32), ("SGD", torch.float32), ("chain", torch.bfloat16)],
+    ("carrier", "form", "dtype"),
+    [
+        *(("chain", form, torch.float32) for form in FORMS),
+        ("chain", "plain", torch.bfloat16),
+        ("AdamW", "plain", torch.float32),
+        ("AdamW", "full", torch.float32),
+        ("SGD", "flattened", torch.float32),
+    ],
 )
 def test_anchors_saved_at_four_ranks_go_on_elsewhere_bit_for_bit(worlds, carrier, dtype, form):
     with tempfile.TemporaryDirectory() as folder:

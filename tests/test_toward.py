@@ -465,6 +465,14 @@ def test_given_tensors_that_do_not_fit_are_refused_by_name_before_anything_chang
     assert w.tolist() == [1.0, 2.0]
 
 
+def test_parameters_without_names_are_told_of():
+    chain = Chain([param([1.0], [1.0])], SGD, WeightDecay(0.1, toward={"w": torch.ones(1)}), LR(0.1))
+    with pytest.raises(
+        ValueError, match=r"is missing; .*parameters without names are called so: pass named_parameters"
+    ):
+        chain.step()
+
+
 def test_equal_rules_are_those_with_the_same_tensors():
     optimizer = torch.optim.SGD([("w", param([1.0], None))], lr=0.1)
     attach(optimizer, WeightDecay(0.1, toward=ANCHOR))

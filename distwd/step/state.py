@@ -373,7 +373,10 @@ class Anchors:
                 if entry.group == index and self._holds(entry.tensor):
                     found = _misfit(entry.tensor, given.get(entry.name))
                     if found is not None:
-                        return f"{bound.label}: toward[{entry.name!r}] {found}"
+                        hint = (
+                            "" if entry.named else "; parameters without names are called so: pass named_parameters()"
+                        )
+                        return f"{bound.label}: toward[{entry.name!r}] {found}{hint}"
         self._fitting = (params.entries, wanted)
         return None
 
@@ -455,7 +458,13 @@ class Anchors:
 
     def _begin_one(self, bound: BoundTransform, param: Tensor, now: Tensor) -> None:
         """The anchor of `param` is its local value `now`."""
-        anchor = param.detach().clone()
+        made = self._state_of(param).get(param, {}).get(f"{bound.state_prefix}_{ANCHOR}")
+        kinds = [
+            (local_tensor(one).shape, one.dtype, one.device, getattr(one, "placements", None))
+            for one in (param, param if made is None else made)
+        ]
+        # In the tensor that was made for it, but where the parameter has been moved or sharded since.
+        anchor = param.detach().clone() if made is None or kinds[0] != kinds[1] else made
         local_tensor(anchor).copy_(now)
         if self._may_keep(param):
             self._place(bound, param, anchor)
