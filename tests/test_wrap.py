@@ -95,6 +95,75 @@ def test_the_rate_multiplies_what_was_wrapped(name):
     assert_close(train(chain, params), train(optimizer, reference))
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps what it knows where many optimizers of other packages do: in its groups and beside its parameters."""
+
+    def __init__(self, params, lr=1.0, weight_decay=0.0, scale=0.5):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": scale})
+        self.state["total"] = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.state["total"] += 1
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            group["scale"] *= 0.9
+            group["lr"] *= 0.8
+            for param in group["params"]:
+                param.sub_(param.grad, alpha=group["lr"] * group["scale"] * group["step"] / self.state["total"] ** 2)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["alone", "second"])
+def test_what_an_optimizer_notes_beside_its_state_is_kept(second):
+    """And saved: a run that goes on from a state dict ends where the whole run ends."""
+    params, resumed, reference = parameters(), parameters(), parameters()
+    # Momentum 0 changes nothing, but its optimizer is the first of two.
+    first = [distwd.Wrap(torch.optim.SGD)] if second else []
+
+    def make(some):
+        return distwd.Chain(some.items(), *first, distwd.Wrap(Counting), distwd.WeightDecay(0.0), distwd.LR(LR))
+
+    chain = make(params)
+    optimizer = Counting(reference.values(), lr=1.0)
+    other = make(resumed)
+    for number in range(NUM_STEPS):
+        gradients = grads_of(number, torch.float64)
+        for name, param in reference.items():
+            param.grad = gradients[name] * LR
+        optimizer.step()
+        for name in params:
+            params[name].grad = gradients[name].clone()
+        if number == 2:
+            other.load_state_dict(chain.state_dict())
+            for name in params:
+                resumed[name].detach().copy_(params[name])
+        chain.step()
+        if number >= 2:
+            for name in params:
+                resumed[name].grad = gradients[name].clone()
+            other.step()
+    assert_close(dict(params), dict(reference), rtol=1e-12)
+    assert_close(dict(resumed), dict(reference), rtol=1e-12)
+
+
+def test_optimizers_of_another_package_are_themselves_at_rate_one():
+    """Most of them count their steps in their groups."""
+    package = pytest.importorskip("pytorch_optimizer", reason="its optimizers are compared")
+    for name in ("AdaBelief", "Adan", "Lamb", "MADGRAD", "ScheduleFreeAdamW", "Prodigy", "SOAP", "ASGD"):
+        kind = getattr(package, name)
+        found = {}
+        for wraps in (True, False):
+            torch.manual_seed(0)
+            param = torch.nn.Parameter(torch.randn(8, 4))
+            wrapped = distwd.Chain([param], distwd.Wrap(kind), distwd.LR(1.0))
+            optimizer = wrapped if wraps else kind([param], lr=1.0, weight_decay=0.0)
+            for _ in range(NUM_STEPS):
+                param.grad = torch.randn_like(param)
+                optimizer.step()
+            found[wraps] = {name: param.detach()}
+        assert_close(found[True], found[False], rtol=1e-6)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("rates", [(LR,), (0.5, 2 * LR)], ids=["one rate", "two rates"])
 def test_the_rate_multiplies_an_optimizer_that_sees_the_parameters(rates, decay):

@@ -14,7 +14,7 @@ from ..metrics.measure import Source
 from ..step.state import PREFIX
 from ..step.step import Step, WaitingOptimizer
 from ..step.transform import BoundTransform
-from .state import borrow_state, commit_state, initial_state, own_key, second_moments
+from .state import borrow_state, commit_state, initial_state, notes_of, own_key, second_moments, stored_key
 
 
 class InnerOptimizer:
@@ -40,6 +40,8 @@ class InnerOptimizer:
         self.cls, self.kwargs, self.bound, self.chain, self.suffix = cls, kwargs, bound, chain, suffix
         # torch refuses an empty list of parameters, and Muon refuses all but matrices.
         self.inner = cls([torch.zeros(1, 1, requires_grad=True)], **kwargs)
+        # What it keeps for itself and under no parameter: MADGRAD counts its steps there.
+        self._notes = notes_of(self.inner.state)
         # Without torch's wrapper around `step`, which calls hooks and the profiler: the chain's own step has done so.
         step: Any = cls.step
         self._raw_step: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step
@@ -97,7 +99,7 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
         steps_on: (tensor that is stepped, parameter whose state is used) pairs.
         on_params: whether every tensor that is stepped is the parameter itself.
         """
-        states = self.chain.state
+        states: Any = self.chain.state
         # Under the parameters' own keys the chain's state serves as it is. A suffix, shards kept as DTensors or kept
         # numbers need a copy of the dict: many optimizers begin their state only while the dict is empty.
         borrowed = list(steps_on)
@@ -113,6 +115,10 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
             states = defaultdict(dict)
             for stepped, param in borrowed:
                 states[stepped] = borrow_state(self.chain.state, param, self.suffix, as_local)
+            if not as_local:
+                notes = notes_of(self.chain.state)
+                own = {name: value for key, value in notes.items() if (name := own_key(key, self.suffix)) is not None}
+                states.update(self._notes | own)
         self.inner.param_groups, self.inner.state = groups, states
         try:
             self._raw_step(self.inner)
@@ -122,3 +128,6 @@ class GradientOptimizer(InnerOptimizer, WaitingOptimizer):
             self.inner.param_groups, self.inner.state = [], defaultdict(dict)
         for stepped, param in borrowed:
             commit_state(self.chain.state, param, states[stepped], self.suffix)
+        if self.reads_params:
+            kept: dict[Any, Any] = self.chain.state
+            kept.update({stored_key(key, self.suffix): value for key, value in notes_of(states).items()})

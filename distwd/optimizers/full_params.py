@@ -15,7 +15,10 @@ from .._torch import local_tensor
 from ..kernels.apply import differences
 from ..step.step import Batch, PendingUpdate
 from .base import GradientOptimizer, InnerOptimizer
-from .state import like_whole
+from .state import like_whole, own_key, stored_key
+
+# Where an optimizer that finds its own learning rate, beginning with the 1 of a chain, keeps it: "lr" is that of `LR`.
+_OWN_LR = "own_lr"
 
 
 class FullParamOptimizer(GradientOptimizer):
@@ -34,12 +37,15 @@ class FullParamOptimizer(GradientOptimizer):
     def step(self, batches: Sequence[Batch]) -> None:
         """Step the parameters with the pending update as their gradients."""
         groups: list[dict[str, Any]] = []
+        lent: list[tuple[dict[str, Any], dict[str, Any]]] = []  # (group of the chain, what it gave), by inner group
         for batch in batches:
             # torch's foreach kernels refuse a list of DTensors on two meshes, or of DTensors and plain tensors.
             by_mesh: dict[Any, list[Tensor]] = {}
             for param in batch.whole:
                 by_mesh.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
-            groups += [self._group(batch.group, params) for params in by_mesh.values()]
+            for params in by_mesh.values():
+                groups.append(self._group(batch.group, params, **self._noted(batch.group)))
+                lent.append((batch.group, dict(groups[-1])))
         params = [param for batch in batches for param in batch.whole]
         own_grads = [param.grad for param in params]
         for batch in batches:
@@ -48,10 +54,32 @@ class FullParamOptimizer(GradientOptimizer):
                 for param, update in zip(batch.whole, batch.pending.tensors, strict=True):
                     param.grad = like_whole(update.to(param.dtype), param)
         self._run(groups, ((param, param) for param in params))
+        for (group, given), inner in zip(lent, groups, strict=True):
+            self._note(group, given, inner)
         # Users see the gradients that backward() has left. Some optimizers clear `p.grad` in their step, so all are
         # set.
         for param, grad in zip(params, own_grads, strict=True):
             param.grad = grad
+
+    def _noted(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the optimizer has noted in a group of the chain in earlier steps, under its own keys."""
+        found: dict[str, Any] = {}
+        for key, value in group.items():
+            # A key of the user's own goes along, as it would without a chain.
+            if key not in self.chain.defaults and key not in ("params", "param_names", "lr", "weight_decay"):
+                own = own_key(key, self.suffix)
+                found |= {} if own is None else {"lr" if own == _OWN_LR else own: value}
+        return found
+
+    def _note(self, group: dict[str, Any], given: dict[str, Any], inner: dict[str, Any]) -> None:
+        """Keep what the optimizer has changed in its group: many count their steps there, and Prodigy keeps its `d`.
+
+        group: the chain's. given, inner: the inner group before the step, and after it.
+        """
+        for key, value in inner.items():
+            if key != "params" and value is not given.get(key, given):
+                own = self.bound.keys.get(key) or stored_key(_OWN_LR if key == "lr" else key, self.suffix)
+                group[own] = value
 
     def update(self, batches: Sequence[Batch]) -> None:
         """−scale·u ← scale·(p after the step − p before it); the parameters stay as they are."""

@@ -49,6 +49,11 @@ def own_key(key: str, suffix: str) -> str | None:
     return key.removesuffix(suffix) if key.endswith(suffix) else None
 
 
+def notes_of(states: Mapping[Any, Any]) -> State:
+    """What an optimizer keeps in its state under no parameter."""
+    return {key: value for key, value in states.items() if isinstance(key, str) and key != NO_PARAMS_KEY}
+
+
 def borrow_state(states: dict[Tensor, State], param: Tensor, suffix: str, as_local: bool) -> State:
     """The state of one optimizer for `param`, under its own keys.
 
@@ -140,7 +145,9 @@ def initial_state(inner: torch.optim.Optimizer, group: dict[str, Any], example: 
 
 def lacks_second_moment(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer surely keeps no `exp_avg_sq`. False also where only its first step will tell."""
-    begun = [state for state in optimizer.state.values() if not all(map(is_kept_key, state))]
+    # Under other keys than parameters some keep notes of their own.
+    of_params = [state for key, state in optimizer.state.items() if isinstance(key, Tensor)]
+    begun = [state for state in of_params if not all(map(is_kept_key, state))]
     if begun:
         return not any("exp_avg_sq" in state for state in begun)
     cls = type(optimizer)
