@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .metrics.plan import Plan, PlanOptions
+from .metrics.plan import PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
 from .optimizers.init_step import FirstStep
@@ -20,12 +20,12 @@ from .sharding.layout import Layout
 from .sharding.params import NamedParam, ParamList, normalised_groups
 from .step.coefficients import check_coefficient
 from .step.rounding import Rounding
-from .step.runner import StepRunner, step_method
+from .step.runner import ShowsRunner, StepRunner, step_method
 from .step.state import kept_in, restore_kept
 from .step.transform import Transform, bind, with_current_values, with_exclusions
 
 
-class Chain(torch.optim.Optimizer):
+class Chain(ShowsRunner, torch.optim.Optimizer):
     """An optimizer as a list of transforms, applied in order:  u ← g;  u ← tₖ(…t₁(u));  p ← p − u.
 
     params: what torch.optim takes: tensors, (name, tensor) pairs, or group dicts. Names are preferred: they make errors
@@ -67,7 +67,7 @@ class Chain(torch.optim.Optimizer):
     >>> model(torch.ones(2, 3)).sum().backward()
     >>> optimizer.step()
     >>> sorted(optimizer.stats()["RelativeWeightDecay"])
-    ['coefficient', 'metric']
+    ['coefficient', 'coefficients', 'metric']
     """
 
     def __init__(
@@ -199,27 +199,6 @@ class Chain(torch.optim.Optimizer):
         return "\n".join(["Chain(", *words, ")", self._runner.audit()])
 
     # --- what distwd adds --------------------------------------------------------------------------------------------
-
-    @property
-    def plan(self) -> Plan:
-        """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
-        return self._runner.plan
-
-    @property
-    def phases(self) -> int:
-        """Collectives per step (closure targets: per evaluation of the closure); 0 for absolute rules and on one rank."""
-        return self._runner.phases
-
-    def stats(self) -> dict[str, dict[str, Any]]:
-        """The last `metric` and `coefficient` (λ·metric, without lr) of every relative rule, by its label in `repr`.
-
-        0-d tensors, not synchronised. For scope="all" one of each (by group index where groups have settings of their
-        own), for "group" by group index, for "tensor" by the names of the parameters that this rank holds. {} before
-        the first step.
-        With track_unchanged=True also "unchanged_here", by group index: the share of the elements that *this rank* wrote
-        in the last step which have the bits that they would have without the decay.
-        """
-        return self._runner.stats()
 
     @step_method
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

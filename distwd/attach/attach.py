@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .. import _torch
 from ..checks import check_choice, is_zero, plain_number
-from ..metrics.plan import Plan, PlanOptions
+from ..metrics.plan import PlanOptions
 from ..optimizers.init_step import FirstStep, mark_if_no_params
 from ..optimizers.lr import LR
 from ..optimizers.state import NO_PARAMS_KEY, lacks_second_moment, without_mark
@@ -21,7 +21,7 @@ from ..rules.base import Rule
 from ..sharding.layout import Layout
 from ..sharding.params import ParamList
 from ..step.rounding import KEY, Rounding
-from ..step.runner import StepRunner, step_method
+from ..step.runner import ShowsRunner, StepRunner, step_method
 from ..step.state import State, kept_in, restore_kept
 from ..step.step import Step
 from ..step.transform import BoundTransform, Transform, bind, with_current_values
@@ -119,7 +119,7 @@ class ExternalOptimizer(Transform):
         """Nothing: what it did, or what it will see, is in the step already."""
 
 
-class Attachment:
+class Attachment(ShowsRunner):
     """Decay that `attach` has added to one or several optimizers; made by `attach`.
 
     plan: who holds what.
@@ -136,7 +136,7 @@ class Attachment:
     >>> w.grad = torch.ones(2)
     >>> optimizer.step()
     >>> attachment.stats()["RelativeWeightDecay"]
-    {'metric': tensor(4.), 'coefficient': tensor(2.)}
+    {'metric': tensor(4.), 'coefficient': tensor(2.), 'coefficients': {0: tensor(2.)}}
     """
 
     def __init__(
@@ -267,20 +267,6 @@ class Attachment:
         for index, decay in self._taken_over.items():
             params.groups[index]["weight_decay"] = decay
         self._taken_over = {}
-
-    @property
-    def plan(self) -> Plan:
-        """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
-        return self._runner.plan
-
-    @property
-    def phases(self) -> int:
-        """Collectives per step (closure targets: per evaluation of the closure); 0 for absolute rules and on one rank."""
-        return self._runner.phases
-
-    def stats(self) -> dict[str, dict[str, Any]]:
-        """The last numbers of every rule that is not absolute, as `Chain.stats`."""
-        return self._runner.stats()
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -48,7 +48,7 @@ class RelativeWeightDecay(Rule):
     >>> chain = Chain([w], RelativeWeightDecay(0.1, norm_input="grad"), LR(0.5))
     >>> chain.step()
     >>> chain.stats()["RelativeWeightDecay"]
-    {'metric': tensor(4.), 'coefficient': tensor(0.4000)}
+    {'metric': tensor(4.), 'coefficient': tensor(0.4000), 'coefficients': {0: tensor(0.4000)}}
     """
 
     # Groups that differ in `ord` or `cautious` alone share one coefficient, and `stats` shows one.

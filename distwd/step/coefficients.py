@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from ..kernels.sums import wide_dtype
 from ..metrics.measure import OWN, Request, Slots, Source, Taken, measure, take
 from ..metrics.metric import Measure, parse_metric
 from ..metrics.plan import Plan
+from ..sharding.params import Params, is_frozen
+from ..sharding.pieces import describe
 from .phases import Phase
 from .state import COUNT, KeptNumbers
 from .step import Batch, Step
@@ -262,45 +265,105 @@ class Coefficients:
 
     # --- for users -------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, dict[str, Any]]:
-        """By rule: the last measured and kept numbers by name, and the coefficient. See `Chain.stats`."""
+    def stats(
+        self, transforms: Sequence[BoundTransform], params: Params, settings: Mapping[tuple[int, int], GroupSettings]
+    ) -> dict[str, dict[str, Any]]:
+        """By rule: the last measured and kept numbers by name, and the coefficient; NaN before the first step.
+
+        transforms: all of the optimizer's. params, settings: its parameters, and its settings by transform and group.
+        See `Chain.stats`.
+        """
         found: dict[str, dict[str, Any]] = {}
-        for label, by_group in self._last.items():
-            first = next(iter(by_group.values()))
-            table = {name: self._table(by_group, name) for name in first.numbers}
-            found[label] = {**table, "coefficient": self._table(by_group, None)}
+        for bound in transforms:
+            every = {index: settings[bound.index, index] for index in range(len(params.groups))}
+            own = {index: each for index, each in every.items() if not each.is_absolute}
+            if not own:
+                continue
+            measured = [name for each in own.values() for name in each.asks if name not in each.keeps]
+            names = dict.fromkeys([*measured, *(name for each in own.values() for name in each.keeps)])
+            # Its form is that of the last step. A group that has come since then is shown among several, as NaN.
+            last = self._last.get(bound.label, {})
+            shown_by = {**_unmeasured(bound, own, params), **{index: last[index] for index in own if index in last}}
+            judges = {index: each for index, each in shown_by.items() if index in last} or shown_by
+            table = {name: _table(judges, shown_by, name, params) for name in names}
+            coefficient = _table(judges, shown_by, None, params)
+            coefficients: dict[str, Any] = {}
+            # One form for the whole run: a schedule may part the groups' λ, or make them equal, at any step.
+            if _coefficient_settings(bound) is not None and all(each.scope == "all" for each in shown_by.values()):
+                if isinstance(coefficient, dict):
+                    # Groups may have a metric of their own, too: that of the largest coefficient, so that λ·M is it.
+                    coefficient, largest = torch.stack([coefficient[index] for index in judges]).max(dim=0)
+                    for name, numbers in table.items():
+                        if isinstance(numbers, dict) and judges.keys() <= numbers.keys():
+                            # By `take` and not by an index, which would be read on the host.
+                            table[name] = torch.stack([numbers[index] for index in judges]).take(largest)
+                coefficients["coefficients"] = {index: each.value[0] for index, each in shown_by.items()}
+            found[bound.label] = {**table, "coefficient": coefficient, **coefficients}
         return found
 
-    def _table(self, by_group: Mapping[int, Coefficient], name: str | None) -> Any:
-        """0-d where one number serves all groups; else by group index, or by the names of the parameters held here."""
-        shown: dict[Any, Tensor] = {}
-        originals: set[int] = set()
-        for index, known in by_group.items():
-            original = known.value if name is None else known.numbers.get(name)
-            if original is None:
-                continue
-            originals.add(id(original))
-            if (plan := known.plan) is not None:
-                values = original if name is None else original.to(known.dtype)
-                for position, entry in enumerate(plan.entries):
-                    if entry.group == index:
-                        slots = torch.tensor(plan.slots_of(position, known.scope), dtype=torch.int64)
-                        # Of a stack one for each matrix that lies here, in the shape of the stack; else one number.
-                        shape = plan.pieces[position].local_stack if known.scope == "matrix" else ()
-                        shown[entry.name] = values[slots.to(values.device)].view(shape)
-            else:
-                value = original[index if known.scope == "group" else 0]
-                shown[index] = value if name is None else value.to(known.dtype)
-        # Groups of equal settings share their numbers, and then there is one for all of them.
-        is_one = len(originals) == 1 and all(known.scope == "all" for known in by_group.values())
-        return next(iter(shown.values())) if is_one else shown
+
+def _table(
+    known: Mapping[int, Coefficient], by_group: Mapping[int, Coefficient], name: str | None, params: Params
+) -> Any:
+    """0-d where one number serves all groups; else by group index, or by the names of the parameters held here.
+
+    known: the groups that decide on the form; by_group: all that are shown. name: of the number; None: the coefficient.
+    """
+    shown: dict[Any, Tensor] = {}
+    for index, each in by_group.items():
+        original = each.value if name is None else each.numbers.get(name)
+        if original is None:
+            continue
+        values = original if name is None else original.to(each.dtype)
+        if each.scope in OWN:
+            plan = each.plan
+            for position, entry in enumerate(params.entries if plan is None else plan.entries):
+                if entry.group == index:
+                    slots = [0] if plan is None else plan.slots_of(position, each.scope)
+                    # Of a stack one for each matrix that lies here, in the shape of the stack; else one number.
+                    shape: tuple[int, ...] = ()
+                    if each.scope == "matrix" and not (plan is None and is_frozen(entry.tensor)):
+                        piece = describe(entry.name, entry.tensor) if plan is None else plan.pieces[position]
+                        shape = piece.local_stack
+                    own = values[torch.tensor(slots, dtype=torch.int64).to(values.device)]
+                    shown[entry.name] = own.expand(math.prod(shape)).reshape(shape)
+        else:
+            shown[index] = values[index if each.scope == "group" else 0]
+    # Groups of equal settings share their numbers, and then there is one for all of them.
+    numbers = {index: each.value if name is None else each.numbers.get(name) for index, each in known.items()}
+    held = {index: id(number) for index, number in numbers.items() if number is not None}
+    is_one = len(set(held.values())) == 1 and all(each.scope == "all" for each in known.values())
+    return shown[next(iter(held))] if is_one else shown
+
+
+def _unmeasured(bound: BoundTransform, settings: Mapping[int, GroupSettings], params: Params) -> dict[int, Coefficient]:
+    """What stands in a rule's place, by group, before its first step: NaN, shared by groups as they will share numbers."""
+    shared: dict[Any, Tensor] = {}
+
+    def nan_of(key: Any) -> Tensor:
+        return shared.setdefault(key, torch.full((len(params.groups),), torch.nan, device="cpu"))
+
+    found = {}
+    for index, own in settings.items():
+        key = _sharing_key(bound, own)
+        numbers = {name: nan_of((index, name) if name in own.keeps else ask) for name, ask in own.asks.items()}
+        numbers |= {name: nan_of((index, name)) for name in own.keeps}
+        value = nan_of(index if key is None else key)
+        found[index] = Coefficient(own.scope, numbers, value, {}, {}, None, torch.float32, None)
+    return found
+
+
+def _coefficient_settings(bound: BoundTransform) -> frozenset[str] | None:
+    """The settings that a rule's coefficient depends on, where its class has named them."""
+    # A subclass that computes its coefficient anew may read other settings than those that its base has named.
+    cls = next(cls for cls in type(bound.transform).__mro__ if "coefficient" in vars(cls))
+    names: frozenset[str] | None = vars(cls).get("coefficient_settings")
+    return names
 
 
 def _sharing_key(bound: BoundTransform, settings: GroupSettings) -> Any:
     """What two groups must have in common to share a coefficient; None if that cannot be told."""
-    # A subclass that computes its coefficient anew may read other settings than those that its base has named.
-    cls = next(cls for cls in type(bound.transform).__mro__ if "coefficient" in vars(cls))
-    names = vars(cls).get("coefficient_settings")
+    names = _coefficient_settings(bound)
     # Kept numbers are a group's own.
     if settings.keeps or (
         names is None and not all(isinstance(v, (int, float, str, Tensor)) for v in settings.values.values())

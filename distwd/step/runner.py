@@ -110,7 +110,10 @@ class StepRunner:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """The last numbers of every rule that is not absolute, and what the decay left unchanged, by group."""
-        shown: dict[str, Any] = self._coefficients.stats()
+        params = self.params.read()
+        shown: dict[str, Any] = self._coefficients.stats(
+            (*self.in_closure, *self.in_step), params, self._read_settings(params)
+        )
         if self._tracks:
             written = sorted((index, tally) for index, tally in self._tallies.items() if tally.num_written)
             shown["unchanged_here"] = {index: tally.share() for index, tally in written}
@@ -360,6 +363,46 @@ _PIECE_BY_PIECE = (
     "{label} needs a number over parameters, but DeepSpeed's ZeRO-3 shows the optimizer one piece after the other; use ZeRO-1 or 2, "
     "FSDP2, or an absolute rule"
 )
+
+
+class ShowsRunner:
+    """What an optimizer that steps through a `StepRunner` shows of it; `Chain` and `Attachment` are such."""
+
+    _runner: StepRunner
+
+    @property
+    def plan(self) -> Plan:
+        """Who holds what. Built when first asked for, together with the other ranks: then every rank must ask."""
+        return self._runner.plan
+
+    @property
+    def phases(self) -> int:
+        """Collectives per step (closure targets: per evaluation of the closure); 0 for absolute rules and on one rank."""
+        return self._runner.phases
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """The last `metric` and `coefficient` (λ·metric, without lr) of every relative rule, by its label in `repr`.
+
+        0-d tensors, not synchronised, made anew by every step; NaN before the first. Their form is that of the rule's
+        `scope`, in the whole run:
+        "all": `metric` and `coefficient` are one tensor each, and `coefficients` has one for each param group, by its
+            index. Where groups have a λ or a metric of their own, the two are those of the group that decays most.
+        "group": both are dicts by the index of the group.
+        "tensor": both are dicts by the names of the parameters that this rank holds.
+        Groups that differ in scope: both are dicts, each group as its own scope says.
+        A rule of one's own has each measured and kept number under its name, and its `coefficient`: one tensor where one
+        number serves all groups, else such a dict.
+        With track_unchanged=True also "unchanged_here", by group index: the share of the elements that *this rank* wrote
+        in the last step which have the bits that they would have without the decay.
+
+        >>> import torch
+        >>> from distwd import LR, Chain, RelativeWeightDecay
+        >>> chain = Chain([torch.nn.Parameter(torch.ones(2))], RelativeWeightDecay(0.1), LR(0.5))
+        >>> chain.stats()["RelativeWeightDecay"]
+        {'metric': tensor(nan), 'coefficient': tensor(nan), 'coefficients': {0: tensor(nan)}}
+        """
+        return self._runner.stats()
+
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
