@@ -261,5 +261,5 @@ def decay_of(*rules: str) -> torch.Tensor:
 @pytest.mark.parametrize("rules", [("relative", "again"), ("absolute", "relative"), ("relative", "absolute")])
 def test_two_attachments_do_not_hide_the_update_from_each_other(rules):
     both, one, other = decay_of(*rules), decay_of(rules[0]), decay_of(rules[1])
-    # Not equal: for one of them, the decay of the other is a part of what the optimizer did.
+    # Not equal: from the second step on both decay parameters that the other has decayed.
     assert (both - one - other).norm() < 0.25 * min(one.norm(), other.norm())

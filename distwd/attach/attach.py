@@ -207,13 +207,12 @@ class Attachment(ShowsRunner):
         each_alone = len(optimizers) == 1 or not any(rule.sources() for rule in rules)
         self.overrides = Overrides()
         self._joint = JointStep(self._runner, optimizers, each_alone, self._needs_updates)
-        self._strategy: WriteBefore | UpdateCapture
-        if self._needs_updates:
-            at_once = any(rule.target == "params_direct" for rule in in_step)
-            measures_update = any(rule.is_cautious(rule.defaults) or "update" in rule.sources() for rule in in_step)
-            self._strategy = UpdateCapture(self._runner, self._joint, coupling, at_once, measures_update)
-        else:
-            self._strategy = WriteBefore(self._runner, self._joint, coupling, self.overrides)
+        at_once = any(rule.target == "params_direct" for rule in in_step)
+        measures_update = any(rule.is_cautious(rule.defaults) or "update" in rule.sources() for rule in in_step)
+        self._before_step = WriteBefore(self._runner, self._joint, coupling, self.overrides)
+        self._behind_step = UpdateCapture(self._runner, self._joint, coupling, at_once, measures_update)
+        self._may_act_behind = coupling != "gradient" and bool(in_step)
+        self._strategy: WriteBefore | UpdateCapture = self._before_step
 
         self._first_step = FirstStep(self._runner)
         self._is_init_step = False
@@ -253,7 +252,8 @@ class Attachment(ShowsRunner):
             handle.remove()
         self._handles = []
         # The attachment itself may live on in a variable; the copies and gradients that it holds must not.
-        self._strategy.forget()
+        self._before_step.forget()
+        self._behind_step.forget()
         self._joint.end()
         params = self._runner.params.read()
         self._runner.kept.remove(params.entries)
@@ -345,8 +345,13 @@ class Attachment(ShowsRunner):
         if is_first:
             # A step that has raised never comes to its post hook: what it has changed is put back now.
             self._restore()
+            # Beside another attachment, too, decay waits: it would be the other's parameter before the step, or its update.
+            among = [optimizer] if self._joint.each_alone else self._optimizers
+            is_alone = all(len(attachments_on(each)) == 1 for each in among)
+            self._joint.needs_updates = self._needs_updates or (self._may_act_behind and not is_alone)
+            self._strategy = self._behind_step if self._joint.needs_updates else self._before_step
             if not self._joint.each_alone:
-                refuse_under_scaler(self._optimizers, self._rules, self._coupling, self._needs_updates)
+                refuse_under_scaler(self._optimizers, self._rules, self._coupling, self._joint.needs_updates)
             self._write_keys()
             for each in self._optimizers:
                 check_groups(each, self._coupling)
@@ -414,6 +419,10 @@ class Attachment(ShowsRunner):
         if depth > 1 and self._is_nested(optimizer):
             self._depth[id(optimizer)] = depth - 1
             return
+        # All attachments see what the optimizer has made of the parameters before the first of them writes.
+        attachments = attachments_on(optimizer)
+        for each in attachments if len(attachments) > 1 else ():
+            each._note(optimizer)
         self._depth[id(optimizer)] = 0
 
         self._has_raised = False
@@ -435,6 +444,12 @@ class Attachment(ShowsRunner):
         # A hidden step is no part of a joint step.
         if is_complete or self._is_init_step:
             self._just_stepped.clear()
+
+    def _note(self, optimizer: Optimizer) -> None:
+        """`optimizer` has stepped, and another attachment is about to write its decay."""
+        # Not where it was attached in the step under way.
+        if self._strategy is self._behind_step and self._depth.get(id(optimizer), 0) and not self._is_init_step:
+            self._behind_step.note(optimizer, is_shared=True)
 
     def _is_nested(self, optimizer: Optimizer) -> bool:
         """Whether a step of the optimizer itself has called this one: a subclass whose step calls `super().step()`.

@@ -50,6 +50,7 @@ class UpdateCapture:
         """Let go of all memory."""
         self._snapshot, self._zero_proxies = SnapshotCapture(), ZeroProxyCapture()
         self._proxied: set[int] = set()  # optimizers whose last step was a proxy's
+        self._noted: set[int] = set()  # optimizers of which it is noted what they did in this step
         self._on_zeros: set[int] = set()  # positions of parameters whose update is learnt from zeros
         self._step: Step | None = None  # of the optimizer that has come last
         # What optimizers have stepped with, part by part: which parameters had a gradient, and their learning rates.
@@ -83,6 +84,7 @@ class UpdateCapture:
                         copied.append((position, entry))
             self._snapshot.take(copied)
         self._step = None
+        self._noted.discard(id(optimizer))
         return self._zero_proxies.proxy_of(optimizer) if uses_proxy else None
 
     def act(self, optimizer: Optimizer, is_first: bool) -> None:
@@ -117,6 +119,28 @@ class UpdateCapture:
         self._parts_on_zeros += on_zeros
         self._parts_copied += copied
 
+    def note(self, optimizer: Optimizer, is_shared: bool = False) -> None:
+        """`optimizer` has stepped, and nobody has written a decay of this step: note what it did.
+
+        is_shared: whether another attachment may write before this one does.
+        """
+        if id(optimizer) in self._proxied or id(optimizer) in self._noted:
+            return
+        self._noted.add(id(optimizer))
+        # It has not called the closure that it was given.
+        if self._step is None:
+            self.act(optimizer, is_first=not self._parts_copied)
+        own, step = list(self._params_of(optimizer)), self._step
+        assert step is not None
+        updated = [position for batch in step.batches for position in batch.index]
+        has_lr = not any(is_zero(batch.group.get("lr")) for batch in step.batches)
+        self._watches[id(optimizer)].look(optimizer, own, self._snapshot.old, updated, has_lr)
+        for position, entry in own:
+            if copies := self._watches[id(optimizer)].copies_of(optimizer, position, entry.tensor):
+                self._snapshot.copies[position] = copies
+        if is_shared:
+            self._snapshot.keep_new(own)
+
     def after(self, optimizer: Optimizer, stepped: Optimizer, is_complete: bool) -> None:
         """`optimizer` has stepped. When all of the joint step have, run the rules on what they did, and write.
 
@@ -126,18 +150,8 @@ class UpdateCapture:
         """
         if id(optimizer) in self._proxied:
             self._zero_proxies.commit(optimizer, stepped)
-        # It has not called the closure that it was given.
-        elif self._step is None:
-            self.act(optimizer, is_first=not self._parts_copied)
-        if id(optimizer) not in self._proxied:
-            own, step = list(self._params_of(optimizer)), self._step
-            assert step is not None
-            updated = [position for batch in step.batches for position in batch.index]
-            has_lr = not any(is_zero(batch.group.get("lr")) for batch in step.batches)
-            self._watches[id(optimizer)].look(optimizer, own, self._snapshot.old, updated, has_lr)
-            for position, entry in own:
-                if copies := self._watches[id(optimizer)].copies_of(optimizer, position, entry.tensor):
-                    self._snapshot.copies[position] = copies
+        else:
+            self.note(optimizer)
         if not is_complete:
             return
         assert self._step is not None
@@ -183,17 +197,25 @@ class SnapshotCapture:
 
     def __init__(self) -> None:
         self.old: dict[int, Tensor] = {}  # copies, by position
+        self.new: dict[int, Tensor] = {}  # as the optimizer has left them, where another attachment writes to them too
         self.copies: dict[int, list[Tensor]] = {}  # what the optimizer itself keeps and steps from, by position
-        self._buffers = BufferPool()
+        self._buffers, self._new_buffers = BufferPool(), BufferPool()
 
     def take(self, entries: Iterable[tuple[int, NamedParam]]) -> None:
         """Copy the parameters of these (position, parameter) pairs."""
-        self.copies = {}
-        # Into the buffers of earlier snapshots where they fit: a new buffer in each step costs more than the copy.
+        self.copies, self.new = {}, {}
+        self.old = self._copies_of(entries, self._buffers)
+
+    def keep_new(self, entries: Iterable[tuple[int, NamedParam]]) -> None:
+        """Copy these parameters as the optimizer has left them: another attachment writes its decay before ours is measured."""
+        self.new |= self._copies_of([each for each in entries if each[0] in self.old], self._new_buffers)
+
+    @staticmethod
+    def _copies_of(entries: Iterable[tuple[int, NamedParam]], buffers: BufferPool) -> dict[int, Tensor]:
+        # Into the buffers of earlier steps where they fit: a new buffer in each step costs more than the copy.
         found = [(position, local_tensor(entry.tensor)) for position, entry in entries]
         positions, locals_ = [position for position, _ in found], [local for _, local in found]
-        copies = self._buffers.take(positions, locals_)
-        self.old = dict(zip(positions, copies, strict=True))
+        copies = buffers.take(positions, locals_)
         alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for copy, local in zip(copies, locals_, strict=True):
             olds, news = alike.setdefault((local.device, local.dtype), ([], []))
@@ -201,6 +223,7 @@ class SnapshotCapture:
             news.append(local)
         for olds, news in alike.values():
             torch._foreach_copy_(olds, news)
+        return dict(zip(positions, copies, strict=True))
 
     @contextmanager
     def adopted(self, step: Step, batches: Sequence[Batch], over_lr: bool, decays_at_once: bool) -> Iterator[None]:
@@ -216,24 +239,30 @@ class SnapshotCapture:
         """
         try:
             step.old = self.old
-            moved_to = []
+            moved_to, seen = [], []
             for batch in batches:
                 moved_to.append(batch.params)
+                # What the optimizer has made of them: other attachments may have decayed the parameters since.
+                seen.append([self.new.get(i, param) for i, param in zip(batch.index, batch.params, strict=True)])
                 batch.params = [self.old[position] for position in batch.index]
                 # new − old is −u. The difference is left to whoever needs it, a block at a time: as a whole it would
                 # cost the memory of another shard.
                 lr = batch.group["lr"] if over_lr else None
-                batch.pending = PendingUpdate(moved_to[-1], minus=batch.params, is_negated=True, applied_lr=lr)
+                batch.pending = PendingUpdate(seen[-1], minus=batch.params, is_negated=True, applied_lr=lr)
             yield
-            for batch, params in zip(batches, moved_to, strict=True):
+            for batch, params, made in zip(batches, moved_to, seen, strict=True):
                 # The new parameters hold the update, but not the decay that has gone into it or into the old ones.
                 copies = [self.copies.get(position, []) for position in batch.index] if self.copies else []
                 if batch.is_absorbed or decays_at_once:
                     batch.apply_(batch.all_terms, with_update=True)
-                    for param, decayed, own in zip(params, batch.params, copies, strict=False):
+                    for param, decayed, own in zip(made, batch.params, copies, strict=False):
                         for copy in own:
                             copy.sub_(param.to(copy.dtype) - decayed)
-                    torch._foreach_copy_(params, batch.params)
+                    if self.new:
+                        torch._foreach_sub_(batch.params, made)
+                        torch._foreach_add_(params, batch.params)
+                    else:
+                        torch._foreach_copy_(params, batch.params)
                 else:
                     # Before the parameters: a mask looks at what the optimizer has made of them.
                     if any(copies):

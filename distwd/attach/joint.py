@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _torch
 from ..checks import check_number, is_zero
 from ..rules.base import Rule
+from ..sharding.collectives import local_like
 from ..step.runner import StepRunner
 from ..step.step import Step
 
@@ -155,7 +156,7 @@ class JointStep:
     ) -> None:
         self.each_alone, self.optimizers = each_alone, optimizers
         self.shared: Step | None = None
-        self._runner, self._needs_updates = runner, needs_updates
+        self._runner, self.needs_updates = runner, needs_updates
         self._found_inf: dict[int, Tensor | None] = {}  # of those that have stepped
         self._grads: dict[int, list[Tensor | None]] = {}  # all gradients, when the last one stepped
         self._scaler_states: Any = None
@@ -179,13 +180,13 @@ class JointStep:
         # A scaler has these only until its next update: the same object as long as that has not come.
         scaler_states = None if scaler is None else _torch.scaler_states(scaler)
         is_same = is_open and id(optimizer) not in self._found_inf and scaler_states is self._scaler_states
-        if is_same and not self._needs_updates:
+        if is_same and not self.needs_updates:
             # New gradients: the training loop has left out the optimizers that have not stepped, and has gone on.
             then = self._grads.get(id(optimizer), [])
             is_same = all(new is old for new, old in zip(_grads_of(optimizer), then, strict=False))
         if is_same:
             return False
-        is_waiting = is_open and self._needs_updates and not has_raised
+        is_waiting = is_open and self.needs_updates and not has_raised
         self.end()
         if is_waiting:
             raise ValueError(
@@ -202,7 +203,7 @@ class JointStep:
 
     def note_gradients(self, optimizer: Optimizer) -> None:
         """The gradients of `optimizer`, which steps next, are there now: a closure may have just made them."""
-        if not (self.each_alone or self._needs_updates):
+        if not (self.each_alone or self.needs_updates):
             # The tensors, and not only their ids: a new gradient may come to lie where an old one was.
             self._grads = {id(each): _grads_of(each) for each in self.optimizers}
 
@@ -226,13 +227,20 @@ class JointStep:
         found_inf = {i: self._found_inf.get(owner_of.get(id(group), 0)) for i, group in enumerate(groups)}
         own = {index for index, group in enumerate(groups) if owner_of.get(id(group)) == id(optimizer)}
         grad_scale = getattr(optimizer, "grad_scale", None) if self.each_alone else None
-        return self._runner.new_step(
+        step = self._runner.new_step(
             {},
             only=own if self.each_alone or not of_all else None,
             grad_scale=grad_scale,
             found_inf=found_inf,
             decays_gradients=decays_gradients,
         )
+        # Metrics of gradients are of the optimizer's own, where another attachment shows it others. (What is pending stays.)
+        if any(other.overrides.grads for each in self.optimizers for other in attachments_on(each)):
+            own_grads = {id(param): grad for each in self.optimizers for param, grad in _own_grads(each)}
+            for batch in step.batches:
+                grads = [(own_grads[id(param)], param) for param in batch.whole]
+                batch.grads = [local_like(grad, param) for grad, param in grads if grad is not None]
+        return step
 
 
 def refuse_under_scaler(
@@ -279,7 +287,15 @@ def _scaler_of_this_step() -> torch.amp.GradScaler | None:
 
 
 def _grads_of(optimizer: Optimizer) -> list[Tensor | None]:
-    """The optimizer's gradients: its own where an attachment shows it others."""
+    return [grad for _, grad in _own_grads(optimizer)]
+
+
+def _own_grads(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The optimizer's parameters and their own gradients, also where attachments show it others."""
     own = {id(each.shown): each.own for other in attachments_on(optimizer) for each in other.overrides.grads}
-    grads = (param.grad for group in optimizer.param_groups for param in group["params"])
-    return [own.get(id(grad), grad) for grad in grads]
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        grad = param.grad
+        # What the second of two shows stands in the place of what the first shows.
+        while id(grad) in own:
+            grad = own[id(grad)]
+        yield param, grad
