@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .checks import check_spelling, is_zero, warn_user
 from .metrics.plan import PlanOptions
 from .optimizers.base import GradientOptimizer
 from .optimizers.full_params import ClosureOptimizer
@@ -83,6 +84,7 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
         compile: bool = False,
     ) -> None:
         validate_transforms(transforms)
+        warn_without_lr(transforms)
         self._options = PlanOptions.of(group, layout, check_replicas)
         # Kept as they were given, for copies and pickles: the runner is made anew there.
         self._settings: dict[str, Any] = {
@@ -122,7 +124,9 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. Raises ValueError, and adds nothing, for settings that a transform cannot use."""
-        param_group = with_exclusions(param_group, self._transforms)
+        param_group = with_exclusions(_for_chain(param_group), self._transforms)
+        where = f"param_groups[{len(self.param_groups)}]"
+        check_spelling(where, param_group, {*self.defaults, "params", "param_names"})
         settings = {**self.defaults, **param_group}
         for bound in self._transforms:
             check_coefficient(bound, bound.read(settings))
@@ -144,7 +148,8 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
         # The mark of a rank without parameters is never saved, so loading would drop it.
         has_mark = NO_PARAMS_KEY in self.state
         kept = kept_in(state_dict)
-        complete = with_current_values(dict(state_dict), self.param_groups, list(self.defaults))
+        groups = [_for_chain(group) for group in state_dict["param_groups"]]
+        complete = with_current_values({**state_dict, "param_groups": groups}, self.param_groups, list(self.defaults))
         super().load_state_dict(self._runner.anchors.with_current_words(complete, self.param_groups))
         # With state comes having stepped: a real step at lr 0 must not pass for the hidden step of checkpoint code.
         self._has_stepped = self._has_stepped or bool(state_dict["state"])
@@ -306,6 +311,18 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
         self._initialize()
 
 
+def _for_chain(group: dict[str, Any]) -> dict[str, Any]:
+    """A param group with the decay that it has for `attach` as the chain's own: of `param_groups`, or of a checkpoint."""
+    keys = [key for key in group if key.startswith("distwd_weight_decay")]
+    known = dict(group) if keys else group
+    for key in keys:
+        attached, own = known.pop(key), key.removeprefix("distwd_")
+        # Where the two differ, the optimizer's own is 0, or it would have decayed twice.
+        if is_zero(known.get(own, 0)):
+            known[own] = attached
+    return known
+
+
 def validate_transforms(transforms: Sequence[Any]) -> None:
     """Raise ValueError for transforms that cannot stand in one chain, or not in this order."""
     # What the ranks could disagree on shows in the first step only; what one rank can see is refused here.
@@ -329,3 +346,12 @@ def validate_transforms(transforms: Sequence[Any]) -> None:
                     "before it, and no second optimizer beside it"
                 )
             return
+
+
+def warn_without_lr(transforms: Sequence[Transform]) -> None:
+    """Warn where an optimizer is wrapped whose usual learning rate is not 1, and nothing scales what it does."""
+    names = [one.optimizer_name for one in transforms if isinstance(one, Wrap) and one.needs_lr]
+    if names and not any(isinstance(one, LR) for one in transforms):
+        warn_user(
+            f"no LR in this chain: {names[0]} steps with a learning rate of 1; put LR(1e-3), say, behind it (LR(1.0) if 1 is meant)"
+        )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import numbers
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -67,3 +71,26 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def is_zero(value: Any) -> bool:
     """Whether a value is the number 0; a tensor is not read to find out."""
     return isinstance(value := plain_number(value), (int, float)) and value == 0
+
+
+def check_spelling(where: str, group: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise ValueError for a key of a param group that looks like a misspelling of one that is read.
+
+    where: how the message calls the group.
+    known: the keys that are read. Keys that look like none of them are other libraries', and left alone.
+    """
+    known = sorted(known)
+    for key in group:
+        # What schedulers put there ("initial_lr"), and names that say more ("max_weight_decay"), are names of their own.
+        if key in known or any(key.endswith(f"_{name}") for name in known):
+            continue
+        for near in difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.85):
+            raise ValueError(f"{where} has the key {key!r}, which nothing reads; did you mean {near!r}?")
+
+
+def warn_user(text: str) -> None:
+    """Warn at the line that has called distwd: the first one outside of it and of torch, which may call its hooks."""
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_back and frame.f_globals.get("__name__", "").startswith(("distwd.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)

@@ -19,16 +19,17 @@ from ..optimizers.lr import LR
 from ..optimizers.state import NO_PARAMS_KEY, lacks_second_moment, without_mark
 from ..rules.base import Rule
 from ..sharding.layout import Layout
-from ..sharding.params import ParamList
-from ..step.rounding import KEY, Rounding
+from ..sharding.params import ParamList, is_for_both
+from ..step.rounding import KEY as ROUNDING_KEY
+from ..step.rounding import Rounding
 from ..step.runner import ShowsRunner, StepRunner, step_method
 from ..step.state import State, kept_in, restore_kept
 from ..step.step import Step
 from ..step.transform import BoundTransform, Transform, bind, with_current_values
 from .before import WriteBefore
 from .capture import UpdateCapture
-from .joint import JointStep, Overrides, attachments_on, refuse_under_scaler, unused_keys, write_keys
-from .validate import check_groups, list_optimizers, needs_update, validate_optimizers
+from .joint import KEY, JointStep, Overrides, attachments_on, refuse_under_scaler, unused_keys, write_keys
+from .validate import check_groups, list_names, list_optimizers, needs_update, validate_optimizers
 
 COUPLINGS = ("lr", "gradient", "none")
 
@@ -154,9 +155,10 @@ class Attachment(ShowsRunner):
         take_over: bool,
     ) -> None:
         check_choice("coupling", coupling, COUPLINGS)
+        named = None if named_parameters is None else list_names(named_parameters, optimizers)
         validate_optimizers(optimizers, rules, coupling, take_over)
         self._optimizers, self._rules, self._coupling = list(optimizers), tuple(rules), coupling
-        self._rounding = Rounding(rounding, seed, options.layout, *unused_keys(optimizers, 1, f"distwd_{KEY}"))
+        self._rounding = Rounding(rounding, seed, options.layout, *unused_keys(optimizers, 1, f"distwd_{ROUNDING_KEY}"))
         # The keys with which λ lies in the optimizers' groups, and the values of groups that have none yet. Of a rule's
         # hyperparameters only `weight_decay` has a key: a schedule needs it, and the groups are not ours to fill.
         rule_keys = [
@@ -187,7 +189,7 @@ class Attachment(ShowsRunner):
             transforms,
             ParamList(
                 lambda: [group for optimizer in self._optimizers for group in optimizer.param_groups],
-                named_parameters or (),
+                named or (),
             ),
             options,
             self._rounding,
@@ -223,8 +225,11 @@ class Attachment(ShowsRunner):
         self._loaded: dict[int, dict[int, State]] = {}  # kept numbers of a state dict that is being loaded
         if take_over and not decays:
             raise ValueError("take_over=True has no rule with a weight_decay that could take over the optimizer's")
-        self._takes_over = next(iter(decays)) if take_over else None
+        self._takes_all, self._decay_key = take_over, next(iter(decays), None)
         self._taken_over: dict[int, Any] = {}  # decay of the optimizers' own, by index of the group
+        # Indices of the groups that came with it in both keys, as `param_groups` makes them; and how many were looked at.
+        self._doubled: set[int] = set()
+        self._num_known = 0
         self._write_keys()
         self._create_kept()
 
@@ -266,6 +271,8 @@ class Attachment(ShowsRunner):
                 group.pop(key, None)
         for index, decay in self._taken_over.items():
             params.groups[index]["weight_decay"] = decay
+        for index in self._doubled:
+            params.groups[index][KEY] = params.groups[index]["weight_decay"]
         self._taken_over = {}
 
     @property
@@ -312,10 +319,14 @@ class Attachment(ShowsRunner):
         """Give groups the keys that they lack. A decay of the optimizer's own becomes ours, if it is to be taken over."""
         groups = self._runner.params.groups
         others = [other for each in self._optimizers for other in attachments_on(each) if other is not self]
-        key = self._takes_over
+        key = self._decay_key
+        if key == KEY:
+            self._doubled |= {i for i in range(self._num_known, len(groups)) if is_for_both(groups[i])}
+            self._num_known = len(groups)
         for index, group in enumerate(groups if key is not None else ()):
             own = group.get("weight_decay")
-            if key is None or own is None or (is_zero(own) and key in group):
+            is_doubled = index in self._doubled and is_for_both(group)
+            if key is None or own is None or (is_zero(own) and key in group) or not (self._takes_all or is_doubled):
                 continue
             # Of two attachments the first may have let the optimizer do its decay in this very step.
             if any(id(group) in other.overrides.groups for other in others):
@@ -472,6 +483,14 @@ class Attachment(ShowsRunner):
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loaded[id(optimizer)] = kept_in(state_dict)
+        # What a checkpoint brings in one key alone is a decay of the optimizer's own, were it the same number.
+        own = set(map(id, optimizer.param_groups))
+        places = [index for index, group in enumerate(self._runner.params.groups) if id(group) in own]
+        for index, group in zip(places, state_dict["param_groups"], strict=False):
+            if self._decay_key == KEY and is_for_both(group):
+                self._doubled.add(index)
+            elif KEY not in group:
+                self._doubled.discard(index)
         return with_current_values(state_dict, optimizer.param_groups, self.keys)
 
     def _after_load(self, optimizer: Optimizer) -> None:

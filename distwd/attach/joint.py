@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..checks import check_number, is_zero
+from ..checks import check_number, check_spelling, is_zero
 from ..rules.base import Rule
 from ..sharding.collectives import local_like
 from ..step.runner import StepRunner
@@ -20,6 +21,8 @@ from ..step.step import Step
 Optimizer = torch.optim.Optimizer
 
 KEY = "distwd_weight_decay"
+# A second rule's, which a checkpoint may bring after that rule has been left out.
+DECAYS = re.compile(r"(distwd_)?weight_decay(_\d+)?")
 
 # --- keys of their groups --------------------------------------------------------------------------------------------
 
@@ -52,7 +55,11 @@ def write_keys(
     Raises ValueError for values that would not decay.
     """
     # In every step, since others add groups, and replace them by those of a checkpoint.
-    for group in groups:
+    for index, group in enumerate(groups):
+        if any(key not in group for key in defaults):
+            # A key that was misspelt is not the only one in its group: the right one is missing.
+            ours = {key: group[key] for key in group if not DECAYS.fullmatch(key)}
+            check_spelling(f"param_groups[{index}]", ours, {KEY})
         # Who excludes a group from one rule's decay excludes it from all: 0 where that rule decays elsewhere.
         decays = {key: value for key, value in {**(others or {}), **defaults}.items() if key.startswith(KEY)}
         is_excluded = any(is_zero(group.get(key)) and not is_zero(value) for key, value in decays.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..checks import plain_number
+from ..checks import plain_number, warn_user
 from ..optimizers.elementwise import ELEMENTWISE
 from ..optimizers.full_params import needs_closure
 from ..rules.base import Rule
+from ..sharding.params import is_for_both
 from ..step.runner import IN_BACKWARD
 from .joint import attachments_on
 
@@ -87,20 +88,55 @@ def validate_optimizers(
                     raise ValueError(
                         f"{rule!r} is attached to {name} already, and would decay twice; call remove() on that attachment first"
                     )
+        # What `param_groups` has made says itself that the decay is to be taken over, by the first rule.
+        has_key = "weight_decay" in rules[0].defaults
         for index, group in enumerate(optimizer.param_groups):
-            if take_over:
-                break
+            if take_over or (has_key and is_for_both(group)):
+                continue
             decay = group.get("weight_decay")
             # Read once, here: in a step that would wait for the device.
             if isinstance(decay, Tensor) and bool(decay != 0):
                 raise ValueError(_TWICE.format(index=index, decay=decay.item()))
-        check_groups(optimizer, coupling, take_over)
+        check_groups(optimizer, coupling, take_over, has_key)
         # LBFGS takes the gradients of its later evaluations as they are, so a decay of the first would stand alone.
         evaluates = needs_closure(type(optimizer)) and any(rule.target != "closure" for rule in rules)
         if evaluates and coupling == "gradient":
             raise ValueError(
                 f"{name} evaluates the gradient itself, many times in a step; give the rule target='closure'"
             )
+
+
+def list_names(named: Any, optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[str, Tensor]]:
+    """`named_parameters` as a list of pairs. Raises ValueError for what is none, or names no parameter of the optimizers.
+
+    Warns where it names some and not all: of a group that is named in part the positions stand for the names.
+    """
+    pairs = list(named) if isinstance(named, Iterable) and not isinstance(named, torch.nn.Module) else [named]
+    if not all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+        for pair in pairs
+    ):
+        raise ValueError("named_parameters must be (name, tensor) pairs; pass model.named_parameters()")
+    known = {id(tensor) for _, tensor in pairs}
+    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+    nameless = [
+        (index, place)
+        for index, group in enumerate(groups)
+        for place, param in enumerate(group["params"])
+        if id(param) not in known and not group.get("param_names")
+    ]
+    if nameless:
+        index, place = nameless[0]
+        shape = tuple(groups[index]["params"][place].shape)
+        others = f" and {len(nameless) - 1} others" if len(nameless) > 1 else ""
+        what = f"param_groups[{index}]['params'][{place}] of shape {shape}{others} not in named_parameters"
+        if len(nameless) == sum(len(group["params"]) for group in groups):
+            raise ValueError(
+                f"{what}, which names none of the optimizer's parameters: is it of another model, or of this one before it was "
+                "sharded or moved? pass named_parameters() of the model that the optimizer steps"
+            )
+        warn_user(f"{what}: groups with such tensors go by positions instead of names; name them too")
+    return pairs
 
 
 def _refuse_wrapper(optimizer: Any, name: str) -> None:
@@ -133,8 +169,13 @@ def is_equal(rule: Rule, other: Rule) -> bool:
     return all(one is two or (not isinstance(one, Tensor) and one == two) for one, two in pairs)
 
 
-def check_groups(optimizer: torch.optim.Optimizer, coupling: str, take_over: bool = False) -> None:
-    """Raise ValueError if a group decays by itself, or has no lr to couple with. For every step, since groups change."""
+def check_groups(
+    optimizer: torch.optim.Optimizer, coupling: str, take_over: bool = False, takes_both: bool = False
+) -> None:
+    """Raise ValueError if a group decays by itself, or has no lr to couple with. For every step, since groups change.
+
+    take_over, takes_both: whether a decay of its own is still to be moved, of any group or of those of `param_groups`.
+    """
     # Of two attachments the first may have let the optimizer do its decay in this very step.
     overridden = {group for other in attachments_on(optimizer) for group in other.overrides.groups}
     for index, group in enumerate(optimizer.param_groups):
@@ -145,6 +186,7 @@ def check_groups(optimizer: torch.optim.Optimizer, coupling: str, take_over: boo
             and decay != 0
             and id(group) not in overridden
             and not take_over
+            and not (takes_both and is_for_both(group))
         ):
             raise ValueError(_TWICE.format(index=index, decay=decay))
         # Nothing that distwd computes is recorded by autograd.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import local_tensor
+from ..checks import warn_user
 from ..kernels.apply import apply_from_
 from ..kernels.formulas import Mask
 from ..kernels.stochastic import LOW
@@ -106,13 +106,13 @@ class Watch:
                 self._no_copies.add(key)
         name = type(optimizer).__name__
         if strangers:
-            _warn(
+            warn_user(
                 f"{name} has moved {strangers[0]}{' and others' if len(strangers) > 1 else ''}, which had no .grad when the step "
                 "began, so no rule has decayed it; let .grad hold the gradient, or use the optimizer's own weight_decay"
             )
         if self._measures_update and has_lr and num_all > 0 and num_moved < _MOVED * num_all:
             self._measures_update = False  # once
-            _warn(
+            warn_user(
                 f"{name} has moved {num_moved} of {num_all} elements of bf16 or fp16 parameters: the rest of its update was rounded "
                 "away, and a metric or mask of the update does not see it; use fp32 parameters, a Chain, or norm_input='params' or "
                 "'grad'"
@@ -176,7 +176,3 @@ def _tensors_in(place: tuple[Any, ...], value: Any, depth: int) -> list[tuple[tu
         for key, member in members
         for found in _tensors_in((*place, id(key) if isinstance(key, Tensor) else key), member, depth - 1)
     ]
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, UserWarning, stacklevel=2)

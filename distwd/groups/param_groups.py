@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_nonnegative, plain_number
+from ..checks import check_nonnegative, check_spelling, plain_number
 from ..sharding.collectives import gather_objects
 from ..sharding.tables import AuditRow, audit_table
 from ..sharding.world import World
@@ -40,14 +40,16 @@ def param_groups(
         ("*.embed*"), a module type or a tuple of them (every parameter anywhere inside such a module), or a
         predicate(name, param). Hyperparameters are any keys of a param group, such as {"lr": 1e-4}; without
         "weight_decay" among them, λ is the default above.
-    attached: True if `attach` will do the decay. Then λ is in the key `distwd_weight_decay`, and the optimizer's own
-        `weight_decay` is 0.
+    attached: older calls pass True where `attach` does the decay; the optimizer's own `weight_decay` is 0 then. It is not
+        needed any more.
     keep_empty: True keeps groups of which this rank holds no parameter (pipeline stages), so that all ranks have the same
         groups. False drops them; torch's flattened optimizer state cannot be loaded into such groups.
     group: the ranks that together hold the model; default all ranks. Every rank of it must make this call: it is a
         collective.
 
-    Returns a list of group dicts with (name, tensor) pairs, for any torch optimizer or `Chain`. Names are those of the bare
+    Returns a list of group dicts with (name, tensor) pairs, for any torch optimizer or `Chain`. λ stands in two keys:
+    `weight_decay`, for the optimizer itself or a `Chain`, and `distwd_weight_decay`, for `attach`, which sets the other to
+    0 until it is removed. Names are those of the bare
     model. A tied parameter comes once. Only parameters that require a gradient are in the groups. Parameters with equal
     hyperparameters share a group, and the order of groups is the same on all ranks. `print` shows the audit.
     Raises ValueError on all ranks alike for a rule that matches no parameter of the whole model, for λ < 0, and for a model
@@ -96,8 +98,10 @@ def param_groups(
     for index in kept:
         # Each group gets a copy of a tensor, so that a scheduler can fill one group's λ without changing another's.
         own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in settings[index].items()}
+        # The same object in both: `attach` knows by it that it is to take the decay over from the optimizer.
+        own.setdefault("distwd_weight_decay", own["weight_decay"])
         if attached:
-            own = {"distwd_weight_decay": own.pop("weight_decay"), **own, "weight_decay": 0.0}
+            own["weight_decay"] = 0.0
         # torch reads names from the pairs. For a group without pairs it needs the key, or it refuses to mix named and
         # unnamed groups.
         names: dict[str, Any] = {} if members[index] else {"param_names": []}
@@ -156,6 +160,7 @@ class GroupRule:
         # torch.optim would take these for the group's own lists of parameters and names.
         if taken:
             raise ValueError(f"rules[{index}] sets {sorted(taken)[0]!r}, which is no hyperparameter; leave it out")
+        check_spelling(f"rules[{index}]", settings, ["weight_decay"])
         if "weight_decay" in settings:
             check_nonnegative(f"weight_decay of rules[{index}]", settings["weight_decay"])
         types = selector if isinstance(selector, tuple) else (selector,)

@@ -9,13 +9,12 @@ not have equal bits, since kernels round differently; but different parameters h
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .._torch import local_tensor
+from ..checks import warn_user
 from ..errors import PlanError
 from ..kernels.sums import wide_dtype
 from ..sharding.collectives import gather_objects, sum_over_ranks
@@ -66,8 +65,7 @@ def check_gradients(plan: Plan) -> None:
     if tied:
         mine = {name_id: entry.name for name_id, entry in zip(plan.name_ids, plan.entries, strict=True)}
         names = {name_id: name for of_rank in gather_objects(mine, plan.world) for name_id, name in of_rank.items()}
-        text = explain_alike([[names[name_id] for name_id in alike] for alike in tied])
-        warnings.warn(text, UserWarning, stacklevel=2)
+        warn_user(explain_alike([[names[name_id] for name_id in alike] for alike in tied]))
 
 
 def _summary(plan: Plan) -> Tensor:

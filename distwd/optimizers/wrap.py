@@ -65,6 +65,8 @@ class Wrap(Transform):
         # What the chain decides, as far as the class knows it.
         known = inspect.signature(optimizer_class).parameters
         self._fixed = {key: value for key, value in (("lr", 1.0), ("weight_decay", 0.0)) if key in known}
+        # Some find their step size themselves, or evaluate a closure: their own default is 1.
+        self.needs_lr = "lr" in known and known["lr"].default != 1 and not self.evaluates_closure
         # The class itself knows what its hyperparameters are, and refuses bad ones. (A matrix, since Muon takes no
         # other.)
         example = optimizer_class([torch.zeros(1, 1, requires_grad=True)], **{**kwargs, **self._fixed})
@@ -119,7 +121,9 @@ class Adam(Wrap):
     foreach, fused, capturable, differentiable: how torch runs it, as in torch.optim.Adam.
     maximize: whether to ascend u.
 
-    No lr and no weight_decay: those are `LR` and a rule. State and arithmetic are torch's own:
+    others: `lr` and `weight_decay` raise a ValueError that says where they go: those are `LR` and a rule.
+
+    State and arithmetic are torch's own:
     `Chain(params, Adam(), WeightDecay(w), LR(lr))` equals `torch.optim.AdamW(params, lr, weight_decay=w)` bit for bit.
     Raises ValueError as torch.optim.Adam does.
     Source: Kingma & Ba, arXiv 1412.6980.
@@ -143,9 +147,14 @@ class Adam(Wrap):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **others: Any,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        super().__init__(torch.optim.Adam, **given)
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__", "others")}
+        if isinstance(betas, (int, float)):
+            raise ValueError(
+                f"Adam inside a chain has lr 1, and betas={betas!r} are not two numbers; put LR({betas!r}) behind it"
+            )
+        super().__init__(torch.optim.Adam, **given, **others)
         # `repr` shows what the user has given, and no more.
         standard = inspect.signature(Adam).parameters
         self.kwargs = {key: value for key, value in given.items() if value != standard[key].default}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
 from ..checks import plain_number
@@ -55,10 +56,22 @@ def entries_of(params: Iterable[Any]) -> tuple[NamedParam, ...]:
     """
     if isinstance(params, Tensor):
         raise ValueError("params must be an iterable of tensors, not one tensor; pass [tensor]")
-    items = list(params)  # a generator, such as model.parameters(), can be read once only
+    items = _listed(params)
     if any(isinstance(item, Mapping) for item in items):
         return entries_of_groups(items)
     return entries_of_groups([{"params": items}])
+
+
+_ATTACHED = "distwd_weight_decay"
+
+
+def is_for_both(group: Mapping[str, Any]) -> bool:
+    """Whether the decay of a param group stands in it twice, as `param_groups` writes it: for a Chain, and for `attach`."""
+    own, attached = group.get("weight_decay"), group.get(_ATTACHED)
+    if own is None or attached is None:
+        return False
+    # Tensors by identity: comparing them would read them.
+    return own is attached or (not isinstance(own, Tensor) and not isinstance(attached, Tensor) and own == attached)
 
 
 def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, ...]:
@@ -69,7 +82,7 @@ def entries_of_groups(groups: Sequence[Mapping[str, Any]]) -> tuple[NamedParam, 
         decays = [
             plain_number(value)
             for key, value in group.items()
-            if key.startswith(("weight_decay", "distwd_weight_decay"))
+            if key.startswith(("weight_decay", "distwd_weight_decay")) and not (key == _ATTACHED and is_for_both(group))
         ]
         # A decay that is a tensor is not read: that would wait for the device.
         decay = " ".join(f"{d:g}" if isinstance(d, (int, float)) else type(d).__name__.lower() for d in decays)
@@ -98,7 +111,7 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
         raise TypeError(
             "params must be an iterable of tensors, (name, tensor) pairs or group dicts, not one tensor; pass [tensor]"
         )
-    items = list(params)
+    items = _listed(params)
     # torch refuses an empty list. One process without parameters is a mistake; one rank of several may be a stage
     # without any.
     if not items:
@@ -124,6 +137,16 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
             if not item["params"]:
                 item["param_names"] = []
     return groups
+
+
+def _listed(params: Iterable[Any]) -> list[Any]:
+    """`params` as a list. Raises ValueError for what holds parameters, and is no list of them."""
+    # Iterated over, the one would fail with torch's words, or give its layers; the other its names.
+    if isinstance(params, Module):
+        raise ValueError(f"params is a {type(params).__name__}, which is a module; pass model.named_parameters()")
+    if isinstance(params, Mapping):
+        raise ValueError(f"params is a {type(params).__name__} by name; pass its .items()")
+    return list(params)  # a generator, such as model.parameters(), can be read once only
 
 
 def check_has_shape(name: str, tensor: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from .._torch import calling_frame, layout_spec
-from ..checks import check_choice
+from .._torch import layout_spec
+from ..checks import check_choice, warn_user
 from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW, GlobalIndices, RandomBits
 from ..metrics.plan import Plan
@@ -163,17 +162,11 @@ def warn_if_lost(what: str, terms: Sequence[DecayTerm], dtype: torch.dtype) -> b
     half_a_step = torch.finfo(dtype).eps / 4
     if dtype not in LOW or not 0 < rate < half_a_step:
         return False
-    # The first line outside of distwd and torch: whether a chain, an attachment or a scheduler is in between differs.
-    frame, level = calling_frame(0), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("distwd.", "torch.")):
-        frame, level = frame.f_back, level + 1
     name = str(dtype).removeprefix("torch.")
-    warnings.warn(
+    warn_user(
         f"{what}: the decay takes {rate:.3g} of a {name} parameter per step, less than half a step between {name} numbers "
         f"({half_a_step:.3g} of the parameter): on its own it is rounded away every time, and beside an update it counts only "
-        "where the update carries the parameter past a border. rounding='stochastic' keeps it in the mean; float32 parameters keep it.",
-        UserWarning,
-        stacklevel=level,
+        "where the update carries the parameter past a border. rounding='stochastic' keeps it in the mean; float32 parameters keep it."
     )
     return True
 

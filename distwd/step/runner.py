@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..checks import warn_user
 from ..errors import PlanError
 from ..kernels.blocks import Workspace
 from ..kernels.compile import check_compiler
@@ -71,6 +72,7 @@ class StepRunner:
         self._measures_matrices = False
         self._computing: set[int] = set()  # indices of transforms that compute a coefficient
         self.keeps_state = False  # whether any rule keeps numbers or anchors, by the settings of this step
+        self._has_looked = False  # whether it is known if any parameter had a gradient in the first step
         self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
     # --- outside of a step -----------------------------------------------------------------------
@@ -247,6 +249,11 @@ class StepRunner:
 
     def finish(self, step: Step, groups: Sequence[dict[str, Any]]) -> None:
         """The step has been written, for these groups: counters and kept numbers move on."""
+        if not self._has_looked:
+            self._has_looked = True
+            trained = any(entry.tensor.requires_grad and entry.tensor.numel() for entry in step.entries)
+            if trained and not step.batches:
+                warn_user(_NO_GRADIENT)
         if self._rounding.is_stochastic:
             self._rounding.count(groups)
         # By identity: two groups may be equal.
@@ -347,6 +354,10 @@ def _measures_matrices(schedules: tuple[Schedule, Schedule]) -> bool:
     return any(ask.scope == "matrix" for schedule in schedules for _, ask in schedule.asks)
 
 
+_NO_GRADIENT = (
+    "no parameter of the optimizer has a gradient in its first step, so nothing is trained or decayed; if the model was sharded "
+    "(fully_shard), moved or replaced after the optimizer was made, make the optimizer after that; else call backward() before step()"
+)
 IN_BACKWARD = (
     "{label} needs a number over parameters, but the optimizer steps inside backward(), one parameter at a time: the others' "
     "gradients are not there yet, and ranks need not come to it in one order; step after backward(), or use an absolute rule"

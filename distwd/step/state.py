@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .._torch import StridedShard, local_tensor
+from ..checks import warn_user
 from ..kernels.sums import wide_dtype
 from ..metrics.metric import Measure
 from ..sharding.params import NamedParam, Params
@@ -109,10 +109,8 @@ class KeptNumbers:
         # A run that adds such a rule to an old checkpoint is legal, but nobody shall take the numbers for resumed ones.
         if is_loaded and missing and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"the loaded state has no kept numbers of {', '.join(sorted(missing))}; they begin anew with the next step",
-                UserWarning,
-                stacklevel=3,
+            warn_user(
+                f"the loaded state has no kept numbers of {', '.join(sorted(missing))}; they begin anew with the next step"
             )
 
     def read(
