@@ -153,6 +153,22 @@ def absolute_on_one_rank(way: str) -> Ending:
     return job.ending()
 
 
+def plan_printed_on_one_rank(way: str) -> Ending:
+    """`if rank == 0: print(optimizer.plan)`. What the other rank is in meanwhile goes on, and so does the first step."""
+    job = Job(way)
+    job.ready()
+    ending = Ending("nothing", "", False, 0.0)
+    if guilty():
+        ending = job.ending(lambda: str((job.optimizer if way == "chain" else job.attachment).plan))
+    else:
+        time.sleep(TIMEOUT / 2)
+    total = torch.ones(4880)
+    dist.all_reduce(total)
+    assert (total == 2).all()
+    job.step()
+    return ending
+
+
 def other_group_on_one_rank(way: str) -> Ending:
     pair = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=TIMEOUT))
     job = Job(way, group=None if guilty() or dist.get_rank() == 2 else pair)
@@ -186,6 +202,7 @@ FAULTS = {
     bad_number_on_one_rank: (2, "ValueError", "PlanError", "-1.0"),
     closure_raises_on_one_rank: (2, "FloatingPointError", "PlanError", "no data left"),
     absolute_on_one_rank: (3, "nothing", "PlanError", "the same rules"),
+    plan_printed_on_one_rank: (2, "PlanError", "nothing", "has come to build a plan.*print it on one rank later"),
     other_group_on_one_rank: (3, "PlanError", "PlanError", "same group="),
     one_rank_does_not_step: (2, "nothing", "CollectiveError", "another rank.*Timed out"),
 }
@@ -205,7 +222,7 @@ def run_alone(ranks: int, fn: Callable, *args: object) -> list:
 @pytest.fixture(scope="module")
 def ended() -> Iterator[Callable[[Callable, str], list]]:
     """What came of a fault; all of them have been started together."""
-    with ThreadPoolExecutor(9) as pool:
+    with ThreadPoolExecutor(10) as pool:
         waiting = {(fault, way): pool.submit(run_alone, FAULTS[fault][0], fault, way) for fault, way in RAN}
         waiting |= {(taken_back_in_time, way): pool.submit(run_alone, 2, taken_back_in_time, way) for way in WAYS}
         yield lambda fault, way: waiting[fault, way].result()

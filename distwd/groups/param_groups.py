@@ -243,6 +243,7 @@ def _agree_on_keys(matches: Matches, error: Exception | None, world: World) -> l
     """
     summaries = tuple(rule.summary for rule in matches.rules)
     own = (str(error or ""), summaries, matches.matched, {key for key, _ in matches.params})
+    world.meet("make param_groups")
     gathered = gather_objects(own, world)
     if error is not None:
         raise error

@@ -115,6 +115,7 @@ def build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
 
 def _build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
     local = _report(entries, args)
+    args.world.meet("build a plan")
     gathered = gather_rows(local.rows, args.world)
     headers = torch.stack([part[0] for part in gathered])
     _check_headers(headers, local.objection, args)

@@ -137,9 +137,8 @@ def _errors_explained(world: World, in_step: bool) -> Iterator[None]:
         # While a plan is built no rank can have published anything: its store comes with the plan.
         if not in_step:
             raise PlanError(
-                f"rank {world.rank} of {world.size} has come to build a plan, and another rank of the group has not. "
-                "Every rank needs the same rules (one with absolute decay only never builds a plan) and the same group=, and "
-                "must ask for the plan when the others do; or a rank has died."
+                f"rank {world.rank} of {world.size}: a rank has died while a plan or param_groups were made ({error}); find its own "
+                "error, and restart the ranks together"
             ) from error
         # A rank that raised has published why. A rank that was killed could not.
         if reasons := world.published_errors():

@@ -57,6 +57,16 @@ class World:
         """`tensor` on a device that the group can send from: where it is, if possible."""
         return tensor if tensor.device.type in self.serves else tensor.to(self.device)
 
+    def meet(self, what: str) -> None:
+        """Wait, in the store of the group, until every rank has come to do `what` with the others.
+
+        Before an exchange that no step expects: it would be paired with whatever collective the others are in, and break
+        the backend's messages. Raises PlanError if some do not come within the group's timeout.
+        """
+        # Zero is the number of no plan.
+        if (store := ErrorStore.of(self.group, 0)) is not None:
+            store.meet(f"rank {self.rank} of {self.size} has come to {what}, and another rank of the group has not. ")
+
     def published_errors(self) -> str:
         """`rank 1: reason; rank 2: reason`, or "" if no rank has published one. For when a collective has failed."""
         return "" if self.error_store is None else self.error_store.read()
@@ -98,6 +108,13 @@ def _device(serves: tuple[str, ...]) -> torch.device:
         return torch.device("cpu")
     # The current card, not card 0: NCCL refuses two ranks on one card.
     return torch.device(serves[0], getattr(torch, serves[0]).current_device())
+
+
+# What to do, of a rank that has come alone.
+_ALONE = (
+    "Every rank needs the same rules (one with absolute decay only never builds a plan) and the same group=, and must ask for the "
+    "plan when the others do (print it on one rank later); or a rank has died."
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,6 +207,30 @@ class ErrorStore:
                 "optimizer on every rank, or find the rank that died"
             ) from error
         return self.store.get(answer) == b"yes"
+
+    def meet(self, alone: str) -> None:
+        """Wait until every rank has called this as often as this one has.
+
+        alone: what the error says of a rank that was alone.
+        Raises PlanError if others do not come within the group's timeout.
+        """
+        this = came = 0
+        try:
+            # `add` is atomic. The ranks come in rounds: nobody is counted in the next one before it has left this one.
+            came = self.store.add("came", 1)
+            this = (came - 1) // self.size
+            if came == (this + 1) * self.size:
+                self.store.set(f"met {this}", "")
+                self.store.delete_key(f"met {this - 1}")
+            # Nobody waits for this rank meanwhile, so it may wait as long as a collective would.
+            self.store.wait([f"met {this}"], 2 * self.timeout)
+        except RuntimeError as error:
+            # As in `rendezvous`: this rank is taken off, unless the others have been let go meanwhile. Where the store has
+            # died with its rank there is nothing to take it off from.
+            with contextlib.suppress(RuntimeError):
+                if came and self.store.add("came", -1) + 1 >= (this + 1) * self.size:
+                    return
+            raise PlanError(alone + _ALONE) from error
 
     def rendezvous(self, reason: str) -> None:
         """Wait until every rank has called this.
