@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental import _config
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # --- DTensor --------------------------------------------------------------------------------------------------------
 
@@ -269,8 +269,12 @@ disable_compiler = _disable_dynamo
 # Waits for: a public setting, per call of torch.compile, that equal lengths are not taken for one number.
 shape_config = _config
 
-# Waits for: a public question whether an operation would be seen by a dispatch mode (CommDebugMode, FlopCounterMode).
-is_in_dispatch_mode = is_in_torch_dispatch_mode
+
+def is_in_dispatch_mode() -> bool:
+    """Whether an operation of this thread would be seen by a dispatch mode (CommDebugMode, FlopCounterMode)."""
+    # Waits for: a public question. (torch's own flag is the process's: where two threads enter modes at once and leave
+    # them in the same order, it stays up for good.)
+    return _get_current_dispatch_mode() is not None
 
 
 def calling_frame(depth: int = 1) -> FrameType:

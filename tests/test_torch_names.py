@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,22 @@ def test_dispatch_mode():
     with FlopCounterMode(display=False):
         assert _torch.is_in_dispatch_mode()
     assert not _torch.is_in_dispatch_mode()
+
+
+def test_dispatch_modes_of_two_threads(monkeypatch):
+    """They are entered and left in the same order, after which torch's flag of the process says that there still is one."""
+    from torch.utils import _python_dispatch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]:
+        monkeypatch.setattr(_python_dispatch, name, False)  # and put back afterwards
+    modes = [FlopCounterMode(display=False) for _ in range(2)]
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for act in ("__enter__", "__exit__"):
+            for thread, mode in zip((one, other), modes, strict=True):
+                thread.submit(getattr(mode, act), *([None] * 3 if act == "__exit__" else [])).result()
+                assert thread.submit(_torch.is_in_dispatch_mode).result() is (act == "__enter__")
+                assert not _torch.is_in_dispatch_mode()
 
 
 def test_getframe():
