@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import distwd
-from tests import runs
+from tests import runs, wire
 from tests.layouts import whole_model
 from tests.one_process import equal
 
@@ -283,3 +284,58 @@ def test_several_optimizers_count_together():
             muon.step()
         adamw.step()
     assert [each.param_groups[0]["distwd_rounding_step"] for each in (muon, adamw)] == [2, 2]
+
+
+# --- warnings -----------------------------------------------------------------------------------------------------------
+
+LOST = "on its own it is rounded away"
+RELATIVE = {
+    "chain": lambda w, decay, lr: distwd.Chain([w], distwd.Adam(), distwd.RelativeWeightDecay(decay), distwd.LR(lr)),
+    "by tensor": lambda w, decay, lr: distwd.Chain(
+        [w], distwd.Adam(), distwd.RelativeWeightDecay(decay, scope="tensor"), distwd.LR(lr)
+    ),
+    "tensor lr": lambda w, decay, lr: distwd.Chain(
+        [w], distwd.Adam(), distwd.WeightDecay(decay), distwd.LR(torch.tensor(lr))
+    ),
+    "attach": lambda w, decay, lr: attached_with(torch.optim.AdamW([w], lr=lr, weight_decay=0), decay),
+    "attach behind": lambda w, decay, lr: attached_with(torch.optim.ASGD([w], lr=lr, lambd=0), decay),
+}
+
+
+def attached_with(optimizer, decay):
+    distwd.attach(optimizer, distwd.RelativeWeightDecay(decay, norm_input="grad"))
+    return optimizer
+
+
+@pytest.mark.parametrize("name", RELATIVE)
+def test_a_relative_decay_that_rounds_away_is_told_once(name):
+    """Half a step of bf16 is 2^-9 of the parameter. The metric of these ones is 1, so the rate is λ·lr."""
+
+    def told(decay: float, lrs: list[float], dtype: torch.dtype = BF16) -> list[int]:
+        w = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+        optimizer = RELATIVE[name](w, decay, lrs[0])
+        found = []
+        for number, lr in enumerate(lrs):
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(lr) if name == "tensor lr" else lr
+            w.grad = torch.ones_like(w)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.step()
+            found += [number for one in caught if LOST in str(one.message)]
+            assert all(one.filename == __file__ for one in caught)
+        return found
+
+    assert told(0.01, [0.1] * 3) == [0]
+    assert told(0.1, [0.1] * 3) == []
+    assert told(0.01, [0.1] * 3, torch.float32) == []
+    assert told(0.01, [0.0, 0.0, 0.1, 0.1]) == [2], "a warm-up that begins at 0 says nothing yet"
+
+
+def test_the_rate_is_read_in_one_step_only():
+    w = torch.nn.Parameter(torch.ones(64, dtype=BF16))
+    optimizer = RELATIVE["chain"](w, 0.1, 0.1)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    with wire.no_host_sync():
+        optimizer.step()

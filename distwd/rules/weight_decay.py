@@ -18,7 +18,7 @@ from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW
 from ..sharding.params import entries_of
 from ..sharding.pieces import check_tensor
-from ..step.rounding import Rounding, warn_if_lost
+from ..step.rounding import Rounding, rate_of, warn_if_lost
 from .base import Rule
 
 
@@ -250,7 +250,7 @@ def decay_weights_(
         random_bits = next(rounds.random_stream(entries, index, 0)) if rounds.is_stochastic and dtype in LOW else None
         term = DecayTerm(decays[index[0]], float(ord))
         if not rounds.is_stochastic:
-            warn_if_lost(entries[index[0]].name, [term], dtype)
+            warn_if_lost(entries[index[0]].name, rate_of([term]), dtype)
         apply_(
             [local_tensor(entries[i].tensor) for i in index],
             [term],

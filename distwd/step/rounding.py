@@ -8,9 +8,10 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .._torch import layout_spec
+from .._torch import is_fake, layout_spec
 from ..checks import check_choice, warn_user
 from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW, GlobalIndices, RandomBits
@@ -24,6 +25,7 @@ from .step import Batch
 ROUNDINGS = ("nearest", "stochastic")
 KEY = "rounding_step"
 _MASK = (1 << 64) - 1
+_NUM_READS = 10  # steps in which a warm-up, or a GradScaler, may still keep every decay at 0
 
 
 class Rounding:
@@ -51,7 +53,7 @@ class Rounding:
         self._layout = layout
         self._keys: dict[str, int] = {}
         self._indices: dict[int, tuple[NamedParam, Any, GlobalIndices]] = {}
-        self._warned = False
+        self._warned, self._reads_left = False, _NUM_READS
 
     def begin(self, entries: Sequence[NamedParam], batches: Sequence[Batch], plan: Callable[[], Plan]) -> None:
         """Give every batch of bf16 or fp16 its random bits for a step. plan: called only where a layout marks pieces."""
@@ -66,15 +68,21 @@ class Rounding:
                 group[self.key] = group.get(self.key, 0) + 1
 
     def warn(self, batches: Sequence[Batch], on_gradients: bool) -> None:
-        """Warn, once, of an absolute decay that a bf16 or fp16 parameter shows nothing of; reads no tensor.
+        """Warn, once, of a decay that a bf16 or fp16 parameter shows nothing of.
 
+        A rate that is a tensor is read in the first step in which it is not 0, if that is one of the first.
         on_gradients: whether pending terms go to the gradients, where they are not rounded to the parameter.
         """
         # Stochastic rounding keeps a small decay in the mean.
-        for batch in () if self._warned or self.is_stochastic else batches:
+        if self._warned or self.is_stochastic:
+            return
+        reads, self._reads_left = self._reads_left > 0, max(self._reads_left - 1, 0)
+        for batch in [batch for batch in batches if batch.is_low]:
             for terms in (batch.written, [] if on_gradients else batch.all_terms):
-                what = f"param_groups[{batch.group_index}]"
-                self._warned = self._warned or warn_if_lost(what, terms, batch.params[0].dtype)
+                if rate := rate_of(terms, reads):
+                    self._reads_left = 0
+                    what = f"param_groups[{batch.group_index}]"
+                    self._warned = self._warned or warn_if_lost(what, rate, batch.params[0].dtype)
 
     def random_stream(
         self,
@@ -145,19 +153,33 @@ def global_indices_of(piece: Piece, offset: int = 0) -> GlobalIndices:
     return GlobalIndices(runs, tuple((piece.cuts[dim], strides[dim + 1]) for dim in range(last)))
 
 
-def warn_if_lost(what: str, terms: Sequence[DecayTerm], dtype: torch.dtype) -> bool:
+def rate_of(terms: Sequence[DecayTerm], reads: bool = False) -> float:
+    """What terms of ord 2 take of a parameter, all together; 0 if that is not known.
+
+    reads: whether rates that are tensors are read; of one for each parameter the largest.
+    """
+    rate = 0.0
+    for term in terms:
+        one = term.rate
+        if isinstance(one, Tensor):
+            # Neither a tensor without a value nor one whose value a CUDA graph has yet to find can be read.
+            is_unknown = is_fake(one) or one.is_meta or (one.is_cuda and torch.cuda.is_current_stream_capturing())
+            if not reads or is_unknown:
+                return 0.0
+            one = one.max().item()
+        # How much of p a pull to something else takes, or one with a cap, depends on p.
+        if term.ord != 2 or term.cap is not None or term.toward != 0:
+            return 0.0
+        rate += one
+    return rate
+
+
+def warn_if_lost(what: str, rate: float, dtype: torch.dtype) -> bool:
     """Warn, where distwd was called, if decay is too small for `dtype`, written to the nearest. Returns whether it did.
 
     what: how the message calls the parameters.
-    terms: the decay; rates that are tensors are not read, and make no warning.
+    rate: what the decay takes of them.
     """
-    # How much of p a pull to something else takes, or one with a cap, depends on p.
-    known = [
-        term.rate
-        for term in terms
-        if term.ord == 2 and term.cap is None and term.toward == 0 and isinstance(term.rate, (int, float))
-    ]
-    rate = sum(known) if len(known) == len(terms) else 0.0
     # Below a power of two numbers are eps/2 of it apart; elsewhere they are further apart than that part of themselves.
     half_a_step = torch.finfo(dtype).eps / 4
     if dtype not in LOW or not 0 < rate < half_a_step:
