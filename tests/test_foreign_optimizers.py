@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -540,6 +541,52 @@ def test_the_rate_that_an_optimizer_finds_is_the_rate_of_the_decay():
         want, d = want - d * (GRAD.sign() + 2 * DECAY * want), 2 * d
         assert attachment.stats()["RelativeWeightDecay"]["metric"].item() == pytest.approx(1.0, rel=1e-3)
     assert torch.allclose(param, want)
+
+
+class Prodigy(torch.optim.Optimizer):
+    """Finds its step size, and keeps it to itself."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1.0})
+        self.hidden = 1e-3
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            param.sub_(param.grad.sign(), alpha=self.hidden)
+
+
+@pytest.mark.parametrize("coupling", ["lr", "none"])
+def test_a_rate_that_an_optimizer_hides_is_told_once(coupling):
+    param = start()
+    optimizer = Prodigy([param])
+    attach(optimizer, WeightDecay(1e-3), coupling=coupling)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            param.grad = GRAD.clone()
+            optimizer.step()
+    found = [str(one.message) for one in caught]
+    assert ["Prodigy finds its step size itself, and shows no 'd'" in text for text in found] == [True] * (
+        coupling == "lr"
+    )
+
+
+@pytest.mark.parametrize("moves", [True, False], ids=["moved", "rounded away"])
+def test_zero_gradients_do_not_look_like_updates_that_were_rounded_away(moves):
+    """Of an embedding most rows have none in a step, and stay for that."""
+    param = torch.nn.Parameter(torch.ones(100, 8, dtype=torch.bfloat16))
+    optimizer = torch.optim.ASGD([param], lr=1.0 if moves else 1e-4, lambd=0)
+    attach(optimizer, RelativeWeightDecay(0.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            param.grad = torch.zeros_like(param)
+            param.grad[10 * step : 10 * step + 10] = 0.5
+            optimizer.step()
+    told = ["has moved 0 of 80 elements" in str(one.message) for one in caught]
+    assert told == ([] if moves else [True])
 
 
 @pytest.mark.parametrize("coupling", ["lr", "none"])

@@ -103,6 +103,8 @@ class UpdateCapture:
             if (lr := batch.group.get("lr")) is not None:
                 # Prodigy and D-Adaptation step with d·lr, with a d that they find in their step and show in their groups.
                 d = batch.group.get("d", 1.0)
+                if self._over_lr and "d" not in batch.group:
+                    self._watches[id(optimizer)].warn_of_hidden_step(optimizer)
                 lr = lr * d if isinstance(d, Tensor) or d != 1 else lr.clone() if isinstance(lr, Tensor) else lr
                 batch.group = {**batch.group, "lr": lr}
         # Each part of a batch is written in its own way. What has no gradient now is in neither part.
@@ -112,6 +114,8 @@ class UpdateCapture:
         )
         if id(optimizer) in self._proxied:
             self._zero_proxies.show_gradients(optimizer, on_zeros)
+        if id(optimizer) not in self._proxied:
+            self._watches[id(optimizer)].note_gradients(step.batches)
         # Gradients that the optimizer lets go are let go here too, but where a rule will write to them.
         if not any("grad" in bound.transform.changes for bound in self._runner.in_step):
             for batch in (*step.batches, *on_zeros, *copied):
@@ -134,7 +138,8 @@ class UpdateCapture:
         assert step is not None
         updated = [position for batch in step.batches for position in batch.index]
         has_lr = not any(is_zero(batch.group.get("lr")) for batch in step.batches)
-        self._watches[id(optimizer)].look(optimizer, own, self._snapshot.old, updated, has_lr)
+        if self._watches[id(optimizer)].look(optimizer, own, self._snapshot.old, updated, has_lr):
+            self._runner.has_looked = True  # a second warning would say that nothing is trained
         for position, entry in own:
             if copies := self._watches[id(optimizer)].copies_of(optimizer, position, entry.tensor):
                 self._snapshot.copies[position] = copies

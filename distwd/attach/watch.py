@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ Optimizer = torch.optim.Optimizer
 
 # What nothing has been seen of in so many steps will not be looked for any more: looking reads tensors.
 _NUM_STEPS = 10
+# Prodigy and D-Adaptation step with d·lr, DoG with a distance over a norm of gradients.
+_FINDS_STEP = re.compile(r"prodigy|d_?adapt|^l?dog$|mechanic", re.IGNORECASE)
 # How much of what has a gradient must move, for its movement to tell the update.
 _MOVED = 0.5
 
@@ -39,10 +42,30 @@ class Watch:
         self._measures_update = measures_update
         self._num_steps = 0
         self._is_over = False
-        self._has_moved = False
+        self._has_moved = self._has_told = False
+        self._num_to_move: dict[int, Tensor] = {}  # by position, of bf16 and fp16 parameters
         # By position of the parameter and place of the copy: True, or None where both have not moved yet.
         self._copies: dict[tuple[int, tuple[Any, ...]], bool | None] = {}
         self._no_copies: set[tuple[int, tuple[Any, ...]]] = set()
+
+    def warn_of_hidden_step(self, optimizer: Optimizer) -> None:
+        """Warn, once, of an optimizer whose name says that it finds its step size itself, and that shows none."""
+        name = type(optimizer).__name__
+        if _FINDS_STEP.search(name) and not self._has_told:
+            self._has_told = True
+            warn_user(
+                f"{name} finds its step size itself, and shows no 'd' in its param groups: coupling='lr' decays by group['lr'] alone, "
+                "and an update is taken over that; use coupling='none' and a λ per step"
+            )
+
+    def note_gradients(self, batches: Sequence[Batch]) -> None:
+        """The optimizer is about to step with these gradients, which it may clear: note how much it should move."""
+        if self._is_over or not self._measures_update:
+            return
+        # Rows of an embedding that the batch has not used have zeros, and stay where they are for that.
+        low = [batch for batch in batches if batch.is_low]
+        pairs = [pair for batch in low for pair in zip(batch.index, batch.grads, strict=True)]
+        self._num_to_move = {position: grad.count_nonzero() for position, grad in pairs}
 
     def look(
         self,
@@ -51,16 +74,17 @@ class Watch:
         old: Mapping[int, Tensor],
         updated: Sequence[int],
         has_lr: bool,
-    ) -> None:
+    ) -> bool:
         """The optimizer has stepped, and no decay has been written yet.
 
         params: its parameters, with their positions.
         old: local parameters as they were before the step, by position.
         updated: the positions of those that had a gradient.
         has_lr: whether its learning rates are not 0.
+        Returns whether it has moved parameters without a gradient, and has been warned of.
         """
         if self._is_over:
-            return
+            return False
         self._num_steps += 1
         tests: list[Tensor] = []
         places: list[tuple[int, tuple[Any, ...]]] = []
@@ -70,7 +94,8 @@ class Watch:
                 continue
             now, before = local_tensor(entry.tensor), old[position]
             moved = (now != before).sum()
-            tests.append(torch.stack([moved, torch.zeros_like(moved), torch.zeros_like(moved), moved]))
+            to_move = self._num_to_move.get(position, torch.zeros_like(moved)).to(moved.device)
+            tests.append(torch.stack([moved, to_move, torch.zeros_like(moved), moved]))
             places.append((position, ()))
             for place, tensor in _kept_beside(optimizer, entry.tensor, now):
                 key = position, place
@@ -83,23 +108,23 @@ class Watch:
                 tests.append(torch.stack([moved, is_equal.to(moved), is_between.to(moved), now.any().to(moved)]))
                 places.append(key)
         if not tests:
-            return
+            return False
         # One read for all.
         found = [tuple(row) for row in torch.stack([test.to("cpu") for test in tests]).tolist()]
         strangers, num_moved, num_all = [], 0, 0
-        for (position, place), (moved, is_equal, is_between, is_nonzero) in zip(places, found, strict=True):
+        for (position, place), (moved, count, is_between, is_nonzero) in zip(places, found, strict=True):
             if not place:
                 if moved and position not in has_gradient:
                     strangers.append(own[position].name)
                 elif position in has_gradient and old[position].dtype in LOW:
-                    num_moved, num_all = num_moved + moved, num_all + old[position].numel()
+                    num_moved, num_all = num_moved + moved, num_all + count
                 self._has_moved = self._has_moved or bool(moved)
                 continue
-            key = position, place
+            key, has_same_bits = (position, place), bool(count)
             is_suspect = key in self._copies
-            if moved and (is_equal or (is_suspect and is_between)):
+            if moved and (has_same_bits or (is_suspect and is_between)):
                 self._copies[key] = True
-            elif not moved and (is_equal or not is_nonzero):
+            elif not moved and (has_same_bits or not is_nonzero):
                 self._copies[key] = None
             else:
                 self._copies.pop(key, None)
@@ -113,12 +138,13 @@ class Watch:
         if self._measures_update and has_lr and num_all > 0 and num_moved < _MOVED * num_all:
             self._measures_update = False  # once
             warn_user(
-                f"{name} has moved {num_moved} of {num_all} elements of bf16 or fp16 parameters: the rest of its update was rounded "
-                "away, and a metric or mask of the update does not see it; use fp32 parameters, a Chain, or norm_input='params' or "
-                "'grad'"
+                f"{name} has moved {num_moved} of {num_all} elements of bf16 or fp16 parameters that have a gradient: the rest of its "
+                "update was rounded away, and a metric or mask of the update does not see it; use fp32 parameters, a Chain, or "
+                "norm_input='params' or 'grad'"
             )
         is_decided = self._has_moved and all(self._copies.values())
         self._is_over = bool(strangers) or is_decided or self._num_steps >= _NUM_STEPS
+        return bool(strangers)
 
     def copies_of(self, optimizer: Optimizer, position: int, param: Tensor) -> list[Tensor]:
         """The local tensors that the optimizer steps from in the place of a parameter."""

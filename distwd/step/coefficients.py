@@ -279,35 +279,30 @@ class Coefficients:
             own = {index: each for index, each in every.items() if not each.is_absolute}
             if not own:
                 continue
-            measured = [name for each in own.values() for name in each.asks if name not in each.keeps]
-            names = dict.fromkeys([*measured, *(name for each in own.values() for name in each.keeps)])
-            # Its form is that of the last step. A group that has come since then is shown among several, as NaN.
-            last = self._last.get(bound.label, {})
-            shown_by = {**_unmeasured(bound, own, params), **{index: last[index] for index in own if index in last}}
-            judges = {index: each for index, each in shown_by.items() if index in last} or shown_by
-            table = {name: _table(judges, shown_by, name, params) for name in names}
-            coefficient = _table(judges, shown_by, None, params)
+            # What the last step was of. A group that has come since then has no numbers yet.
+            by_group = self._last.get(bound.label) or _unmeasured(bound, own, params)
+            names = dict.fromkeys(name for each in by_group.values() for name in each.numbers)
+            table = {name: _table(by_group, name, params) for name in names}
+            coefficient = _table(by_group, None, params)
             coefficients: dict[str, Any] = {}
             # One form for the whole run: a schedule may part the groups' λ, or make them equal, at any step.
-            if _coefficient_settings(bound) is not None and all(each.scope == "all" for each in shown_by.values()):
+            if _coefficient_settings(bound) is not None and all(each.scope == "all" for each in by_group.values()):
                 if isinstance(coefficient, dict):
                     # Groups may have a metric of their own, too: that of the largest coefficient, so that λ·M is it.
-                    coefficient, largest = torch.stack([coefficient[index] for index in judges]).max(dim=0)
+                    coefficient, largest = torch.stack(list(coefficient.values())).max(dim=0)
                     for name, numbers in table.items():
-                        if isinstance(numbers, dict) and judges.keys() <= numbers.keys():
+                        if isinstance(numbers, dict) and len(numbers) == len(by_group):
                             # By `take` and not by an index, which would be read on the host.
-                            table[name] = torch.stack([numbers[index] for index in judges]).take(largest)
-                coefficients["coefficients"] = {index: each.value[0] for index, each in shown_by.items()}
+                            table[name] = torch.stack(list(numbers.values())).take(largest)
+                coefficients["coefficients"] = {index: each.value[0] for index, each in by_group.items()}
             found[bound.label] = {**table, "coefficient": coefficient, **coefficients}
         return found
 
 
-def _table(
-    known: Mapping[int, Coefficient], by_group: Mapping[int, Coefficient], name: str | None, params: Params
-) -> Any:
+def _table(by_group: Mapping[int, Coefficient], name: str | None, params: Params) -> Any:
     """0-d where one number serves all groups; else by group index, or by the names of the parameters held here.
 
-    known: the groups that decide on the form; by_group: all that are shown. name: of the number; None: the coefficient.
+    name: of the number; None: the coefficient.
     """
     shown: dict[Any, Tensor] = {}
     for index, each in by_group.items():
@@ -330,10 +325,13 @@ def _table(
         else:
             shown[index] = values[index if each.scope == "group" else 0]
     # Groups of equal settings share their numbers, and then there is one for all of them.
-    numbers = {index: each.value if name is None else each.numbers.get(name) for index, each in known.items()}
-    held = {index: id(number) for index, number in numbers.items() if number is not None}
-    is_one = len(set(held.values())) == 1 and all(each.scope == "all" for each in known.values())
-    return shown[next(iter(held))] if is_one else shown
+    originals = {
+        id(each.value if name is None else each.numbers[name])
+        for each in by_group.values()
+        if name in (None, *each.numbers)
+    }
+    is_one = len(originals) == 1 and all(each.scope == "all" for each in by_group.values())
+    return next(iter(shown.values())) if is_one else shown
 
 
 def _unmeasured(bound: BoundTransform, settings: Mapping[int, GroupSettings], params: Params) -> dict[int, Coefficient]:
@@ -346,7 +344,7 @@ def _unmeasured(bound: BoundTransform, settings: Mapping[int, GroupSettings], pa
     found = {}
     for index, own in settings.items():
         key = _sharing_key(bound, own)
-        numbers = {name: nan_of((index, name) if name in own.keeps else ask) for name, ask in own.asks.items()}
+        numbers = {name: nan_of(ask) for name, ask in own.asks.items() if name not in own.keeps}
         numbers |= {name: nan_of((index, name)) for name in own.keeps}
         value = nan_of(index if key is None else key)
         found[index] = Coefficient(own.scope, numbers, value, {}, {}, None, torch.float32, None)

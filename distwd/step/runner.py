@@ -72,7 +72,7 @@ class StepRunner:
         self._measures_matrices = False
         self._computing: set[int] = set()  # indices of transforms that compute a coefficient
         self.keeps_state = False  # whether any rule keeps numbers or anchors, by the settings of this step
-        self._has_looked = False  # whether it is known if any parameter had a gradient in the first step
+        self.has_looked = False  # whether it is known if any parameter had a gradient in the first step
         self.has_built_plan = False  # whether a step has built the plan, and with it something may be compared once
 
     # --- outside of a step -----------------------------------------------------------------------
@@ -249,8 +249,8 @@ class StepRunner:
 
     def finish(self, step: Step, groups: Sequence[dict[str, Any]]) -> None:
         """The step has been written, for these groups: counters and kept numbers move on."""
-        if not self._has_looked:
-            self._has_looked = True
+        if not self.has_looked:
+            self.has_looked = True
             trained = any(entry.tensor.requires_grad and entry.tensor.numel() for entry in step.entries)
             if trained and not step.batches:
                 warn_user(_NO_GRADIENT)
