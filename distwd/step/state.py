@@ -331,11 +331,9 @@ class Anchors:
         # Legal for a run that adds such a rule to an old checkpoint, but nobody shall take them for those of the first run.
         if is_loaded and missing and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn_user(
                 f"the loaded state has no anchors of {', '.join(sorted(missing))}; they begin anew, as the parameters are when "
-                "the next step begins",
-                UserWarning,
-                stacklevel=3,
+                "the next step begins"
             )
 
     def with_current_words(self, state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
