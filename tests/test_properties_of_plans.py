@@ -76,6 +76,7 @@ def models(draw: st.DrawFn) -> tuple[tuple[int, ...], list]:
     return sizes, draw(st.lists(cuts(sizes), min_size=1, max_size=6))
 
 
+@simulated_ranks.has_local_tensors
 @settings(max_examples=200, **steady)
 @given(model=models())
 def test_pieces_are_what_torch_cuts_and_have_one_owner_each(model):
@@ -257,6 +258,7 @@ def test_a_mutant_of_the_coverage_is_seen():
         check_without(UNEVEN, 1, name)
 
 
+@simulated_ranks.has_local_tensors
 def test_a_mutant_of_cuts_is_seen_in_turn():
     model = ((3,), [((7, 2), [Shard(0)])])
     check_in_turn(*model)

@@ -177,6 +177,19 @@ def test_init_group(cls):
     assert optimizer.state[param]
 
 
+@pytest.mark.parametrize("cls", [torch.optim.Adagrad, torch.optim.AdamW])
+def test_state_of_the_constructor(cls):
+    optimizer = cls([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    made = _torch.state_of_constructor(optimizer, optimizer.param_groups[0], torch.ones(3))
+    # Either the constructor makes the state, and it fits, or torch's optimizers make it themselves at a step.
+    assert made.keys() == next(iter(optimizer.state.values()), {}).keys()
+    assert all(value.shape in [(3,), ()] for value in made.values())
+
+
+def test_size_of_the_cache():
+    assert _torch.cache_size() >= 0
+
+
 def test_params_of_lbfgs():
     param = torch.nn.Parameter(torch.ones(2))
     params = _torch.own_param_list(torch.optim.LBFGS([param]))
