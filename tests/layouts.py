@@ -23,7 +23,7 @@ from tests.model import Weight as Weight  # these, and what is used below, are i
 from tests.model import mesh_of as mesh_of
 from tests.model import submesh as submesh
 from tests.model import whole_model as whole_model
-from tests.releases import HERE, OldTorch
+from tests.releases import TORCH, OldTorch
 
 
 class Held(dict[str, nn.Parameter]):
@@ -46,7 +46,7 @@ class Layout:
 
     def place(self, whole: Whole) -> Held:
         """The parameters this rank holds, by the bare model's names, with these whole values."""
-        if HERE < self.since:
+        if self.since > TORCH:
             raise OldTorch(f"needs torch {self.since[0]}.{self.since[1]}: FSDP2 over tensors that TP has cut unevenly")
         net = Net(whole)
         model = self.wrap(net) or net

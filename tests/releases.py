@@ -18,7 +18,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-HERE = release(torch.__version__)
+TORCH = release(torch.__version__)
 
 
 class OldTorch(Exception):
@@ -31,7 +31,7 @@ def needs_torch(since: str, why: str) -> pytest.MarkDecorator:
     since: the oldest release that was seen to run it.
     why: what the older ones lack.
     """
-    return pytest.mark.skipif(release(since) > HERE, reason=f"needs torch {since}: {why}")
+    return pytest.mark.skipif(release(since) > TORCH, reason=f"needs torch {since}: {why}")
 
 
 def package(name: str) -> types.ModuleType:
@@ -41,7 +41,7 @@ def package(name: str) -> types.ModuleType:
     """
     pinned = re.search(r"^torch==(.*)$", PINS.read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned is not None
-    if release(pinned[1]) == HERE:
+    if release(pinned[1]) == TORCH:
         return importlib.import_module(name)
     found: types.ModuleType = pytest.importorskip(name, exc_type=ImportError)
     return found

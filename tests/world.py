@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from tests.releases import HERE, OldTorch
+from tests.releases import TORCH, OldTorch
 
 RUN_TIMEOUT = 120.0  # seconds for one call: the machine may be busy, a hang is forever
 WIRE_TIMEOUT = 30.0  # a collective without its partners fails after this, on its own
@@ -80,7 +80,8 @@ class World:
             raise
         failures = {rank: reply[1] for rank, reply in replies.items() if not reply[0]}
         if len(failures) == len(self._pipes) and all(isinstance(reason, OldTorch) for reason in failures.values()):
-            pytest.skip(str(failures[0]))  # on all ranks alike, before any of them talked: the world is as good as before
+            # On all ranks alike, before any of them talked: the world is as good as before.
+            pytest.skip(str(failures[0]))
         missing = sorted(set(range(len(self._pipes))) - set(replies))
         if failures or missing:
             self.kill()
@@ -159,7 +160,7 @@ def _serve(rank: int, ranks: int, store: str, wire_timeout: float, pipe: multipr
     torch.set_num_threads(1)
     # What distwd warns of is a failure here, as it is in the pytest process.
     warnings.filterwarnings("error", module=r"distwd(\.|$)")
-    if HERE < (2, 10):
+    if TORCH < (2, 10):
         # Said now and then when the garbage collector meets a tensor of torch's own, inside whatever operation runs.
         warnings.filterwarnings("ignore", message="Deallocating Tensor that still has live PyObject references")
     if ranks:
