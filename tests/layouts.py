@@ -23,7 +23,6 @@ from tests.model import Weight as Weight  # these, and what is used below, are i
 from tests.model import mesh_of as mesh_of
 from tests.model import submesh as submesh
 from tests.model import whole_model as whole_model
-from tests.releases import TORCH, OldTorch
 
 
 class Held(dict[str, nn.Parameter]):
@@ -42,12 +41,9 @@ class Layout:
     wrap: Callable[[Net], nn.Module | None]
     stage: Callable[[], list[str]] | None = None
     marks: Callable[[nn.Module], dict] = field(default=lambda model: {})
-    since: tuple[int, int] = (2, 7)  # the oldest release of torch that can wrap the model so
 
     def place(self, whole: Whole) -> Held:
         """The parameters this rank holds, by the bare model's names, with these whole values."""
-        if self.since > TORCH:
-            raise OldTorch(f"needs torch {self.since[0]}.{self.since[1]}: FSDP2 over tensors that TP has cut unevenly")
         net = Net(whole)
         model = self.wrap(net) or net
         held = {_bare(name): param for name, param in model.named_parameters()}
@@ -73,7 +69,7 @@ LAYOUTS: dict[str, Layout] = {
     "hsdp": Layout(4, wraps.hsdp),
     "hsdp3x1": Layout(3, wraps.hsdp_wide),
     "tp2": Layout(2, wraps.tp),
-    "fsdp_tp": Layout(4, wraps.fsdp_tp, since=(2, 9)),
+    "fsdp_tp": Layout(4, wraps.fsdp_tp),
     "ddp2": Layout(2, wraps.ddp),
     "replicated3": Layout(3, wraps.alone),
     "mixed": Layout(2, wraps.mixed),
@@ -100,7 +96,7 @@ MARKED: dict[str, Layout] = {
 # Where several parameters are one, or one is several, nothing goes by their names.
 FLAT = ("fsdp1_full_flat", "fsdp1_hybrid_flat", "experts_named")
 EVERY = LAYOUTS | MARKED
-LARGE: dict[str, Layout] = {"hsdp_tp": Layout(8, wraps.hsdp_tp, since=(2, 9))}  # only a few laws run there
+LARGE: dict[str, Layout] = {"hsdp_tp": Layout(8, wraps.hsdp_tp)}  # only a few laws run there
 
 
 def place(layout: str, whole: Whole) -> Held:

@@ -20,6 +20,8 @@ def release(version: str) -> tuple[int, ...]:
 
 TORCH = release(torch.__version__)
 
+UNEVEN_OVER_TP = "FSDP2 over tensors that tensor parallelism has cut unevenly"
+
 
 class OldTorch(Exception):
     """Raised on a rank where torch lacks what a test needs: the test is skipped for that reason, if all ranks raise it."""
@@ -32,6 +34,12 @@ def needs_torch(since: str, why: str) -> pytest.MarkDecorator:
     why: what the older ones lack.
     """
     return pytest.mark.skipif(release(since) > TORCH, reason=f"needs torch {since}: {why}")
+
+
+def require_torch(since: str, why: str) -> None:
+    """On the ranks of a test, what `needs_torch` does for all of it."""
+    if release(since) > TORCH:
+        raise OldTorch(f"needs torch {since}: {why}")
 
 
 def package(name: str) -> types.ModuleType:
