@@ -79,6 +79,8 @@ run_release() ( # RELEASE PYTEST_ARGUMENT...
     release=$1 version=${1%%@*} python=python3 status=0
     case $1 in *@*) python=${1#*@} ;; esac
     shift
+    # Found before the environment's own comes first: that one may be broken.
+    python=$(command -v "$python" || printf '%s' "$python")
     VIRTUAL_ENV=$(environment_of "$release")
     log=$VIRTUAL_ENV.log results=$VIRTUAL_ENV.xml
     export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
