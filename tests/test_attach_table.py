@@ -16,7 +16,7 @@ from tests.layouts import LAYOUTS, whole_model
 from tests.releases import needs_torch
 
 pytestmark = needs_torch(
-    "2.11", "the table is of newer releases; before, DTensor knows fewer operations, and Muon is missing"
+    "2.13", "the table is of newer releases; before, DTensor knows fewer operations, and Muon is missing"
 )
 PAGE = Path(__file__).parent.parent / "docs/pages/attach.md"
 NAMES = [

@@ -22,6 +22,10 @@ from distwd.kernels.sums import STRETCHES, local_statistics
 from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Statistic
 from tests.releases import needs_torch
 
+pytestmark = needs_torch(
+    "2.9", "the compiler of 2.7 raises errors for formulas that take numbers of several rules or tensors"
+)
+
 # More large tensors than one call takes, one that does not end in a whole vector, and small ones, which are not compiled.
 NUMELS = [40_000, 70_003, 120_000, 7, 300]
 RULES = {
@@ -33,11 +37,7 @@ RULES = {
     "fractional order": distwd.WeightDecay(0.1, ord=2.5),
 }
 # The formulas that differ: each takes seconds to compile.
-RATES = needs_torch("2.9", "a compiler that takes a list of rates through the formula; in 2.7 it raises an error")
-CASES = [
-    pytest.param("chain", rule, torch.float32, marks=RATES if rule == "by tensor" else (), id=f"chain-{rule}-fp32")
-    for rule in RULES
-]
+CASES = [("chain", rule, torch.float32) for rule in RULES]
 CASES += [("attach", rule, torch.float32) for rule in ("relative update", "cautious")]
 CASES += [("attach", "relative update", torch.bfloat16), ("chain", "relative update", torch.float64)]
 
@@ -120,7 +120,6 @@ def test_large_tensors_go_through_the_compiler_some_at_a_time(way, rule, passes)
     assert calls_of(way, rule) == passes * 2
 
 
-@needs_torch("2.9", "a compiler that takes a formula in one piece; in 2.7 it is two, with the same numbers")
 @pytest.mark.parametrize("number", [float, torch.tensor], ids=["numbers", "tensors"])
 def test_nothing_is_compiled_again_when_numbers_or_lengths_change(number):
     counters.clear()  # of what other tests have compiled
