@@ -2,6 +2,9 @@
 
 Above each stands the public thing that would replace it. Nothing else in the package names anything private of torch;
 tests/test_torch_names.py checks that each of these names exists in the installed torch.
+
+What differs between the releases of torch that distwd runs on (2.7 and newer) stands here, too: one fallback each, with
+the release since when it is not needed. It can be deleted when that release is the oldest one in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ def timeout_of(backend: Any) -> timedelta | None:
 
 def store_of(group: dist.ProcessGroup) -> Any:
     """The key-value store of a process group."""
-    # Before torch 2.9 a group does not hand out its store.
+    # Not needed since torch 2.9: before, a group does not hand out its store.
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
     return dist.distributed_c10d._get_process_group_store(group)
@@ -164,6 +167,17 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local if wait is None else wait()
 
 
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def cache_size() -> int:
+    """Bytes of second-level cache that a core of this CPU has; 0 where torch does not know it."""
+    # Not needed since torch 2.11: 2.9 and older do not tell. It is public, and does not know every CPU.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    size: int = known.get("l2_cache_size", 0)
+    return size
+
+
 # --- modules and tensors --------------------------------------------------------------------------------------------
 
 
@@ -240,6 +254,21 @@ def init_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     # The lists that the method fills besides differ by class; all its parameters but the group are such lists.
     num_lists = len(inspect.signature(method).parameters) - 1
     method(group, *([] for _ in range(num_lists)))
+
+
+def state_of_constructor(inner: torch.optim.Optimizer, group: dict[str, Any], example: Tensor) -> dict[str, Any]:
+    """The state that an optimizer of this kind makes when it is constructed; {} for all that make it in their steps.
+
+    group: the settings to construct it with.
+    example: a tensor like the parameter.
+    """
+    # Not needed since torch 2.13: before, Adagrad makes its state in its constructor, and `_init_group` expects it
+    # there.
+    if not isinstance(inner, torch.optim.Adagrad):
+        return {}
+    known = inspect.signature(torch.optim.Adagrad).parameters
+    made = torch.optim.Adagrad([example], **{key: group[key] for key in known if key != "params" and key in group})
+    return dict(made.state[example])
 
 
 def own_param_list(optimizer: torch.optim.Optimizer) -> list[Tensor] | None:

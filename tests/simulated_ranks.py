@@ -7,9 +7,11 @@ this file is the only one that knows them.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,11 @@ from torch.distributed.tensor.placement_types import Placement
 from distwd._torch import local_tensor
 from distwd.sharding.ownership import OwnerTable, checksums_of, resolve, rows_of
 from distwd.sharding.pieces import describe
+
+has_local_tensors = pytest.mark.skipif(
+    importlib.util.find_spec("torch.distributed._local_tensor") is None,
+    reason="this torch cannot simulate ranks: LocalTensorMode is missing in 2.9 and before",
+)
 
 
 def distribute(wholes: Sequence[Tensor], sizes: tuple[int, ...], placements: Sequence[Sequence[Placement]]) -> list:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distwd import LR, Chain, RelativeWeightDecay, Wrap, attach
+from tests.releases import needs_torch
 
 
 @pytest.mark.parametrize("of", ["attach", "chain"])
@@ -32,7 +33,10 @@ def test_a_fused_optimizer_steps_a_parameter_in_another_memory_format(name, of):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
+@pytest.mark.parametrize(
+    "foreach", [False, pytest.param(True, marks=needs_torch("2.13", "foreach SGD by gradients of another dtype"))]
+)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)], ids=str)
 def test_gradients_may_have_a_dtype_of_their_own(dtypes, foreach):
     dtype, of_grads = dtypes

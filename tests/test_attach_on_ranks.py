@@ -60,7 +60,7 @@ def trained(layout: str) -> dict[str, tuple[dict, list, list[int], int]]:
                 optimizer.step()
             counts.append(len(wire.calls))
             numbers += [value["coefficient"].item() for value in attachment.stats().values()]
-        seen[case] = layouts.gather(held), numbers, counts, attachment.phases
+        seen[case] = layouts.view(layout, held), numbers, counts, attachment.phases
     return seen
 
 
@@ -97,7 +97,7 @@ def several(layout: str, order: int) -> tuple[dict, list[int]]:
             for optimizer in optimizers[::order]:
                 optimizer.step()
         counts.append(len(wire.calls))
-    return layouts.gather(held), counts[1:]
+    return layouts.view(layout, held), counts[1:]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -187,7 +187,7 @@ def inert(layout: str, inner: str, form: str, case: str, num_steps: int) -> dict
         for step in (7, 8):
             runs.feed(layout, held, step)
             optimizer.step()
-        ends.append(layouts.gather(held))
+        ends.append(layouts.view(layout, held))
     # torch's hidden step counts as one in AdamW's bias correction; that is between it and AdamW.
     return same | {"goes on": differing(*ends) == [] or (inner == "AdamW" and num_steps == 0)}
 
@@ -274,7 +274,7 @@ def goes_on(layout: str, case: str, flat: bool) -> list[str]:
         for step in (2, 3):
             runs.feed(layout, held, step)
             optimizer.step()
-        ends.append(layouts.gather(held))
+        ends.append(layouts.view(layout, held))
     return differing(*ends)
 
 

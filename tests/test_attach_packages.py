@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from distwd import RelativeWeightDecay, WeightDecay, attach
+from tests import releases
 from tests.layouts import Net, whole_model
 from tests.one_process import fp32_parameters
 from tests.oracle import metric_of
@@ -73,11 +73,11 @@ class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @functools.cache
 def package(name: str) -> types.ModuleType:
     if not name.startswith("timm"):
-        return importlib.import_module(name)
+        return releases.package(name)
     finder = NoTorchvision()
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module(name)
+        return releases.package(name)
     finally:
         sys.meta_path.remove(finder)
         for name in [key for key in sys.modules if key.split(".")[0] == "torchvision"]:

@@ -20,6 +20,11 @@ from distwd.kernels import compile as compiling
 from distwd.kernels.blocks import Workspace, blocks, is_large
 from distwd.kernels.sums import STRETCHES, local_statistics
 from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Statistic
+from tests.releases import needs_torch
+
+pytestmark = needs_torch(
+    "2.9", "the compiler of 2.7 raises errors for formulas that take numbers of several rules or tensors"
+)
 
 # More large tensors than one call takes, one that does not end in a whole vector, and small ones, which are not compiled.
 NUMELS = [40_000, 70_003, 120_000, 7, 300]

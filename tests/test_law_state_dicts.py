@@ -152,7 +152,7 @@ def resumed(layout: str, chain_name: str, load_from: str, form: str) -> dict:
 def test_a_checkpoint_of_four_ranks_resumes_elsewhere_bit_for_bit(worlds, chain_name, form):
     with tempfile.TemporaryDirectory() as folder:
         straight = worlds.run(4, straight_on, "fsdp4", chain_name, folder, form)[0]
-        for layout in ("fsdp4", "fsdp2", "fsdp1rank", "fsdp_tp", "hsdp"):
+        for layout in ("fsdp4", "fsdp2", "fsdp1rank", "hsdp", "fsdp_tp"):
             for params in worlds.run(LAYOUTS[layout].ranks, resumed, layout, chain_name, folder, form):
                 assert differing(params, straight) == [], layout
 

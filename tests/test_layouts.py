@@ -7,6 +7,7 @@ import torch
 
 from tests import layouts, runs
 from tests.layouts import EVERY, LAYOUTS, whole_model
+from tests.releases import TORCH
 
 
 def round_trip(layout: str) -> tuple[dict, dict, dict]:
@@ -16,7 +17,8 @@ def round_trip(layout: str) -> tuple[dict, dict, dict]:
     sizes = {name: layouts.local_of(param).numel() for name, param in held.items()}
     grads = {name: param.grad for name, param in held.items()}
     whole = layouts.view(layout, held), layouts.view(layout, grads)
-    if layout in LAYOUTS and layout != "some_ranks":  # full_tensor() would do, but only members of the mesh can call it
+    # full_tensor() would do, but only members of a mesh can call it, and in torch 2.9 that of fsdp_tp has wrong rows.
+    if layout in LAYOUTS and layout != "some_ranks" and (layout != "fsdp_tp" or TORCH > (2, 9)):
         assert runs.differing(whole[0], layouts.gather(held)) == []
         assert runs.differing(whole[1], layouts.gather(grads)) == []
     return *whole, sizes

@@ -14,7 +14,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from tests.layouts import submesh, whole_of
 from tests.one_process import relative, replay, seen_of
+from tests.releases import needs_torch
 from tests.runs import differing
+
+pytestmark = needs_torch("2.11", "torch's own schedules hang on gloo in 2.7 where stages are sharded, and abort in 2.9")
 
 SCHEDULES = {"gpipe": (ScheduleGPipe, 1), "1f1b": (Schedule1F1B, 1), "interleaved": (ScheduleInterleaved1F1B, 2)}
 NUM_MICROBATCHES, NUM_STEPS = 4, 3

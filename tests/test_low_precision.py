@@ -16,6 +16,7 @@ import distwd
 from tests import runs, wire
 from tests.layouts import whole_model
 from tests.one_process import equal
+from tests.releases import needs_torch
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LOW = [BF16, FP16]
@@ -270,6 +271,7 @@ def test_two_attachments_draw_noise_of_their_own_and_leave_no_key():
     assert set(sgd.param_groups[0]) == before
 
 
+@needs_torch("2.9", "torch.optim.Muon")
 def test_several_optimizers_count_together():
     params = bf16_parameters()
     matrices = [p for p in params.values() if p.ndim == 2]

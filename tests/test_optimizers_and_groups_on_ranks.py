@@ -15,6 +15,7 @@ from tests import layouts, runs
 from tests.chains import ADAM, LR, Decay, transforms_of
 from tests.layouts import LAYOUTS, SHAPES, mesh_of, whole_model
 from tests.oracle import Oracle
+from tests.releases import needs_torch
 from tests.runs import PARAMS_SEED, differing, grads_of
 from tests.wire import Wire
 
@@ -69,6 +70,7 @@ def with_muon(layout: str, ours: bool) -> dict:
     return {name: layouts.whole_of(param) for name, param in matrices.items()}
 
 
+@needs_torch("2.9", "torch.optim.Muon")
 @pytest.mark.parametrize("layout", ["single", "fsdp2"])
 def test_an_optimizer_of_whole_matrices_sees_them(worlds, layout):
     """Its own bfloat16 products depend on the sharding, so it is compared with itself on the same one."""

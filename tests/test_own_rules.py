@@ -127,7 +127,7 @@ OPTIMIZERS = {
     "AdamW, fused": (torch.optim.AdamW, {"weight_decay": 0, "fused": True}),
     "SGD": (torch.optim.SGD, {}),
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),
-    "Muon": (torch.optim.Muon, {"weight_decay": 0}),
+    "Muon": (getattr(torch.optim, "Muon", None), {"weight_decay": 0}),
 }
 
 

@@ -160,6 +160,7 @@ def test_the_noise_of_a_stretch_is_that_of_its_places(name, block):
                 assert torch.equal(noise.bits([(0, start, stop)], CPU, Workspace()), whole[places[start:stop]])
 
 
+@simulated_ranks.has_local_tensors
 @settings(max_examples=60, **steady)
 @given(model=models())
 def test_the_noise_is_that_of_the_places_on_any_mesh_by_any_placements(model):

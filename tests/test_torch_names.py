@@ -87,7 +87,7 @@ def test_a_parameter_of_fsdp1_is_marked(group):
 def test_store_of_a_group(group, monkeypatch):
     _torch.store_of(group).set("key", "value")
     # As torch before 2.9, where a group has no such method.
-    monkeypatch.delattr(dist.ProcessGroup, "get_group_store")
+    monkeypatch.delattr(dist.ProcessGroup, "get_group_store", raising=False)
     assert _torch.store_of(group).get("key") == b"value"
 
 
@@ -176,6 +176,19 @@ def test_init_group(cls):
     assert not _torch.overrides_init_group(optimizer)
     _torch.init_group(optimizer, optimizer.param_groups[0])
     assert optimizer.state[param]
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adagrad, torch.optim.AdamW])
+def test_state_of_the_constructor(cls):
+    optimizer = cls([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    made = _torch.state_of_constructor(optimizer, optimizer.param_groups[0], torch.ones(3))
+    # Either the constructor makes the state, and it fits, or torch's optimizers make it themselves at a step.
+    assert made.keys() == next(iter(optimizer.state.values()), {}).keys()
+    assert all(value.shape in [(3,), ()] for value in made.values())
+
+
+def test_size_of_the_cache():
+    assert _torch.cache_size() >= 0
 
 
 def test_params_of_lbfgs():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.releases import OldTorch
 from tests.world import RankError
 
 
@@ -30,6 +31,11 @@ def fail_before_a_collective(rank: int) -> None:
 def sleep_on(rank: int) -> None:
     if dist.get_rank() == rank:
         time.sleep(60)
+
+
+def lack_on(ranks: list[int]) -> None:
+    if dist.get_rank() in ranks:
+        raise OldTorch("needs torch 99")
 
 
 def has_group() -> bool:
@@ -60,3 +66,11 @@ def test_a_rank_that_sleeps_is_ended(worlds):
     with pytest.raises(TimeoutError, match=r"ranks \[1\] never came back"):
         worlds.run(2, sleep_on, 1, timeout=2)
     assert worlds.run(2, total_of_ranks) == [1, 1]
+
+
+def test_what_all_ranks_lack_skips_the_test_and_what_one_lacks_fails_it(worlds):
+    with pytest.raises(pytest.skip.Exception, match="needs torch 99"):
+        worlds.run(2, lack_on, [0, 1])
+    assert worlds.run(2, total_of_ranks) == [1, 1]
+    with pytest.raises(RankError, match=r"rank 1 raised(.|\n)*needs torch 99"):
+        worlds.run(2, lack_on, [1])

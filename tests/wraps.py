@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.model import SHAPES, Net, mesh_of, submesh
+from tests.releases import UNEVEN_OVER_TP, require_torch
 
 PAIRS = ("outer", "inner")  # four ranks as two pairs of neighbours
 
@@ -68,12 +69,14 @@ def tp(net: Net) -> None:
 
 def fsdp_tp(net: Net) -> None:
     """The norm, the embedding and the head live on `dp` alone: their copies over `tp` show in no DTensor."""
+    require_torch("2.9", UNEVEN_OVER_TP)
     tensor_parallel(net, submesh("tp", 2, 2, names=("dp", "tp")))
     shard_blocks(net, submesh("dp", 2, 2, names=("dp", "tp")))
 
 
 def hsdp_tp(net: Net) -> None:
     """Eight ranks: copies that the DTensor shows over `copy`, and others that it does not over `tp`."""
+    require_torch("2.9", UNEVEN_OVER_TP)
     names = ("copy", "dp", "tp")
     tensor_parallel(net, submesh("tp", 2, 2, 2, names=names))
     shard_blocks(net, submesh(("copy", "dp"), 2, 2, 2, names=names))

@@ -6,13 +6,13 @@ write to them. `BufferPool` and `ZeroPool` keep whole tensors from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .._torch import is_in_dispatch_mode
+from .._torch import cache_size, is_in_dispatch_mode
 
 # Elements in a block. On a CPU, what several operations in a row touch should stay in the cache; but every operation ends
 # in a barrier of all threads, so a block grows with them. On a GPU a block should be large enough that launches do not
@@ -44,9 +44,8 @@ def block_size(device: torch.device) -> int:
     if device.type != "cpu":
         return _GPU_BLOCK
     # One block for one thread only where a core's cache holds it; elsewhere the calls of smaller blocks cost more than
-    # they save. An older torch has no `get_capabilities`.
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    least = _CPU_BLOCK if known.get("l2_cache_size", 0) >= _CPU_CACHE else _CPU_LEAST
+    # they save.
+    least = _CPU_BLOCK if cache_size() >= _CPU_CACHE else _CPU_LEAST
     return min(max(_CPU_BLOCK * torch.get_num_threads(), least), _CPU_MOST)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -127,13 +126,8 @@ def initial_state(inner: torch.optim.Optimizer, group: dict[str, Any], example: 
         # SGD's buffer begins as the first gradient g. From zeros it becomes (1 − dampening)·g at the first step.
         is_eager = group["momentum"] != 0 and group["dampening"] == 0
         return {"momentum_buffer": torch.zeros_like(example)} if is_eager else {}
-    if isinstance(inner, torch.optim.Adagrad):
-        # Before torch 2.13 its constructor makes the state, and `_init_group` expects it there.
-        known = inspect.signature(torch.optim.Adagrad).parameters
-        made = torch.optim.Adagrad([example], **{key: group[key] for key in known if key != "params" and key in group})
-        state: State = made.state[example]
-        if state:
-            return state
+    if made := _torch.state_of_constructor(inner, group, example):
+        return made
     inner.state = defaultdict(dict)
     # The method passes over parameters without a gradient; it does not look at its values.
     example.grad = example.detach()
