@@ -154,7 +154,7 @@ def check_matrices(name: str, tensor: Tensor, mark: Mark | None) -> None:
     others = "scope='matrix' needs a number for each matrix of it"
     if is_flat_param(tensor):
         raise ValueError(
-            f"{name} is a FlatParameter of FSDP1, many parameters in one, and {others}: wrap with use_orig_params=True or use "
+            f"{name} is a FlatParameter of FSDP1, many parameters in one, and {others}; wrap with use_orig_params=True or use "
             "FSDP2 (fully_shard), or give the rule another scope"
         )
     if not isinstance(mark, Sharded):
@@ -162,13 +162,13 @@ def check_matrices(name: str, tensor: Tensor, mark: Mark | None) -> None:
     num_dims = tensor.dim() if mark.num_dims is None else mark.num_dims
     if is_in_fsdp1(tensor) and mark.num_dims is None:
         raise ValueError(
-            f"{name} is a flat piece of a parameter in FSDP1, and {others}: pass layout=Sharded.from_fsdp1(model), which "
+            f"{name} is a flat piece of a parameter in FSDP1, and {others}; pass layout=Sharded.from_fsdp1(model), which "
             "knows the shape of the parameter"
         )
     if num_dims > 2:
         raise ValueError(
             f"{name} is a plain piece of a tensor of {num_dims} dimensions, which does not tell how its matrices are cut, and "
-            f"{others}: make it a DTensor (DTensor.from_local with its mesh and placements), or give the rule another scope"
+            f"{others}; make it a DTensor (DTensor.from_local with its mesh and placements), or give the rule another scope"
         )
 
 
