@@ -17,6 +17,7 @@ from .metrics.plan import Plan, global_metric
 from .optimizers.lr import LR
 from .optimizers.wrap import Adam, Wrap
 from .rules.base import Rule
+from .rules.norms import ConstrainedWeightDecay, Hyperball, NormControl, RadialBrake
 from .rules.relative import RelativeWeightDecay
 from .rules.weight_decay import CautiousWeightDecay, DirectWeightDecay, WeightDecay, decay_weights_
 from .sharding.layout import Replicated, Sharded
@@ -28,16 +29,20 @@ __all__ = [
     "Attachment",
     "CautiousWeightDecay",
     "Chain",
+    "ConstrainedWeightDecay",
     "CorrectedWeightDecay",
     "CosineWeightDecay",
     "DirectWeightDecay",
+    "Hyperball",
     "InverseTimeWeightDecay",
     "LR",
     "LambdaWeightDecay",
     "LinearWeightDecay",
     "Measure",
+    "NormControl",
     "Plan",
     "PlanError",
+    "RadialBrake",
     "RelativeWeightDecay",
     "Replicated",
     "Rule",

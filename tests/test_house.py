@@ -214,7 +214,7 @@ IN_A_STEP = (
     "rules/",
     "optimizers/",
 )
-ONCE = ("metrics/replica_check.py",)  # in a first step that builds the plan
+ONCE = ("metrics/replica_check.py", "step/start.py")  # in a first step that builds the plan
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,8 @@ class Attachment(ShowsRunner):
             may_keep=self._may_keep,
             track_unchanged=track_unchanged,
             compiles=compile,
+            # Rules of several attachments cannot see one another's decay, so those of one do not either.
+            shows_bare_update=True,
         )
         self._runner.check()
         self._keeps_state = self._runner.kept.keeps_any or self._runner.anchors.keeps_any([{}])

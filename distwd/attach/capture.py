@@ -258,7 +258,9 @@ class SnapshotCapture:
             for batch, params, made in zip(batches, moved_to, seen, strict=True):
                 # The new parameters hold the update, but not the decay that has gone into it or into the old ones.
                 copies = [self.copies.get(position, []) for position in batch.index] if self.copies else []
-                if batch.is_absorbed or decays_at_once:
+                if batch.is_absorbed or decays_at_once or batch.keep is not None:
+                    # A factor of the whole step is written to the old parameters, with the update.
+                    batch.pending.subtract_now()
                     batch.apply_(batch.all_terms, with_update=True)
                     for param, decayed, own in zip(made, batch.params, copies, strict=False):
                         for copy in own:

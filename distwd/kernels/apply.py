@@ -28,6 +28,7 @@ def apply_(
     random_bits: RandomBits | None = None,
     clear: bool = False,
     num_cells: Sequence[int] | None = None,
+    keep: Rate | None = None,
 ) -> None:
     """p ← prox(p − Σ rate·mask·d(p−a) − scale·u), in place; every term is of p as it was before, but the proximal ones.
 
@@ -43,10 +44,12 @@ def apply_(
         cache.
     num_cells: how many matrices each of the params is, where rates that are 1-d have one number for each matrix, in order;
         None: one for each of the params. A stack is all but its last two dimensions.
+    keep: the factor of p, with L2 terms and gains in it; None: 1 − Σ rate of the L2 terms.
     """
     l2 = [term.rate for term in terms if term.is_l2]
     # Rates are added as they come (metrics are float64), and rounded to the dtype of the arithmetic once, as one factor.
-    keep = 1 - sum(l2[1:], start=l2[0]) if l2 else None
+    if keep is None and l2:
+        keep = 1 - sum(l2[1:], start=l2[0])
     rest = [term for term in terms if not term.is_l2]
     # Not so for bf16 and fp16: a factor that is a tensor would be rounded to their 8 or 11 bits, at usual rates to 1.
     is_product = keep is not None and not rest and updates is None and params[0].dtype not in LOW
@@ -125,7 +128,7 @@ def add_terms(
     The rest as in `apply_`.
     """
     write = Write((), has_keep=False, unit_scale=None, us=1)
-    write, lists = _with_terms(write, [params, updates], terms, mask)
+    write, lists = place_terms(write, [params, updates], terms, mask)
     lists = [*lists, out]
     places, uncut = _places(num_cells, [scale, *(term.rate for term in terms)]), set[int]()
     if places is not None:
@@ -153,7 +156,7 @@ def differences(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     return out
 
 
-def _with_terms(
+def place_terms(
     write: Write, lists: list[list[Tensor]], terms: Sequence[DecayTerm], mask: Mask | None
 ) -> tuple[Write, list[list[Tensor]]]:
     """The write with these terms, and its lists with what they pull to, and what the mask is taken of if one looks at it."""
@@ -166,17 +169,21 @@ def _with_terms(
             lists.append(one)
         return known[0] if known else len(lists) - 1
 
-    kinds = [
-        term.kind._replace(toward=0.0, anchors=place_of(term.toward)) if isinstance(term.toward, list) else term.kind
-        for term in terms
-    ]
+    kinds = []
+    for term in terms:
+        kind = term.kind
+        if isinstance(term.toward, list):
+            kind = kind._replace(toward=0.0, anchors=place_of(term.toward))
+        if term.own_us is not None:
+            kind = kind._replace(masked_by=place_of(term.own_us))
+        kinds.append(kind)
     write = replace(
         write,
         kinds=tuple(kind for kind, term in zip(kinds, terms, strict=True) if not term.proximal),
         proximal=tuple(kind for kind, term in zip(kinds, terms, strict=True) if term.proximal),
     )
     # A list that nobody looks at would be widened all the same, and compiled into the formula.
-    if mask is not None and any(kind.cautious for kind in kinds):
+    if mask is not None and any(kind.cautious and kind.masked_by is None for kind in kinds):
         minus = None if mask.minus is None else place_of(mask.minus)
         write = replace(write, mask_us=place_of(mask.us), mask_minus=minus, mask_sign=mask.sign)
     return write, lists
@@ -193,7 +200,7 @@ def _write_(
     num_cells: Sequence[int] | None,
 ) -> None:
     """Write the first of `lists`, block by block; terms: what is not in `write` and `numbers` yet."""
-    write, lists = _with_terms(write, lists, terms, mask)
+    write, lists = place_terms(write, lists, terms, mask)
     # Numbers apart from the formula: they change in every step, and a formula is compiled once.
     numbers = numbers._replace(
         rates=[term.rate for term in terms if not term.proximal],

@@ -42,6 +42,7 @@ class TermKind(NamedTuple):
     cap: float | None = None
     toward: float = 0.0
     anchors: int | None = None  # which list of a Write holds a, where that is no number
+    masked_by: int | None = None  # and which holds the u of the bracket, where the term has its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class DecayTerm:
 
     rate: the factor of d, τ.
     ord: ≥ 1; for 1, d(x) is sign(x), for 2 it is x.
-    cautious: whether the bracket applies; its u is given beside the term, as a Mask.
+    cautious: whether the bracket applies; its u is given beside the term, as a Mask, if the term does not have its own.
     sign: −1 where u is something that will be ascended (the gradient before a maximizing optimizer), so that decay stays
         decay.
     before_lr: the rate without the learning rate that scales the update as well; None if they are not scaled alike.
@@ -59,6 +60,7 @@ class DecayTerm:
     inclusive: whether the bracket is ≥ 0.
     proximal: whether the pull is of the parameter after the step, and not of the one before it; see `shrink_`.
     index: the position of the rule among the transforms that it stands with.
+    own_us: the u of the bracket, where that is not what is given beside the term: local tensors as in `toward`.
     """
 
     rate: Rate
@@ -71,6 +73,7 @@ class DecayTerm:
     inclusive: bool = False
     proximal: bool = False
     index: int = 0
+    own_us: list[Tensor] | None = None
 
     def scaled(self, factor: Rate) -> DecayTerm:
         """The same term, `factor` times as strong."""
@@ -95,7 +98,8 @@ class DecayTerm:
     def only(self, number: int, rates: slice) -> DecayTerm:
         """The same term of one of its parameters alone; rates: which of the numbers of a 1-d rate are that one's."""
         rate = self.rate[rates] if isinstance(self.rate, Tensor) and self.rate.dim() else self.rate
-        return replace(self, rate=rate, toward=[self.toward[number]] if isinstance(self.toward, list) else self.toward)
+        toward = [self.toward[number]] if isinstance(self.toward, list) else self.toward
+        return replace(self, rate=rate, toward=toward, own_us=None if self.own_us is None else [self.own_us[number]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +233,9 @@ def decay(
     elif kind.toward:
         xs = ops.sub(ps, kind.toward)
     if kind.cautious:
+        if kind.masked_by is not None:
+            us = lists[kind.masked_by]
+            mask = Mask(us if us[0].dtype == ps[0].dtype else ops.copies(us, ps[0].dtype))
         assert mask is not None, "a cautious term needs a mask"
         # [sign·u·x > 0]·x, whose direction is the masked one, since d(0) = 0. By the sign of u and not by u itself: a
         # product of two small numbers would vanish.

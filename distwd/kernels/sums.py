@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .blocks import Ops, Workspace, block_size, blocks, is_large, small_size
 from .compile import TOGETHER, TRACED, compiled
-from .formulas import difference
+from .formulas import Write, decay, difference
+from .stochastic import LOW
 
 # A compiled sum reads a tensor in so many stretches at once: with one it waits for memory most of the time. (From eight on
 # torch would take them for a dimension of a loop, and read one after the other.)
@@ -22,12 +23,14 @@ STRETCHES = 4
 class Statistic:
     """One number that every rank can compute over its own elements, and that combines over ranks.
 
-    kind: "sum" Σx · "power" Σ|x|^p · "count" number of non-zeros · "max" max|x| · "min" min|x|.
+    kind: "sum" Σx · "power" Σ|x|^p · "count" number of non-zeros · "max" max|x| · "min" min|x| · "product" Σ xᵢ·xⱼ.
     p: the exponent of a "power".
+    pair: of a "product": which two of several vectors, see `Vectors`.
     """
 
     kind: str
     p: float = 1.0
+    pair: tuple[int, int] = (0, 0)
 
     @property
     def is_sum(self) -> bool:
@@ -51,6 +54,33 @@ SUM, ABS, SQUARE = Statistic("sum"), Statistic("power", 1.0), Statistic("power",
 COUNT, MAX, MIN = Statistic("count"), Statistic("max"), Statistic("min")
 
 
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """What products are of: vector 0 is θ, 1 is u, and the others are directions d(θ), read from several lists of tensors.
+
+    write: the directions (`kinds`), and which list θ (`ps`), u (`us`, None: there is none) and a mask are.
+    minus: the list that is subtracted from u; None: nothing.
+    numbers: which vector each direction is.
+    """
+
+    write: Write
+    minus: int | None = None
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The products of all these vectors."""
+        own = [0, *([] if self.write.us is None else [1]), *self.numbers]
+        return products_of(own)
+
+
+def products_of(numbers: Sequence[int]) -> tuple[Statistic, ...]:
+    """The products of all pairs of vectors with these numbers."""
+    return tuple(
+        Statistic("product", pair=(one, two)) for place, two in enumerate(numbers) for one in numbers[: place + 1]
+    )
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 where the device has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -58,22 +88,26 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def local_statistics(
     tensors: Sequence[Tensor],
-    statistics: Iterable[Statistic],
+    wanted: Iterable[Statistic] | Vectors,
     workspace: Workspace | None = None,
-    minus: Sequence[Tensor] = (),
+    *others: Sequence[Tensor],
 ) -> dict[Statistic, Tensor]:
-    """Each statistic over all elements of `tensors` (− minus), as a 0-d float64 tensor on their device.
+    """Each statistic over all elements of `tensors` (− others), as a 0-d float64 tensor on their device.
 
     tensors: local tensors of one device, any float dtypes.
+    wanted: statistics; or vectors, whose products are wanted.
     workspace: where blocks are worked on; None: a new one.
-    minus: what is subtracted, of the shapes of `tensors`; empty: nothing.
+    others: of the shapes of `tensors`: what is subtracted from them; of vectors the lists from number 1 on. Empty: none.
 
-    A NaN anywhere makes every statistic NaN. Without elements a statistic is its identity.
+    A NaN anywhere makes every statistic NaN (of products: each that it is part of). Without elements a statistic is its
+    identity.
     """
-    workspace, wanted = workspace or Workspace(), tuple(statistics)
-    found: list[list[Tensor]] = [[] for _ in wanted]
+    workspace = workspace or Workspace()
+    wanted = wanted if isinstance(wanted, Vectors) else tuple(wanted)
+    statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
+    found: list[list[Tensor]] = [[] for _ in statistics]
     compiles = workspace.compiles
-    measured = (tensors, minus) if minus else (tensors,)
+    measured = (tensors, *(other for other in others if other))
     # A sum is a few operations; but what is large the compiler does in one.
     for _, pieces in blocks(*measured, together=TOGETHER if compiles else 0, few_operations=not compiles):
         parts = []
@@ -92,7 +126,7 @@ def local_statistics(
             for values, value in zip(found, part, strict=True):
                 values.append(value[0])
     totals = {}
-    for statistic, values in zip(wanted, found, strict=True):
+    for statistic, values in zip(statistics, found, strict=True):
         if not values:
             device = tensors[0].device if tensors else torch.device("cpu")
             values = [torch.full((), statistic.identity, dtype=wide_dtype(device), device=device)]
@@ -103,9 +137,9 @@ def local_statistics(
 
 def statistics_of_each(
     tensors: Sequence[Tensor],
-    minus: Sequence[Tensor],
-    statistics: Iterable[Statistic],
+    wanted: Iterable[Statistic] | Vectors,
     workspace: Workspace,
+    *others: Sequence[Tensor],
     num_rows: int = 1,
 ) -> dict[Statistic, Tensor]:
     """`local_statistics` of every single row of `tensors`, [tensors · num_rows] each.
@@ -113,82 +147,74 @@ def statistics_of_each(
     tensors: local tensors of one device and dtype with equally many elements, not none. The rest as in `local_statistics`.
     num_rows: of each tensor: stretches of equally many elements, of which each is measured by itself.
     """
-    numel, device, wanted = tensors[0].numel(), tensors[0].device, tuple(statistics)
-    found: list[list[Tensor]] = [[] for _ in wanted]
+    numel, device = tensors[0].numel(), tensors[0].device
+    wanted = wanted if isinstance(wanted, Vectors) else tuple(wanted)
+    statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
+    lists = [tensors, *(other for other in others if other)]
+    found: list[list[Tensor]] = [[] for _ in statistics]
     small = small_size(device, few_operations=not workspace.compiles)
     if numel > small and num_rows > 1:
         # Rows of one large tensor lie beside each other already: as many as fill a block are measured at once, without a
         # copy. Rows that are large themselves come one by one, as tensors of their own would.
         size, length = block_size(device), numel // num_rows
         step = max(1, size // length) if length <= small or not workspace.compiles else 1
-        for number, matrices in enumerate(tensors):
-            both = [one.reshape(num_rows, length) for one in (matrices, *minus[number : number + 1])]
+        for each in zip(*lists, strict=True):
+            matrices = [one.reshape(num_rows, length) for one in each]
             for start in range(0, num_rows, step):
-                block, *taken_off = [one[start : start + step] for one in both]
+                block = [one[start : start + step] for one in matrices]
                 if step == 1:
-                    of_one = local_statistics([block[0]], wanted, workspace, [one[0] for one in taken_off])
-                    parts = [of_one[statistic].view(1) for statistic in wanted]
+                    first, *rest = ([one[0]] for one in block)
+                    of_one = local_statistics(first, wanted, workspace, *rest)
+                    parts = [of_one[statistic].view(1) for statistic in statistics]
                 else:
                     workspace.begin_block()
-                    parts = _of_rows(workspace, wanted, len(block), [block], taken_off)
+                    parts = _of_rows(workspace, wanted, len(block[0]), *([one] for one in block))
                 for values, value in zip(found, parts, strict=True):
                     values.append(value)
     # Large tensors are blocks of their own anyway; and of one there is nothing to join.
     elif num_rows == 1 and (len(tensors) == 1 or numel > small):
-        for number, tensor in enumerate(tensors):
-            of_one = local_statistics([tensor], wanted, workspace, minus[number : number + 1])
-            for values, statistic in zip(found, wanted, strict=True):
+        for number in range(len(tensors)):
+            first, *rest = ([some[number]] for some in lists)
+            of_one = local_statistics(first, wanted, workspace, *rest)
+            for values, statistic in zip(found, statistics, strict=True):
                 values.append(of_one[statistic].view(1))
     else:
         # Many small tensors: each is a row of a block, or several, and a block is a few operations.
         step = block_size(device) // numel
         for start in range(0, len(tensors), step):
-            some, less = list(tensors[start : start + step]), list(minus[start : start + step])
+            pieces = [list(some[start : start + step]) for some in lists]
             workspace.begin_block()
-            for values, value in zip(found, _of_rows(workspace, wanted, len(some) * num_rows, some, less), strict=True):
+            num = len(pieces[0]) * num_rows
+            for values, value in zip(found, _of_rows(workspace, wanted, num, *pieces), strict=True):
                 values.append(value)
-    return {statistic: torch.cat(values) for statistic, values in zip(wanted, found, strict=True)}
+    return {statistic: torch.cat(values) for statistic, values in zip(statistics, found, strict=True)}
 
 
-def _traced(statistics: tuple[Statistic, ...], num: int, *lists: list[Tensor]) -> list[Tensor]:
-    """The statistics over `num` large tensors (minus as many others, if there is a second list), each [1], for the compiler."""
-    each = [
-        _of_rows(TRACED, statistics, 1, *([some[place].view(STRETCHES, -1)] for some in lists)) for place in range(num)
-    ]
+def _traced(wanted: tuple[Statistic, ...] | Vectors, num: int, *lists: list[Tensor]) -> list[Tensor]:
+    """What is wanted of `num` large tensors (and as many others, if there are more lists), each [1], for the compiler."""
+    statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
+    each = [_of_rows(TRACED, wanted, 1, *([some[place].view(STRETCHES, -1)] for some in lists)) for place in range(num)]
     return [
         statistic.combine(torch.cat(rows)).view(1)
         for statistic, rows in zip(statistics, zip(*each, strict=True), strict=True)
     ]
 
 
-def _of_rows(
-    ops: Ops, statistics: Sequence[Statistic], num_rows: int, pieces: list[Tensor], minus: Sequence[Tensor] = ()
-) -> list[Tensor]:
-    """Each statistic of each row, [num_rows], of a block of `pieces` (− minus); a row is equally many elements of them."""
+def _of_rows(ops: Ops, wanted: tuple[Statistic, ...] | Vectors, num_rows: int, *lists: list[Tensor]) -> list[Tensor]:
+    """What is wanted of each row, [num_rows] each, of a block of several lists of pieces; a row is equally many elements."""
+    if isinstance(wanted, Vectors):
+        return _products(ops, wanted, num_rows, lists)
+    statistics, pieces, minus = wanted, lists[0], lists[1] if len(lists) > 1 else []
     if minus:
-        pieces = difference(ops, pieces, list(minus))
+        pieces = difference(ops, pieces, minus)
     # All elements in float64, flat: squares and powers taken in float32 would overflow, vanish, and round. Where no sum needs
     # their signs, they are absolute values, taken where that costs least.
     is_signed, wide = SUM in statistics, wide_dtype(pieces[0].device)
     if isinstance(ops, Workspace) and len(pieces) > 1:
-        # Small tensors are joined, so that each operation is one call. torch joins many fast only where it need not
-        # convert them: first in their own dtype, if they have one, and then all at once.
-        dtype = pieces[0].dtype
-        if any(piece.dtype != dtype for piece in pieces):
-            # Of two kinds of numbers torch takes the wider one, but for float8, which it refuses to join with others.
-            dtype = wide
-            pieces = [piece.to(wide) if piece.dtype.itemsize == 1 else piece for piece in pieces]
-        x = ops.empty(sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
-        shapes = {piece.shape for piece in pieces}
-        rows = {shape[1:] for shape in shapes}
-        # With rows of one shape they are joined as they are: flat views of many cost as much as all the rest.
-        if len(rows) == 1 and all(shapes):
-            torch.cat(pieces, out=x.view(-1, *rows.pop()))
-        else:
-            torch.cat([piece.reshape(-1) for piece in pieces], out=x)
+        x = _joined(ops, pieces)
         if not is_signed:
             x.abs_()
-        if dtype != wide:
+        if x.dtype != wide:
             (x,) = ops.copies([x], wide)
     elif ops is TRACED and not is_signed:
         # A compiled loop has half as many float32 as float64 to take the absolute value of.
@@ -218,3 +244,55 @@ def _of_rows(
                 value = (magnitudes if statistic == ABS else ops.pow([magnitudes], statistic.p)[0]).sum(1)
         found.append(statistic.combine(value) if ops is TRACED else value)
     return found
+
+
+def _joined(workspace: Workspace, pieces: list[Tensor]) -> Tensor:
+    """Small tensors as one flat tensor, so that each operation on them is one call."""
+    # torch joins many fast only where it need not convert them: first in their own dtype, if they have one, and then all
+    # at once.
+    dtype = pieces[0].dtype
+    if any(piece.dtype != dtype for piece in pieces):
+        # Of two kinds of numbers torch takes the wider one, but for float8, which it refuses to join with others.
+        dtype = wide_dtype(pieces[0].device)
+        pieces = [piece.to(dtype) if piece.dtype.itemsize == 1 else piece for piece in pieces]
+    x = workspace.empty(sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
+    shapes = {piece.shape for piece in pieces}
+    rows = {shape[1:] for shape in shapes}
+    # With rows of one shape they are joined as they are: flat views of many cost as much as all the rest.
+    if len(rows) == 1 and all(shapes):
+        torch.cat(pieces, out=x.view(-1, *rows.pop()))
+    else:
+        torch.cat([piece.reshape(-1) for piece in pieces], out=x)
+    return x
+
+
+def _products(ops: Ops, vectors: Vectors, num_rows: int, lists: Sequence[list[Tensor]]) -> list[Tensor]:
+    """The product of each pair of vectors, [num_rows] each, of a block; a row is equally many elements."""
+    write, like = vectors.write, lists[0][0]
+    # Directions have the bits that a step subtracts: of bf16 and fp16 they are taken in float32.
+    if like.dtype in LOW:
+        lists = [ops.copies(some, torch.float32) for some in lists]
+    thetas = lists[write.ps]
+    found = [thetas]
+    if write.us is not None:
+        us = lists[write.us]
+        found.append(us if vectors.minus is None else difference(ops, us, lists[vectors.minus]))
+    mask = write.mask_of(ops, lists)
+    found += [decay(ops, kind, 1.0, thetas, mask, lists) for kind in write.kinds]
+    wide, flat = wide_dtype(like.device), []
+    for pieces in found:
+        x = _joined(ops, pieces) if isinstance(ops, Workspace) and len(pieces) > 1 else pieces[0]
+        # float64 before anything is multiplied: squares of float32 would overflow, vanish, and round.
+        x = x if x.dtype == wide else ops.copies([x], wide)[0]
+        flat.append(x.reshape(1, STRETCHES, -1) if ops is TRACED else x.reshape(num_rows, -1))
+    values = []
+    for place, two in enumerate(flat):
+        for one in flat[: place + 1]:
+            if ops is TRACED:
+                values.append(ops.mul([one], [two])[0].sum(1).sum(-1))
+            elif num_rows == 1:
+                # Without a temporary. It adds up in many strands at once, and a block is short.
+                values.append(torch.dot(one[0], two[0]).view(1))
+            else:
+                values.append(ops.mul([one], [two])[0].sum(1))
+    return values

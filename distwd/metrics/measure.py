@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.blocks import Workspace
-from ..kernels.sums import COUNT, MAX, SUM, Statistic, local_statistics, statistics_of_each, wide_dtype
+from ..kernels.sums import COUNT, MAX, SUM, Statistic, Vectors, local_statistics, statistics_of_each, wide_dtype
 from ..sharding.collectives import max_over_ranks, sum_over_ranks
 from ..sharding.world import World
 from .metric import Metric
@@ -39,13 +39,22 @@ class Source:
     positions: of their parameters in the plan.
     tensors: local tensors of the parameters' local shapes, all on one device.
     minus: as many again, subtracted a block at a time so that no difference lies in memory; () for none.
-    scale: one factor for all, a number or a 0-d tensor; or one for each tensor, 1-d.
+    scale: one factor for all, a number or a 0-d tensor, or one for each tensor, 1-d; of `vectors` that of the update.
+    vectors: where products are asked for: `tensors` are the parameters, and vectors are read from them and `others`.
+    others: further lists of such tensors.
     """
 
     positions: Sequence[int]
     tensors: Sequence[Tensor]
     minus: Sequence[Tensor] = ()
     scale: float | Tensor = 1.0
+    vectors: Vectors | None = None
+    others: Sequence[Sequence[Tensor]] = ()
+
+    @property
+    def lists(self) -> list[Sequence[Tensor]]:
+        """All lists of tensors that are read."""
+        return [self.tensors, *([self.minus] if self.minus else []), *self.others]
 
 
 def sources_of(tensors: Sequence[Tensor | None]) -> list[Source]:
@@ -203,20 +212,20 @@ class Slots:
         # One more, for the names of other ranks: of these nobody here asks.
         return torch.cat([values, values.new_full((1,), torch.nan)])[self._names_of_cells[device]]
 
-    def counted(self, source: Source, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Some of a source's tensors, and what is subtracted from them, without elements that are only padding."""
-        both = []
-        for tensors in (source.tensors, source.minus):
-            some = [tensors[place] for place in places] if tensors else []
+    def counted(self, source: Source, places: Sequence[int]) -> list[list[Tensor]]:
+        """Some tensors of each list of a source, without elements that are only padding."""
+        found = []
+        for tensors in source.lists:
+            some = [tensors[place] for place in places]
             # FSDP1 fills up the last shards. What lies there is nobody's, and would often be the smallest |x|.
-            if self._has_padding and some:
+            if self._has_padding:
                 pieces = [self.plan.pieces[source.positions[place]] for place in places]
                 some = [
                     local.flatten()[: piece.numel] if piece.padding else local
                     for local, piece in zip(some, pieces, strict=True)
                 ]
-            both.append(some)
-        return both[0], both[1]
+            found.append(some)
+        return found
 
 
 def measure(
@@ -317,42 +326,35 @@ def reduce_statistics(
 
 def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> None:
     """Add the statistics of a request's tensors, over the elements that this rank owns, to `into`. No communication."""
-    statistics, scope = request.metric.statistics, request.scope
-    alike: dict[Any, tuple[list[int], list[Tensor], list[Tensor], list[Any], int]] = {}
+    scope = request.scope
+    alike: dict[Any, tuple[list[int], list[list[Tensor]], list[Any]]] = {}
     into.device = into.device or request.device
     for source in request.sources:
-        scale = source.scale
+        wanted, scale = source.vectors or request.metric.statistics, source.scale
         # A tensor is not read to find out whether it equals another.
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
         factors = scale.unbind() if isinstance(scale, Tensor) and scale.dim() else None
         for key, places in slots.owned_among(source.positions, scope).items():
             into.num_seen[key] += len(places)
-            tensors, minus = slots.counted(source, places)
+            lists = slots.counted(source, places)
             num_rows = slots.num_cells[key] if scope == "matrix" else 1
-            if factors is None and (len(tensors) > 1 or not tensors[0].numel()):
-                values = local_statistics(tensors, statistics, workspace, minus)
+            if factors is None and (len(places) > 1 or not lists[0][0].numel()):
+                values = local_statistics(lists[0], wanted, workspace, *lists[1:])
                 into.parts.append(([key], {statistic: value.view(1) for statistic, value in values.items()}, scale))
                 continue
             # Small tensors with a slot or a factor of their own: those of one length are measured together, as rows of a
             # matrix. One by one, scope="tensor" would start several kernels for every bias.
-            for number, (place, tensor) in enumerate(zip(places, tensors, strict=True)):
-                if tensor.numel():
-                    kind = (
-                        tensor.device,
-                        tensor.dtype,
-                        tensor.numel(),
-                        num_rows,
-                        bool(minus),
-                        factors is not None,
-                        scale_key,
-                    )
-                    own_keys, own_tensors, own_minus, own_scales, _ = alike.setdefault(kind, ([], [], [], [], num_rows))
+            for place, *some in zip(places, *lists, strict=True):
+                if size := some[0].numel():
+                    dtypes = tuple(one.dtype for one in some)
+                    kind = (some[0].device, dtypes, size, scale_key, wanted, factors is not None, num_rows)
+                    own_keys, own_lists, own_scales = alike.setdefault(kind, ([], [[] for _ in some], []))
                     own_keys.append(key)
-                    own_tensors.append(tensor)
-                    own_minus += minus[number : number + 1]
+                    for own, one in zip(own_lists, some, strict=True):
+                        own.append(one)
                     own_scales.append(scale if factors is None else factors[place])
-    for (*_, has_factors, _), (own_keys, own_tensors, own_minus, own_scales, num_rows) in alike.items():
-        each = statistics_of_each(own_tensors, own_minus, statistics, workspace, num_rows)
+    for (*_, wanted, has_factors, num_rows), (own_keys, own_lists, own_scales) in alike.items():
+        each = statistics_of_each(own_lists[0], wanted, workspace, *own_lists[1:], num_rows=num_rows)
         # torch has no stack of numbers.
         scale = torch.stack(own_scales).repeat_interleave(num_rows) if has_factors else own_scales[0]
         into.parts.append((own_keys, each, scale))
@@ -360,7 +362,7 @@ def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> N
 
 def _local_statistics(request: Request, taken: Taken, numel: Tensor, slots: Slots) -> dict[Statistic, Tensor]:
     """Statistics over the elements that this rank owns: [slots] float64 each, on the device of `numel`."""
-    scope, keys_of_values = request.scope, [key for own, _, _ in taken.parts for key in own]
+    scope = request.scope
     # Parameters without a tensor count as zeros. To most statistics they add nothing, but they are the smallest |x|, and a
     # power of zero with a negative exponent is infinite.
     num_owned = slots.keys(scope)[1]
@@ -368,12 +370,14 @@ def _local_statistics(request: Request, taken: Taken, numel: Tensor, slots: Slot
     totals = {}
     for statistic in request.metric.statistics:
         of_zero = math.inf if statistic.kind == "power" and statistic.p < 0 else 0.0
-        found = [_scaled(values[statistic], statistic, scale).to(numel.device) for _, values, scale in taken.parts]
-        keys = keys_of_values
+        # Of a vector that is zero a part says nothing.
+        parts = [(own, values[statistic], scale) for own, values, scale in taken.parts if statistic in values]
+        found = [_scaled(values, statistic, scale).to(numel.device) for _, values, scale in parts]
+        keys = [key for own, _, _ in parts for key in own]
         if with_zeros and (of_zero or statistic.kind == "min"):
             num_zeros = sum(slots.num_cells[key] for key in with_zeros) if scope == "matrix" else len(with_zeros)
             found.append(numel.new_full((num_zeros,), of_zero))
-            keys = keys_of_values + with_zeros
+            keys = keys + with_zeros
         if keys and scope in OWN:
             # Each number comes from one tensor, and has a slot of its own.
             index = slots.index(keys, scope, numel.device)
@@ -386,7 +390,8 @@ def _local_statistics(request: Request, taken: Taken, numel: Tensor, slots: Slot
 def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tensor:
     """The statistic of scale · x, from that of x:  Σx → s·Σx,  Σ|x|^p → |s|^p·Σ|x|^p,  max|x| → |s|·max|x|."""
     # The usual factors: of gradients and of updates that an optimizer leaves negated.
-    if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and statistic != SUM)):
+    is_even = statistic != SUM and (statistic.kind != "product" or statistic.pair.count(1) != 1)
+    if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and is_even)):
         return value
     factor = scale.to(value.device, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
     # The number of non-zeros has no factor, but at a learning rate of 0 there are none.
@@ -394,6 +399,10 @@ def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tenso
         return torch.where(factor == 0, 0.0, value)
     if statistic == SUM:
         return value * factor
+    if statistic.kind == "product":
+        # The factor is that of vector 1, the update.
+        num_updates = statistic.pair.count(1)
+        return value * factor**num_updates if num_updates else value
     return value * factor.abs() ** (statistic.p if statistic.kind == "power" else 1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, plain_number
-from ..kernels.sums import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic
+from ..kernels.sums import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic, products_of
 
 # What a metric may be taken of, and over which parameters.
 SOURCES = ("update", "grad", "params", "second_moment")
@@ -122,3 +122,32 @@ class Measure:
         check_choice("of", self.of, SOURCES)
         check_choice("scope", self.scope, SCOPES)
         object.__setattr__(self, "parsed", parse_metric(self.metric))
+
+
+@dataclass(frozen=True, slots=True)
+class StepProducts:
+    """What norm rules ask for: all inner products of θ, the update u and the directions d(θ) of pulls, one set per `scope`.
+
+    With them the norm of any combination of these tensors is known before it is written:  ‖Σ aᵢ·xᵢ‖² = Σ aᵢ·aⱼ·⟨xᵢ, xⱼ⟩.
+    It is asked for and reduced as a Measure is, but of no use to users.
+
+    vectors: the names of the directions; the products are numbered as by `products_of`, N is the last.
+    scope: as of a Measure.
+    """
+
+    vectors: tuple[str, ...]
+    scope: str
+    of: str = field(init=False, default="step")
+    parsed: Metric = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        statistics = products_of(range(2 + len(self.vectors)))
+        name = f"products ({', '.join(('params', 'update', *self.vectors))})"
+
+        def finish(m: Statistics, n: Tensor) -> Tensor:
+            return torch.stack([*(m[one] for one in statistics), n])  # [products + 1, slots], float64
+
+        object.__setattr__(self, "parsed", Metric(name, statistics, finish))
+
+
+Ask = Measure | StepProducts

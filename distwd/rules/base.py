@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_nonnegative, check_ord
 from ..kernels.apply import add_terms
 from ..kernels.formulas import DecayTerm, Rate
-from ..metrics.metric import Measure
+from ..metrics.metric import SCOPES, Measure
 from ..step.step import Batch, Step, zero_where
 from ..step.transform import BoundTransform, Transform
 
@@ -73,6 +73,18 @@ class Rule(Transform):
                 f"{type(self).__name__}: {name!r} is a key that optimizers read from their param groups; give the setting "
                 "another name"
             )
+        if self.is_norm_rule:
+            name = type(self).__name__
+            if target != "update":
+                raise ValueError(
+                    f"{name} acts on the step as a whole, so it has no target={target!r}; leave target out"
+                )
+            for method in ("coefficient", "measures"):
+                if getattr(type(self), method) is not getattr(Rule, method):
+                    raise ValueError(
+                        f"{name} overrides `{method}`, and `gain` or `scale`: a rule is a pull or a norm rule, which is given the "
+                        "norms of the step and nothing else; make it two rules"
+                    )
         self.target = target
         self.defaults = settings
         self.check(settings)
@@ -84,12 +96,15 @@ class Rule(Transform):
         # A rule of one's own may compute its coefficient from anything, but then it has to.
         if "weight_decay" in settings:
             check_nonnegative("weight_decay", settings["weight_decay"])
-        elif type(self).coefficient is Rule.coefficient:
+        elif type(self).coefficient is Rule.coefficient and not self.is_norm_rule:
             raise ValueError(
                 f"{type(self).__name__} has no weight_decay and no `coefficient` of its own; pass weight_decay=, or "
                 "override coefficient"
             )
         check_ord(settings.get("ord", 2))
+        if self.is_norm_rule:
+            # Groups have learning rates and rules of their own, so one factor of all of them would be none of the step's.
+            check_choice("scope", settings.get("scope", "tensor"), SCOPES[1:])
 
     def coefficient(
         self, settings: Mapping[str, Any], measured: Mapping[str, Tensor], kept: Mapping[str, Tensor]
@@ -109,6 +124,9 @@ class Rule(Transform):
 
     @property
     def changes(self) -> frozenset[str]:  # type: ignore[override]
+        # A norm rule changes the step as a whole. What stands behind it sees the update without its factors.
+        if self.is_norm_rule:
+            return frozenset()
         # By what phases know: a closure target changes the gradient of each evaluation.
         return frozenset({{"params_direct": "params", "closure": "grad"}.get(self.target, self.target)})
 
@@ -119,16 +137,31 @@ class Rule(Transform):
         for settings in (self.defaults, {**self.defaults, "weight_decay": 1.0}):
             begins = [begin for begin in self.keeps(settings).values() if isinstance(begin, Measure)]
             found |= {ask.of for ask in (*self.measures(settings).values(), *begins)}
-        return found
+        # The norms of a step are those of its parts.
+        return found | ({"params", "update"} if self.is_norm_rule else set())
 
     def is_absolute(self, settings: Mapping[str, Any]) -> bool:
         # Whatever a subclass computes, nobody else may assume that it is λ.
-        if type(self).coefficient is not Rule.coefficient:
+        if type(self).coefficient is not Rule.coefficient or self.is_norm_rule:
             return False
         return not self.measures(settings) and not self.keeps(settings)
 
+    @property
+    def is_norm_rule(self) -> bool:
+        return type(self).gain is not Rule.gain or type(self).scale is not Rule.scale
+
+    def gain(self, settings: Mapping[str, Any], before: Tensor, after: Tensor, kept: Mapping[str, Tensor]) -> Any:
+        """γ"""
+        return 1.0
+
+    def scale(self, settings: Mapping[str, Any], before: Tensor, update: Tensor, kept: Mapping[str, Tensor]) -> Any:
+        """s"""
+        return 1.0
+
     def apply(self, step: Step, bound: BoundTransform) -> None:
         """Add a decay term to every batch; for another target than "update", write it now."""
+        if self.is_norm_rule:
+            return  # it acts on the step as a whole, when that is known
         settings = [step.settings[bound.index, batch.group_index] for batch in step.batches]
         cautious = [self.is_cautious(own.values) for own in settings]
         sees_terms = not step.shows_bare_update and any(batch.terms for batch in step.batches)
@@ -165,6 +198,8 @@ class Rule(Transform):
                     term = replace(term, rate=zero_where(scale == 0, rate))
                 elif scale == 0:
                     term = replace(term, cautious=False, rate=rate if term.inclusive else 0.0)
+            if is_cautious and batch.keeps_apart and batch.terms and not step.shows_bare_update:
+                term = replace(term, own_us=batch.update_with_terms())
             self._add(batch, term)
 
     def term(

@@ -16,10 +16,11 @@ from ..checks import plain_number
 from ..kernels.formulas import Rate
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import OWN, Request, Slots, Source, Taken, measure, take
-from ..metrics.metric import Measure, parse_metric
+from ..metrics.metric import Ask, Measure, StepProducts, parse_metric
 from ..metrics.plan import Plan
 from ..sharding.params import Params, is_frozen
 from ..sharding.pieces import describe
+from .norms import Factors, NormRules
 from .phases import Phase
 from .state import COUNT, KeptNumbers
 from .step import Batch, Step
@@ -34,11 +35,12 @@ class Coefficient:
 
     scope: of all its numbers; each is a tensor [slots]: one slot for "all", one for each group, parameter or matrix.
     numbers: measured and kept ones by name, float64: as the rule was given them, and kept ones as they are after the step.
-    value: the coefficient, float32.
+    value: the coefficient, or the gain of a norm rule, float32.
     old, new: kept numbers before the step, and those that the rule answered; stored when the step has been written.
     has_gradient: [slots] bool, where numbers of single parameters or matrices are kept; None: they all move.
     dtype: of the numbers that users are shown.
     plan: whose slots the numbers of single parameters have; the plan of today may number them otherwise. None for others.
+    is_gain: whether the rule is a norm rule.
     """
 
     scope: str
@@ -49,6 +51,7 @@ class Coefficient:
     has_gradient: Tensor | None
     dtype: torch.dtype
     plan: Plan | None
+    is_gain: bool = False
 
 
 class Coefficients:
@@ -63,12 +66,12 @@ class Coefficients:
 
     def __init__(self, plan: Callable[[], Plan], kept: KeptNumbers) -> None:
         self._plan, self._kept = plan, kept
-        self._measured: dict[tuple[int, Measure], Tensor] = {}
+        self._measured: dict[tuple[int, Ask], Tensor] = {}
+        self._products: dict[StepProducts, tuple[Tensor, int]] = {}  # with the index before which they were measured
         self._last: dict[str, dict[int, Coefficient]] = {}
-        self._taken: dict[tuple[int, Measure], Taken] = {}  # by the position of the phase that will reduce them
-        self._has_gradient: dict[
-            str, Tensor
-        ] = {}  # by scope [slots] bool, where a rule keeps numbers of single parameters
+        self._taken: dict[tuple[int, Ask], Taken] = {}  # by the position of the phase that will reduce them
+        # By scope [slots] bool, where a rule keeps numbers of single parameters.
+        self._has_gradient: dict[str, Tensor] = {}
         self._slots_of_plan: dict[tuple[int, ...], Slots] = {}  # by what is frozen
 
     def _slots(self, frozen: tuple[int, ...] = ()) -> Slots:
@@ -86,6 +89,7 @@ class Coefficients:
     def begin(self) -> None:
         """Forget what was measured in the last step."""
         self._measured.clear()
+        self._products.clear()
         self._taken.clear()
         self._has_gradient.clear()
 
@@ -98,17 +102,32 @@ class Coefficients:
                     into = self._taken.setdefault((phase.position, ask), Taken())
                     take(request, self._slots(step.frozen), step.workspace, into)
 
-    def measure(self, phase: Phase, step: Step) -> None:
-        """Take all metrics of a phase, with one reduction."""
+    def measure(self, phase: Phase, step: Step, norms: NormRules, at: int) -> None:
+        """Take all metrics of a phase, with one reduction. at: the index of the transform that acts next."""
         slots = self._slots(step.frozen)
         # Several rules may ask for the same; it is measured once. Tensors are asked for once, too: an update that a rule
         # asks for makes a waiting optimizer run.
         asks = list(dict.fromkeys(ask for _, ask in phase.asks))
+        implied = norms.implied(asks)
+        asks = [ask for ask in asks if ask not in implied]
         taken = {ask: self._taken.pop((phase.position, ask), None) for ask in asks}
-        sources = {of: step.tensors_for(of) for of in dict.fromkeys(ask.of for ask in asks if taken[ask] is None)}
-        requests = [Request(ask.parsed, sources.get(ask.of, ()), ask.scope, taken[ask]) for ask in asks]
+        sources = {
+            of: step.tensors_for(of)
+            for of in dict.fromkeys(ask.of for ask in asks if taken[ask] is None and ask.of != "step")
+        }
+        requests = [
+            Request(
+                ask.parsed,
+                norms.sources(step, ask) if isinstance(ask, StepProducts) else sources.get(ask.of, ()),
+                ask.scope,
+                taken[ask],
+            )
+            for ask in asks
+        ]
         counted = dict.fromkeys(
-            ask.scope for index, ask in phase.asks if ask.scope in OWN and step.keeps_numbers(index)
+            ask.scope
+            for index, ask in phase.asks
+            if ask.scope in OWN and (norms.keeps_any if ask.of == "step" else step.keeps_numbers(index))
         )
         for scope in counted:
             # A kept number of one parameter moves if the parameter has a gradient anywhere. Ranks whose shard is empty
@@ -122,9 +141,12 @@ class Coefficients:
             requests.append(Request(parse_metric("l0"), found, scope))
         numbers_of = measure(slots.plan, requests, slots=slots, workspace=step.workspace)
         self._has_gradient.update({scope: numbers_of.pop() > 0 for scope in reversed(counted)})
-        numbers = dict(zip(asks, numbers_of, strict=True))
+        numbers: dict[Ask, Tensor] = dict(zip(asks, numbers_of, strict=True))
+        numbers |= {ask: norm(numbers[products]) for ask, (products, norm) in implied.items()}
         for index, ask in phase.asks:
             self._measured[index, ask] = numbers[ask]
+            if isinstance(ask, StepProducts):
+                self._products[ask] = numbers[ask], at
 
     def evaluate(self, bound: BoundTransform, step: Step) -> None:
         """Let a rule make its coefficients, one for each active group. An absolute rule has none: its rate is λ."""
@@ -133,7 +155,7 @@ class Coefficients:
         # In order: on every rank the rule's functions see the groups alike.
         for index in sorted(step.active_groups):
             settings = step.settings[bound.index, index]
-            if settings.is_absolute:
+            if settings.is_absolute or bound.transform.is_norm_rule:
                 continue
             key = _sharing_key(bound, settings)
             if key is None or key not in shared:
@@ -142,6 +164,8 @@ class Coefficients:
                     shared[key] = found[index]
             else:
                 found[index] = shared[key]  # groups with equal settings share one
+        if bound.transform.is_norm_rule:
+            return  # when the whole step is known
         if not found:
             self._last.pop(bound.label, None)
             return
@@ -151,7 +175,7 @@ class Coefficients:
 
     def _evaluate_group(self, bound: BoundTransform, step: Step, index: int, settings: GroupSettings) -> Coefficient:
         """Give a rule its numbers for one group, and check what it answers."""
-        asks, begins = settings.asks, settings.keeps
+        asks = settings.asks
         # All numbers come at the finest scope that the rule asks for.
         scope = settings.scope
         measured: dict[str, Tensor] = {}
@@ -173,6 +197,31 @@ class Coefficients:
             device = local_tensor(step.entries[some[0]].tensor).device if some else torch.device("cpu")
             like = torch.zeros(1, dtype=wide_dtype(device), device=device)
 
+        dtype = self._plan().result_dtype if asks else torch.float32
+        kept, old, has_begun = self._kept_of(bound, step, index, settings, scope, measured, like)
+        value, new = _answer(bound, settings, "coefficient", (measured, kept), kept, like)
+        # λ = 0 is off, also where the metric is not finite. By selection, since 0·inf is NaN.
+        if settings.is_off:
+            value = torch.zeros_like(value)
+        elif isinstance(decay := settings.values.get("weight_decay"), Tensor):
+            value = torch.where(decay.to(value.device) == 0, 0.0, value)
+        return self._noted(scope, {**measured, **kept}, value, old, new, has_begun, dtype)
+
+    def _kept_of(
+        self,
+        bound: BoundTransform,
+        step: Step,
+        index: int,
+        settings: GroupSettings,
+        scope: str,
+        measured: dict[str, Tensor],
+        like: Tensor,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+        """The kept numbers of a rule for one group, [slots]: as the rule is given them, as they are stored, and their count.
+
+        What they begin as is taken out of `measured`.
+        """
+        begins = settings.keeps
         kept: dict[str, Tensor] = {}
         positions = _trainable(step, index) if begins else []
         entries = [step.entries[position] for position in positions]
@@ -192,21 +241,90 @@ class Coefficients:
         for name, begin in begins.items():
             if isinstance(begin, Measure) and has_begun is not None:
                 kept[name] = torch.where(has_begun > 0, kept[name], measured.pop(name))
+        return {name: kept[name] for name in begins}, old, has_begun
 
-        own = {name: kept[name] for name in begins}
-        value, new = _answer(bound, settings, measured, own, like)
+    def _noted(
+        self,
+        scope: str,
+        numbers: Mapping[str, Tensor],
+        value: Tensor,
+        old: Mapping[str, Tensor],
+        new: dict[str, Tensor],
+        has_begun: Tensor | None,
+        dtype: torch.dtype,
+        is_gain: bool = False,
+    ) -> Coefficient:
+        """What `keep` and `stats` go by."""
         if has_begun is not None:
             new[COUNT] = has_begun + 1
-        # λ = 0 is off, also where the metric is not finite. By selection, since 0·inf is NaN.
-        if settings.is_off:
-            value = torch.zeros_like(value)
-        elif isinstance(decay := settings.values.get("weight_decay"), Tensor):
-            value = torch.where(decay.to(value.device) == 0, 0.0, value)
-        dtype = self._plan().result_dtype if asks else torch.float32
         # A rule in a closure acts before the others of the step measure, so this belongs to its answer.
         has_gradient = self._has_gradient.get(scope)
-        own_plan = None if is_shared else self._plan()
-        return Coefficient(scope, {**measured, **own}, value.to(torch.float32), old, new, has_gradient, dtype, own_plan)
+        own_plan = self._plan() if scope in OWN else None
+        value = value.to(torch.float32)
+        return Coefficient(scope, numbers, value, old, new, has_gradient, dtype, own_plan, is_gain)
+
+    def evaluate_norms(self, step: Step, norms: NormRules) -> None:
+        """Let norm rules make their factors, now that the whole step is known, and give them to the batches."""
+        found: dict[str, dict[int, Coefficient]] = {bound.label: {} for bound in norms.rules}
+        for group in sorted(step.active_groups & norms.groups):
+            products, measured_at = self._products[norms.ask_of(group)]
+            scope, like = norms.ask_of(group).scope, products[0]
+
+            def value_of(pull: BoundTransform, group: int = group, scope: str = scope) -> Rate:
+                own = step.settings[pull.index, group]
+                if own.is_absolute:
+                    decay: Rate = own.values["weight_decay"]
+                    return decay
+                value = self._value(pull, group)
+                return self._slots().by_matrix(value) if (own.scope, scope) == ("tensor", "matrix") else value
+
+            now = norms.begin(step, group, products, measured_at, value_of)
+            factors: dict[int, Factors] = {}
+            found_inf = step.found_inf.get(group)
+            for bound in norms.rules_in(group):
+                settings: GroupSettings = step.settings[bound.index, group]
+                measured = {name: self._measured[bound.index, ask] for name, ask in settings.asks.items()}
+                if any(ask.scope != scope for ask in settings.asks.values()):
+                    raise ValueError(
+                        f"{bound.label}.keeps: a norm rule keeps numbers of its own scope, {scope!r}, only"
+                    )
+                kept, old, has_begun = self._kept_of(bound, step, group, settings, scope, measured, like)
+                now.come_to(bound)
+                is_rms = bound.transform.norm_metric == "rms"
+                before = now.before(is_rms)
+                # At a learning rate of 0, and in a step that is skipped, nothing acts. By selection.
+                acts = torch.full_like(like, 1.0, dtype=torch.bool)
+                if not bound.transform.acts_at_lr_zero:
+                    acts = acts & torch.as_tensor(now.lr != 0, device=like.device)
+                if found_inf is not None:
+                    acts = acts & (found_inf.to(like.device, non_blocking=True) == 0)
+                scale, _ = _answer(bound, settings, "scale", (before, now.update(bound, is_rms), kept), {}, like)
+                scale = torch.where(acts, scale, 1.0).float().double()
+                now.act(Factors(scale, torch.ones_like(scale)))
+                gain, new = _answer(bound, settings, "gain", (before, now.after(is_rms), kept), kept, like)
+                gain = torch.where(acts, gain, 1.0).float().double()
+                now.act(Factors(torch.ones_like(gain), gain))
+                factors[bound.index] = Factors(scale, gain)
+                dtype = self._plan().result_dtype
+                numbers = {**measured, **kept}
+                found[bound.label][group] = self._noted(scope, numbers, gain, old, new, has_begun, dtype, True)
+            for batch in step.batches:
+                if batch.group_index == group:
+                    own_factors = {
+                        index: Factors(*(self._of_batch(one, batch, scope) for one in (both.scale, both.gain)))
+                        for index, both in factors.items()
+                    }
+                    norms.write_numbers(batch, own_factors)
+        for label, by_group in found.items():
+            known = self._last.get(label, {}) if len(step.active_groups) < len(step.groups) else {}
+            self._last[label] = {i: old for i, old in known.items() if i not in step.active_groups} | by_group
+
+    def _value(self, bound: BoundTransform, group: int) -> Tensor:
+        """The coefficient of a rule in a group, float64: one number, or [parameters of the model]."""
+        known = self._last[bound.label][group]
+        # Rates are float64 until they meet the parameter's dtype: λ·lr·M is rounded once.
+        value = known.value.to(wide_dtype(known.value.device))
+        return value if known.scope in OWN else value[group if known.scope == "group" else 0]
 
     def num_own(self, positions: Sequence[int], scope: str) -> list[int] | None:
         """How many numbers of a scope each of these parameters has of its own on this rank; None where they share one."""
@@ -216,16 +334,19 @@ class Coefficients:
 
     def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
         """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter (or matrix) of the batch."""
-        known = self._last[bound.label][batch.group_index]
-        # Rates are float64 until they meet the parameter's dtype: λ·lr·M is rounded once.
-        value = known.value.to(wide_dtype(known.value.device))
-        if known.scope in OWN:
-            slots, scope = self._slots(), known.scope
-            # Beside numbers of single matrices, those of parameters come as one for each matrix, too.
-            if scope == "tensor" and batch.num_cells is not None and any(num != 1 for num in batch.num_cells):
-                value, scope = slots.by_matrix(value), "matrix"
-            return value[slots.index(batch.index, scope, value.device)]
-        return value[batch.group_index if known.scope == "group" else 0]
+        return self._of_batch(
+            self._value(bound, batch.group_index), batch, self._last[bound.label][batch.group_index].scope
+        )
+
+    def _of_batch(self, values: Tensor, batch: Batch, scope: str) -> Tensor:
+        """The numbers of a batch among those of all slots of a scope: one, or one for each parameter (or matrix)."""
+        if scope not in OWN:
+            return values[batch.group_index if scope == "group" else 0] if values.dim() else values
+        slots = self._slots()
+        # Beside numbers of single matrices, those of parameters come as one for each matrix, too.
+        if scope == "tensor" and batch.num_cells is not None and any(num != 1 for num in batch.num_cells):
+            values, scope = slots.by_matrix(values), "matrix"
+        return values[slots.index(batch.index, scope, values.device)]
 
     def keep(self, bound: BoundTransform, step: Step, groups: frozenset[int]) -> None:
         """The step has been written, for these groups: their kept numbers move, but where the step is skipped."""
@@ -295,7 +416,8 @@ class Coefficients:
                             # By `take` and not by an index, which would be read on the host.
                             table[name] = torch.stack(list(numbers.values())).take(largest)
                 coefficients["coefficients"] = {index: each.value[0] for index, each in by_group.items()}
-            found[bound.label] = {**table, "coefficient": coefficient, **coefficients}
+            what = "gain" if bound.transform.is_norm_rule else "coefficient"
+            found[bound.label] = {**table, what: coefficient, **coefficients}
         return found
 
 
@@ -382,57 +504,65 @@ def check_coefficient(bound: BoundTransform, settings: GroupSettings) -> None:
 
     In a step it would be too late: an optimizer before the rule may have moved its state by then.
     """
-    if settings.is_absolute:
+    if settings.is_absolute or (bound.transform.is_norm_rule and settings.is_off):
         return
     like = torch.ones(2, dtype=torch.float64)
     measured = {name: like.clone() for name in settings.asks if name not in settings.keeps}
+    kept = {name: like.clone() for name in settings.keeps}
     # A rule may hold tensors of another device; in a step its numbers are on that.
     with suppress(RuntimeError):
-        _answer(bound, settings, measured, {name: like.clone() for name in settings.keeps}, like)
+        if bound.transform.is_norm_rule:
+            _answer(bound, settings, "scale", (like, like.clone(), kept), {}, like)
+            _answer(bound, settings, "gain", (like, like.clone(), kept), kept, like)
+        else:
+            _answer(bound, settings, "coefficient", (measured, kept), kept, like)
 
 
 def _answer(
     bound: BoundTransform,
     settings: GroupSettings,
-    measured: Mapping[str, Tensor],
+    method: str,
+    numbers: Sequence[Any],
     kept: Mapping[str, Tensor],
     like: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a rule answers: c, and the new kept numbers, float64 like `like`. Raises ValueError for anything else."""
+    """What a rule answers to some numbers, and its new kept numbers, float64 like `like`. Raises ValueError for anything else.
+
+    method: "coefficient", "gain" or "scale".
+    kept: the numbers that it has to answer anew; empty: none.
+    """
     # Tensors among the settings as the numbers are: on their device, in float64.
     given = {
         name: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
         for name, value in settings.values.items()
     }
-    answer = bound.transform.coefficient(given, measured, kept)  # type: ignore[attr-defined]
+    answer, what = getattr(bound.transform, method)(given, *numbers), f"{bound.label}.{method}"
     # What a rule of one's own returns is checked before it can go wrong in silence: a missing name would keep its old
     # value for ever, a wrong shape would broadcast.
     new: dict[str, Tensor] = {}
     if kept:
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
             raise ValueError(
-                f"{bound.label}.coefficient must return a pair (coefficient, new kept numbers), since `keeps` names "
-                f"{sorted(kept)}; it returned {type(answer).__name__}"
+                f"{what} must return a pair ({method}, new kept numbers), since `keeps` names {sorted(kept)}; it returned "
+                f"{type(answer).__name__}"
             )
         answer, updated = answer
         if set(updated) != set(kept):
-            raise ValueError(
-                f"{bound.label}.coefficient returned kept numbers {sorted(updated)}; `keeps` names {sorted(kept)}"
-            )
-        new = {name: _as_slots(bound, f"kept number {name!r}", value, like) for name, value in updated.items()}
-    return _as_slots(bound, "coefficient", answer, like), new
+            raise ValueError(f"{what} returned kept numbers {sorted(updated)}; `keeps` names {sorted(kept)}")
+        new = {name: _as_slots(what, f"kept number {name!r}", value, like) for name, value in updated.items()}
+    return _as_slots(what, method, answer, like), new
 
 
-def _as_slots(bound: BoundTransform, what: str, value: Any, like: Tensor) -> Tensor:
+def _as_slots(method: str, what: str, value: Any, like: Tensor) -> Tensor:
     """A rule's answer as one float64 number for each slot. Raises ValueError for anything else."""
     if isinstance(value, Tensor):
         if value.shape not in ((), like.shape) or value.is_complex():
             raise ValueError(
-                f"{bound.label}.coefficient: the {what} has shape {tuple(value.shape)}; it must be one number, or one for "
+                f"{method}: the {what} has shape {tuple(value.shape)}; it must be one number, or one for "
                 f"each of the {len(like)} numbers that it was given"
             )
         return value.to(like.device, like.dtype).expand(len(like))
     value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{bound.label}.coefficient: the {what} is {value!r}; it must be a number or a tensor")
+        raise ValueError(f"{method}: the {what} is {value!r}; it must be a number or a tensor")
     return torch.full_like(like, value)

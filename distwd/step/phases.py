@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..metrics.measure import num_collectives
-from ..metrics.metric import SOURCES, Measure
+from ..metrics.metric import SOURCES, Ask
 from ..sharding.world import World
 from .transform import BoundTransform
 
@@ -21,8 +21,8 @@ class Phase:
     """
 
     position: int
-    asks: tuple[tuple[int, Measure], ...]
-    taken_at: tuple[tuple[int, Measure], ...] = ()
+    asks: tuple[tuple[int, Ask], ...]
+    taken_at: tuple[tuple[int, Ask], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,13 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     @classmethod
-    def of(cls, transforms: Sequence[BoundTransform], asks: Mapping[int, Iterable[Measure]]) -> Schedule:
-        """The schedule of these transforms; asks: what each asks for over all groups, by its index.
+    def of(
+        cls, transforms: Sequence[BoundTransform], asks: Mapping[int, Iterable[Ask]], step_since: int = 0
+    ) -> Schedule:
+        """The schedule of these transforms.
+
+        asks: what each asks for over all groups, by its index.
+        step_since: the position from which on the directions of pulls are known, where norm rules ask for them.
 
         A metric may be measured from the moment its tensors are final until its rule acts.
 
@@ -44,10 +49,10 @@ class Schedule:
         points that stab all intervals.
         """
         # "update" is the gradient itself until a transform makes it something else.
-        final_since = dict.fromkeys(SOURCES, 0)
+        final_since = {**dict.fromkeys(SOURCES, 0), "step": step_since}
         update_is_gradient = True
         # (position, asks). Looking at the last one is enough: its position is the largest, and asks only ever join it.
-        opened: list[tuple[int, list[tuple[int, Measure]], dict[Measure, int]]] = []
+        opened: list[tuple[int, list[tuple[int, Ask]], dict[Ask, int]]] = []
         optimizer: int | None = None  # the first that may have written to the gradients since they were final
         for position, bound in enumerate(transforms):
             for ask in dict.fromkeys(asks[bound.index]):  # each once
@@ -61,6 +66,9 @@ class Schedule:
             # While the update still is the gradient, a write to the gradient changes both.
             if "grad" in changes and update_is_gradient:
                 final_since["update"] = position + 1
+            # Norm rules look at the update apart from pulls, and learning rates scale it as it is.
+            if not bound.transform.is_linear or "params" in changes or ("grad" in changes and update_is_gradient):
+                final_since["step"] = max(final_since["step"], position + 1)
             update_is_gradient = update_is_gradient and "update" not in changes
             final_since.update(dict.fromkeys(changes, position + 1))
             # torch's SGD adds its momentum to `p.grad` in place, others scale or clear it.
@@ -83,7 +91,7 @@ class Schedule:
         )
 
     @property
-    def asks(self) -> list[tuple[int, Measure]]:
+    def asks(self) -> list[tuple[int, Ask]]:
         """All asks, phase by phase."""
         return [ask for phase in self.phases for ask in phase.asks]
 

@@ -14,13 +14,16 @@ from ..checks import warn_user
 from ..errors import PlanError
 from ..kernels.blocks import Workspace
 from ..kernels.compile import check_compiler
+from ..metrics.metric import Ask, Measure
 from ..metrics.plan import Plan, PlanCache, PlanOptions
 from ..sharding.params import ParamList, Params, frozen_in
 from ..sharding.pieces import check_params
 from .audit import audit
 from .coefficients import Coefficients, check_coefficient
+from .norms import NormRules, check_places
 from .phases import Schedule
 from .rounding import Rounding
+from .start import check_start
 from .state import Anchors, KeptNumbers, Wanted
 from .step import Step, Tally
 from .transform import BoundTransform, GroupSettings
@@ -36,6 +39,7 @@ class StepRunner:
     state_of, may_keep: where kept numbers lie, see `KeptNumbers`.
     track_unchanged: whether to count what the decay leaves unchanged.
     compiles: whether formulas go through torch.compile.
+    shows_bare_update: whether rules see the update as the optimizer has made it, and not the decay of others.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class StepRunner:
         may_keep: Callable[[Tensor], bool] = lambda param: True,
         track_unchanged: bool = False,
         compiles: bool = False,
+        shows_bare_update: bool = False,
     ) -> None:
         self.in_closure = tuple(bound for bound in transforms if bound.transform.target == "closure")
         self.in_step = tuple(bound for bound in transforms if bound.transform.target != "closure")
@@ -70,6 +75,9 @@ class StepRunner:
         self._scheduled: Any = None  # the settings that the schedules are of
         self._anchored: Wanted = ()
         self._measures_matrices = False
+        self._shows_bare_update = shows_bare_update
+        self._started_with: Plan | None = None  # of which plan a real step has begun
+        self._norms = NormRules((), {}, 0, shows_bare_update)  # of the same settings
         self._computing: set[int] = set()  # indices of transforms that compute a coefficient
         self.keeps_state = False  # whether any rule keeps numbers or anchors, by the settings of this step
         self.has_looked = False  # whether it is known if any parameter had a gradient in the first step
@@ -100,6 +108,9 @@ class StepRunner:
         for bound in (*self.in_closure, *self.in_step):
             for group in ({}, *self.params.groups):
                 check_coefficient(bound, bound.read(group))
+        check_places(self.in_step)
+        params = self.params.read()
+        self._norms_of(params, self._read_settings(params))
         if self._compiles:
             # Found out now, and not in the first step, after the model has been sharded and loaded.
             for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
@@ -136,6 +147,7 @@ class StepRunner:
         # By identity: `read` returns the same settings as long as nothing has changed.
         if self._scheduled is not self._settings:
             self._schedules, self._scheduled = self._schedule(params, self._settings), self._settings
+            self._norms = self._norms_of(params, self._settings)
             self._computing = {index for (index, _), own in self._settings.items() if not own.is_absolute}
             self._anchored = self.anchors.wanted(self._settings)
             self._measures_matrices = _measures_matrices(self._schedules)
@@ -165,6 +177,8 @@ class StepRunner:
     def begin_real(self, found_inf: Tensor | None = None, groups: Sequence[dict[str, Any]] | None = None) -> None:
         """The step is no hidden one of checkpoint code: what is pulled to begins as the parameters are now.
 
+        Of a new plan, it is found out with the other ranks whether what rules keep can begin.
+
         found_inf: not 0 where the step will be skipped.
         groups: the groups that it is of; None: all.
         """
@@ -173,6 +187,18 @@ class StepRunner:
             ids = None if groups is None else set(map(id, groups))
             own = None if ids is None else [i for i, group in enumerate(self.now.groups) if id(group) in ids]
             self.anchors.begin(self.now, self._anchored, found_inf, own)
+        if self.plans.plan is None or self.plans.plan is self._started_with:
+            return
+        rules = [
+            (bound, index, now)
+            for bound in self.in_step
+            for index in range(len(self.now.groups))
+            if not (now := self._settings[bound.index, index]).is_off
+            and any(isinstance(now.keeps.get(name), Measure) for name in bound.transform.nonzero)
+        ]
+        if rules:
+            check_start(self.plans.plan, self.kept, self.now, rules)
+        self._started_with = self.plans.plan
 
     def read(self) -> Params:
         """The parameters, groups and settings as they are now; what a step goes by until they are read again."""
@@ -238,11 +264,16 @@ class StepRunner:
         for position, bound in enumerate(transforms):
             if phases and not (has_begun and position == 0):
                 self._coefficients.take(schedule.phases, position, step)
+            if position == self._norms.begins and not is_closure:
+                for batch in step.batches:
+                    batch.keeps_apart = batch.group_index in self._norms.groups
             if position in phases:
-                self._coefficients.measure(phases[position], step)
+                self._coefficients.measure(phases[position], step, self._norms, bound.index)
             if bound.index in self._computing:
                 self._coefficients.evaluate(bound, step)
             bound.transform.apply(step, bound)
+        if self._norms.rules and not is_closure:
+            self._coefficients.evaluate_norms(step, self._norms)
         # Only bf16 and fp16 lose a small decay to rounding.
         if any(batch.is_low for batch in step.batches):
             self._rounding.warn(step.batches, on_gradients=step.decays_gradients)
@@ -270,7 +301,7 @@ class StepRunner:
         with self._coefficients.unchanged():
             self._coefficients.begin()
             for phase in self._schedules[0].phases:
-                self._coefficients.measure(phase, step)
+                self._coefficients.measure(phase, step, self._norms, self.in_step[phase.position].index)
 
     def decaying(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with the decays of target="closure" added to the gradients after every evaluation."""
@@ -300,15 +331,20 @@ class StepRunner:
             for index, group in enumerate(params.groups)
         }
 
+    def _norms_of(self, params: Params, settings: Mapping[tuple[int, int], GroupSettings]) -> NormRules:
+        return NormRules(self.in_step, settings, len(params.groups), self._shows_bare_update)
+
     def _schedule(self, params: Params, settings: Mapping[tuple[int, int], GroupSettings]) -> tuple[Schedule, Schedule]:
         """The phases of a step, and of an evaluation of a closure."""
-        asks = {
+        norms = self._norms_of(params, settings)
+        asks: dict[int, list[Ask]] = {
             bound.index: [
-                ask for index in range(len(params.groups)) for ask in settings[bound.index, index].asks.values()
+                *(ask for index in range(len(params.groups)) for ask in settings[bound.index, index].asks.values()),
+                *norms.asks_of(bound.index),
             ]
             for bound in (*self.in_closure, *self.in_step)
         }
-        return Schedule.of(self.in_step, asks), Schedule.of(self.in_closure, asks)
+        return Schedule.of(self.in_step, asks, norms.since), Schedule.of(self.in_closure, asks)
 
     def _build(self, params: Params, schedules: tuple[Schedule, Schedule], fault: str | None) -> Plan:
         rules = " | ".join(map(str, schedules)) + self._rounding.words

@@ -120,6 +120,8 @@ class Batch:
     tally: counts what the decay leaves unchanged; None: nobody asked.
     num_cells: how many matrices of each parameter lie here, where rates are by matrix: every 1-d rate then has one number for
         each of them, in order. None: 1-d rates have one for each parameter.
+    keeps_apart: whether terms stay apart from the pending update, since norm rules look at both.
+    keep, update_factor: where norm rules act, the factors of the parameters (with L2 terms in it) and of the update.
     """
 
     group: dict[str, Any]
@@ -137,6 +139,9 @@ class Batch:
     random_stream: Iterator[RandomBits] | None = None
     tally: Tally | None = None
     num_cells: list[int] | None = None
+    keeps_apart: bool = False
+    keep: Rate | None = None
+    update_factor: Rate = 1.0
 
     @property
     def is_low(self) -> bool:
@@ -196,7 +201,7 @@ class Batch:
         tensors, factor = (pending.tensors, pending.factor) if with_update else (None, 1.0)
         clear = with_update and pending.is_owned
         without = None
-        if self.tally is not None and terms:
+        if self.tally is not None and (terms or self.keep is not None):
             # The same write with the same random bits, but without the decay, on copies.
             without = [param.clone() for param in self.params]
             if tensors is not None:
@@ -215,12 +220,13 @@ class Batch:
             self.params,
             terms,
             tensors,
-            factor,
+            factor if self.keep is None else factor * self.update_factor,
             pending.mask,
             workspace=self.workspace,
             random_bits=random_bits,
             clear=clear,
             num_cells=self.num_cells,
+            keep=self.keep,
         )
         if self.tally is not None and without is not None:
             self.tally.add(self.params, without)
@@ -231,6 +237,23 @@ class Batch:
             copies = [param.clone() for param in self.params]
             apply_(copies, self.all_terms, workspace=self.workspace, num_cells=self.num_cells)
             self.tally.add(copies, self.params)
+
+    def update_with_terms(self) -> list[Tensor]:
+        """The update with the terms in it, as tensors of their own; what is pending stays as it is."""
+        pending = self.pending
+        us = pending.tensors if pending.minus is None else differences(pending.tensors, pending.minus)
+        out = [torch.empty_like(u) for u in us]
+        add_terms(
+            us,
+            self.params,
+            self.terms,
+            pending.factor,
+            out,
+            pending.mask,
+            workspace=self.workspace,
+            num_cells=self.num_cells,
+        )
+        return out
 
     def materialize(self) -> None:
         """Make the pending update plain tensors, with scale, sign and terms in them."""
@@ -400,14 +423,19 @@ class Step:
         unscale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.to(wide_dtype(self.grad_scale.device))
         if of == "grad":
             return [Source(batch.index, batch.grads, (), unscale) for batch in self.batches]
-        self._run_waiting()
+        self.run_waiting()
+        found = []
         for batch in self.batches:
             # Decay that stands before the rule is part of the update that it sees.
             if batch.terms and not self.shows_bare_update:
+                if batch.keeps_apart:
+                    found.append(Source(batch.index, batch.update_with_terms(), (), unscale))
+                    continue
                 batch.materialize()
-        # A scale or a difference needs no tensor of its own: it is applied where the update is summed.
-        pending = [(batch.index, batch.pending) for batch in self.batches]
-        return [Source(index, update.tensors, update.minus or (), update.factor * unscale) for index, update in pending]
+            # A scale or a difference needs no tensor of its own: it is applied where the update is summed.
+            update = batch.pending
+            found.append(Source(batch.index, update.tensors, update.minus or (), update.factor * unscale))
+        return found
 
     # --- what transforms do ----------------------------------------------------------------------
 
@@ -417,12 +445,14 @@ class Step:
             batch.pending = PendingUpdate([moved[param] for param in batch.whole], is_owned=True, is_negated=True)
 
     def materialize(self, exact: bool = False) -> None:
-        """Run a waiting optimizer, and make every pending update plain tensors.
+        """Run a waiting optimizer, and make every pending update plain tensors, but where terms have to stay apart from it.
 
         exact: the sign too; else optimizers may leave −u behind.
         """
-        self._run_waiting()
+        self.run_waiting()
         for batch in self.batches:
+            if batch.keeps_apart and batch.terms:
+                continue
             # What is plain already is not copied.
             if not batch.is_materialized or (exact and batch.pending.is_negated):
                 batch.materialize()
@@ -466,7 +496,8 @@ class Step:
         for inner in self.inner_optimizers.values():
             inner.note_cleared(rest)
 
-    def _run_waiting(self) -> None:
+    def run_waiting(self) -> None:
+        """Let the waiting optimizer find its update now."""
         if self.waiting is not None:
             # Not waiting any more before it runs: if it raises, the step is over.
             waiting, self.waiting = self.waiting, None

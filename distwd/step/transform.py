@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..checks import is_zero, plain_number
+from ..kernels.formulas import DecayTerm, Rate
 from ..metrics.metric import SCOPES, Measure
 from .step import Step
 
@@ -26,6 +27,12 @@ class Transform(ABC):
     optimizer_name: the name of the optimizer that it runs; "" for what is no optimizer.
     given: somebody's own tensors that it pulls to, by the name of the parameter; None if there are none.
     lacks_second_moment: the class of an optimizer of it that surely keeps no `exp_avg_sq`; "" if it may keep one.
+
+    Of norm rules:
+    norm_metric: in what norms they are given: "l2", or "rms" (‖x‖/√N).
+    acts_at_lr_zero: whether they act where the learning rate is 0, too.
+    needs_lr_behind: whether the learning rate has to stand behind them.
+    nonzero: the kept numbers that begin as a metric and must not begin as 0.
     """
 
     defaults: dict[str, Any]
@@ -36,6 +43,10 @@ class Transform(ABC):
     optimizer_name: str = ""
     given: Mapping[str, Tensor] | None = None
     lacks_second_moment: str = ""
+    norm_metric: ClassVar[str] = "l2"
+    acts_at_lr_zero: ClassVar[bool] = False
+    needs_lr_behind: ClassVar[bool] = False
+    nonzero: ClassVar[tuple[str, ...]] = ()
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError if these settings (of a param group) are not usable."""
@@ -61,6 +72,27 @@ class Transform(ABC):
     def is_absolute(self, settings: Mapping[str, Any]) -> bool:
         """Whether its rate is the number λ as it stands: nothing is measured, kept or computed."""
         return True
+
+    def is_off(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it does nothing with these settings. A tensor is not read to find out: where it is 0, so is the rate."""
+        return is_zero(settings.get("weight_decay"))
+
+    def term(
+        self,
+        settings: Mapping[str, Any],
+        rate: Rate,
+        sign: int = 1,
+        before_lr: Rate | None = None,
+        index: int = 0,
+        anchors: list[Tensor] | None = None,
+    ) -> DecayTerm | None:
+        """What it adds to a step as a pull; None if it is none."""
+        return None
+
+    @property
+    def is_norm_rule(self) -> bool:
+        """Whether it acts on the step as a whole, by the norms before and after it."""
+        return False
 
     @abstractmethod
     def apply(self, step: Step, bound: BoundTransform) -> None:
@@ -91,7 +123,7 @@ class GroupSettings:
     asks: all metrics that it needs, by name.
     keeps: what its kept numbers begin with, by name.
     is_absolute: whether its rate is λ as it stands.
-    is_off: whether λ is the number 0.
+    is_off: whether it does nothing: λ is the number 0, say.
     scope: the finest that it asks for, of which all of its numbers are.
     """
 
@@ -156,9 +188,9 @@ class BoundTransform:
         _, is_before, name = self.coupling.rpartition("before ")
         self.transform.check_place(values, name if is_before else "")
         asks, keeps = self.asks(values)
-        # A tensor is not read to find out: where it is 0, so is the rate.
-        is_off = is_zero(values.get("weight_decay"))
-        return GroupSettings(values, asks, keeps, self.transform.is_absolute(values), is_off, finest_scope(asks))
+        is_absolute, is_off = self.transform.is_absolute(values), self.transform.is_off(values)
+        scope = str(values.get("scope", "tensor")) if self.transform.is_norm_rule else finest_scope(asks)
+        return GroupSettings(values, asks, keeps, is_absolute, is_off, scope)
 
     def sign(self, group: Mapping[str, Any]) -> int:
         """−1 if an optimizer behind it maximizes: that ascends the update, so decay must be subtracted from it."""
