@@ -51,6 +51,7 @@ class Statistic:
 
 
 SUM, ABS, SQUARE = Statistic("sum"), Statistic("power", 1.0), Statistic("power", 2.0)
+RESTING = Statistic("product", pair=(-1, -1))
 COUNT, MAX, MIN = Statistic("count"), Statistic("max"), Statistic("min")
 
 
@@ -61,17 +62,18 @@ class Vectors:
     write: the directions (`kinds`), and which list θ (`ps`), u (`us`, None: there is none) and a mask are.
     minus: the list that is subtracted from u; None: nothing.
     numbers: which vector each direction is.
+    rests: whether the parameters have no update and no decay now: then there is vector -1, θ, and no other.
     """
 
     write: Write
     minus: int | None = None
     numbers: tuple[int, ...] = ()
+    rests: bool = False
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """The products of all these vectors."""
-        own = [0, *([] if self.write.us is None else [1]), *self.numbers]
-        return products_of(own)
+        return (RESTING,) if self.rests else products_of([0, 1, *self.numbers])
 
 
 def products_of(numbers: Sequence[int]) -> tuple[Statistic, ...]:
@@ -274,11 +276,11 @@ def _products(ops: Ops, vectors: Vectors, num_rows: int, lists: Sequence[list[Te
         lists = [ops.copies(some, torch.float32) for some in lists]
     thetas = lists[write.ps]
     found = [thetas]
-    if write.us is not None:
-        us = lists[write.us]
+    if not vectors.rests:
+        assert write.us is not None, "only what rests has no update"
+        us, mask = lists[write.us], write.mask_of(ops, lists)
         found.append(us if vectors.minus is None else difference(ops, us, lists[vectors.minus]))
-    mask = write.mask_of(ops, lists)
-    found += [decay(ops, kind, 1.0, thetas, mask, lists) for kind in write.kinds]
+        found += [decay(ops, kind, 1.0, thetas, mask, lists) for kind in write.kinds]
     wide, flat = wide_dtype(like.device), []
     for pieces in found:
         x = _joined(ops, pieces) if isinstance(ops, Workspace) and len(pieces) > 1 else pieces[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, plain_number
-from ..kernels.sums import ABS, COUNT, MAX, MIN, SQUARE, SUM, Statistic, products_of
+from ..kernels.sums import ABS, COUNT, MAX, MIN, RESTING, SQUARE, SUM, Statistic, products_of
 
 # What a metric may be taken of, and over which parameters.
 SOURCES = ("update", "grad", "params", "second_moment")
@@ -131,7 +131,8 @@ class StepProducts:
     With them the norm of any combination of these tensors is known before it is written:  ‖Σ aᵢ·xᵢ‖² = Σ aᵢ·aⱼ·⟨xᵢ, xⱼ⟩.
     It is asked for and reduced as a Measure is, but of no use to users.
 
-    vectors: the names of the directions; the products are numbered as by `products_of`, N is the last.
+    vectors: the names of the directions; the products are numbered as by `products_of`, and behind them come Σθ² of parameters
+        that rest, and N.
     scope: as of a Measure.
     """
 
@@ -141,11 +142,11 @@ class StepProducts:
     parsed: Metric = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        statistics = products_of(range(2 + len(self.vectors)))
+        statistics = (*products_of(range(2 + len(self.vectors))), RESTING)
         name = f"products ({', '.join(('params', 'update', *self.vectors))})"
 
         def finish(m: Statistics, n: Tensor) -> Tensor:
-            return torch.stack([*(m[one] for one in statistics), n])  # [products + 1, slots], float64
+            return torch.stack([*(m[one] for one in statistics), n])  # [products + 2, slots], float64
 
         object.__setattr__(self, "parsed", Metric(name, statistics, finish))
 

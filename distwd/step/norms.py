@@ -26,8 +26,11 @@ from .step import Batch, Step
 from .transform import BoundTransform, GroupSettings
 
 Settings = Mapping[tuple[int, int], GroupSettings]
-# Row 0 of the products is ⟨θ, θ⟩, and the last one is N.
-_OF_THETA = {"l2": lambda products: products[0].sqrt(), "rms": lambda products: (products[0] / products[-1]).sqrt()}
+# Row 0 of the products is ⟨θ, θ⟩, and the last two are Σθ² of what rests, and N.
+_OF_THETA = {
+    "l2": lambda products: (products[0] + products[-2]).sqrt(),
+    "rms": lambda products: ((products[0] + products[-2]) / products[-1].clamp(min=1)).sqrt(),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +153,13 @@ class NormRules:
                 lists += [update.minus] if minus == len(lists) else []
             vectors = Vectors(write, minus, tuple(numbers))
             found.append(Source(batch.index, batch.params, (), update.factor, vectors, lists[1:]))
-        # Parameters that have no gradient here stay as they are, and are part of the norm.
+        # Parameters that have no gradient here stay as they are: no factor is theirs, but they are part of the norm.
         locals_: list[Tensor | None] = [None] * len(step.entries)
         for position, entry in enumerate(step.entries):
             is_asked = entry.group in step.active_groups and self._scopes.get(entry.group) == ask.scope
             if is_asked and position not in stepped and entry.tensor.requires_grad:
                 locals_[position] = step.old.get(position, local_tensor(entry.tensor))
-        alone = Vectors(Write((), False, None))
+        alone = Vectors(Write((), False, None), rests=True)
         return found + [replace(source, vectors=alone) for source in sources_of(locals_)]
 
     # --- what is written -------------------------------------------------------------------------
@@ -180,7 +183,7 @@ class NormRules:
     ) -> StepNorms:
         """The norms of a group's step, in which nothing has acted yet.
 
-        products: as measured, [products + 1, slots].
+        products: as measured, [products + 2, slots].
         measured_at: the index of the transform before which they were measured.
         value_of: the coefficient of a pull in this group, one number or [slots].
         """
@@ -299,11 +302,11 @@ class StepNorms:
 
     def before(self, is_rms: bool) -> Tensor:
         """‖θ₋ less the pulls‖, [slots]; is_rms: over √N."""
-        return self._norm(self._before, is_rms)
+        return self._norm(self._before, is_rms, self._products[-2])
 
     def after(self, is_rms: bool) -> Tensor:
         """‖the step as assembled‖, [slots]."""
-        return self._norm(self._after, is_rms)
+        return self._norm(self._after, is_rms, self._products[-2])
 
     def update(self, bound: BoundTransform, is_rms: bool) -> Tensor:
         """‖u‖ at the place of a rule, [slots]."""
@@ -319,7 +322,7 @@ class StepNorms:
         self._after[1] = self._after[1] * factors.scale
         self._after = {number: factor * factors.gain for number, factor in self._after.items()}
 
-    def _norm(self, factors: Mapping[int, Any], is_rms: bool) -> Tensor:
+    def _norm(self, factors: Mapping[int, Any], is_rms: bool, resting: Tensor | None = None) -> Tensor:
         total = torch.zeros_like(self._products[0])
         for two, b in factors.items():
             for one, a in factors.items():
@@ -328,6 +331,7 @@ class StepNorms:
                     total = total + (a * b if one == two else 2 * a * b) * product
         # What a step cancels may come out below 0. A NaN stays one.
         total = total.clamp(min=0.0)
+        total = total if resting is None else total + resting
         # 0 over no elements.
         return (total / self._products[-1].clamp(min=1) if is_rms else total).sqrt()
 

@@ -17,7 +17,7 @@ from ..metrics.metric import Measure
 from ..sharding.params import NamedParam, Params
 from ..sharding.pieces import stack_here
 from .step import Batch
-from .transform import BoundTransform, GroupSettings, Transform, finest_scope
+from .transform import BoundTransform, GroupSettings, Transform
 
 State = dict[str, Any]
 
@@ -89,8 +89,9 @@ class KeptNumbers:
         missing: set[str] = set()
         for bound in self._transforms:
             for index, group in enumerate(groups):
-                asks, keeps = bound.asks(bound.settings(group))
-                names, by_matrix = self.names(keeps), finest_scope(asks) == "matrix"
+                settings = bound.settings(group)
+                asks, keeps = bound.asks(settings)
+                names, by_matrix = self.names(keeps), bound.scope(settings, asks) == "matrix"
                 for entry in entries if names else ():
                     param = entry.tensor
                     if entry.group != index or not param.requires_grad or param.is_meta or not self._may_keep(param):

@@ -189,8 +189,11 @@ class BoundTransform:
         self.transform.check_place(values, name if is_before else "")
         asks, keeps = self.asks(values)
         is_absolute, is_off = self.transform.is_absolute(values), self.transform.is_off(values)
-        scope = str(values.get("scope", "tensor")) if self.transform.is_norm_rule else finest_scope(asks)
-        return GroupSettings(values, asks, keeps, is_absolute, is_off, scope)
+        return GroupSettings(values, asks, keeps, is_absolute, is_off, self.scope(values, asks))
+
+    def scope(self, values: Mapping[str, Any], asks: Mapping[str, Measure]) -> str:
+        """The scope of all of its numbers: of a norm rule that of its norms, else the finest that it asks for."""
+        return str(values.get("scope", "tensor")) if self.transform.is_norm_rule else finest_scope(asks)
 
     def sign(self, group: Mapping[str, Any]) -> int:
         """−1 if an optimizer behind it maximizes: that ascends the update, so decay must be subtracted from it."""

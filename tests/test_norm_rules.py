@@ -1,0 +1,167 @@
+"""Norm rules: numbers to check by hand, a float64 oracle, every layout, and what must be seen if it goes wrong."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import distwd
+from distwd import Chain, Rule, attach
+from tests import chains, layouts, runs, wire
+from tests.layouts import EVERY, FLAT, SHAPES, whole_model
+from tests.norm_rules import PHASES, SENTENCES, Norm, NormOracle, rule_of
+from tests.oracle import LrPart
+from tests.runs import PARAMS_SEED, differing, grads_of
+
+STEPS = 6
+NAMES = list(SHAPES)
+# Gradients that come late: such parameters rest until then.
+LATE = {0: ("up.bias", "gate.weight"), 2: ("norm.weight",)}
+
+
+# --- every layout -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What one rank saw: whole parameters, kept numbers by name and key, gains by step, collectives of a step."""
+
+    params: dict[str, torch.Tensor]
+    kept: dict[str, dict[str, torch.Tensor]]
+    phases: int
+    counts: list[int] = field(default_factory=list)
+
+
+def groups_of(layout: str, held: Mapping[str, nn.Parameter]) -> list[dict]:
+    if layout in FLAT:
+        return [{"params": list(held.items())}]
+    first = NAMES[:5]
+    groups: list[dict] = [
+        {"params": [(name, param) for name, param in held.items() if name in first]},
+        {"params": [(name, param) for name, param in held.items() if name not in first]},
+    ]
+    for group in groups:
+        group |= {} if group["params"] else {"param_names": []}
+    return groups
+
+
+def make(way: str, sentence: str, groups: list[dict], marks: dict | None = None) -> tuple[Any, Any]:
+    """What steps, and what has `stats`."""
+    parts = SENTENCES[sentence]
+    transforms = [
+        rule_of(part) if isinstance(part, Norm) else chains._transform(part, {"foreach": True}, distwd)
+        for part in parts
+    ]
+    if way == "chain":
+        chain = Chain(groups, *transforms, layout=marks)
+        return chain, chain
+    lr = next(part.lr for part in parts if isinstance(part, LrPart))
+    rules = [one for one in transforms if isinstance(one, Rule)]
+    coupling = "lr" if isinstance(parts[-1], LrPart) else "none"
+    cls = torch.optim.AdamW if way == "attach" else Copied
+    optimizer = cls(groups, lr=lr, weight_decay=0, foreach=False)
+    return optimizer, attach(optimizer, *rules, coupling=coupling, layout=marks)
+
+
+class Copied(torch.optim.AdamW):
+    """An optimizer that attach does not know: it learns the update from a copy of the parameters."""
+
+
+def train(layout: str, cases: list[tuple[str, str]], mutant=nullcontext) -> dict[tuple[str, str], Seen]:
+    """Runs on a rank: each (way, sentence) from the seeded model."""
+    held = layouts.place(layout, whole_model(PARAMS_SEED))
+    start = {name: layouts.local_of(param).clone() for name, param in held.items()}
+    found = {}
+    for way, sentence in cases:
+        for name, param in held.items():
+            layouts.local_of(param).copy_(start[name])
+            param.grad = None
+        optimizer, decay = make(way, sentence, groups_of(layout, held), held.marks)
+        seen = found[way, sentence] = Seen({}, {}, 0)
+        with mutant():
+            for step in range(STEPS):
+                runs.feed(layout, held, step, LATE.get(step, ()) if layout not in FLAT else ())
+                with wire.Wire() if step == 2 else nullcontext() as counted:
+                    optimizer.step()
+                seen.counts += [len(counted.calls)] if step == 2 else []
+        seen.phases = decay.phases
+        seen.params = layouts.view(layout, held)
+        seen.kept = kept_of(optimizer, held)
+    return found
+
+
+def kept_of(optimizer: Any, held: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for name, param in held.items():
+        state = {key: value for key, value in optimizer.state.get(param, {}).items() if key.startswith("distwd_")}
+        if param.numel():
+            found[name] = {key: layouts.whole_of(value).clone() for key, value in state.items()}
+    return found
+
+
+CHAINS = [("chain", name) for name in SENTENCES]
+ATTACHED = [(way, name) for way in ("attach", "copied") for name in ("brake", "ball", "later", "control", "search")]
+SPREAD = [name for name in EVERY if name != "single"]
+DIFFERENT = ("fsdp3", "fsdp_tp", "experts_fsdp", "stages")
+
+
+def cases_on(layout: str) -> list[tuple[str, str]]:
+    if layout in DIFFERENT:
+        return CHAINS + ATTACHED
+    turn = SPREAD.index(layout)
+    cases = CHAINS + ATTACHED
+    return [cases[(turn * 3 + number) % len(cases)] for number in range(5)]
+
+
+@functools.cache
+def whole(worlds) -> dict[tuple[str, str], Seen]:
+    (found,) = worlds.run(0, train, "single", CHAINS + ATTACHED)
+    return found
+
+
+def assert_equal_to_whole(layout: str, ranks: list[dict], reference: dict) -> None:
+    for rank in ranks:
+        for case, seen in rank.items():
+            expected = reference[case]
+            assert differing(seen.params, expected.params) == [], case
+            for name, numbers in seen.kept.items():
+                assert numbers.keys() == expected.kept[name].keys(), (case, name)
+                for key, value in numbers.items():
+                    assert torch.equal(value, expected.kept[name][key]), (case, name, key)
+            phases = 0 if EVERY[layout].ranks == 1 else PHASES[case[1]]
+            assert seen.phases == phases and seen.counts == [phases], case
+
+
+UNFIT = ("fsdp1_full_flat", "fsdp1_hybrid_flat", "experts_named", "experts_plain", "cut_by_hand")
+
+
+@pytest.mark.parametrize("layout", [layout for layout in SPREAD if layout not in UNFIT])
+def test_sharded_equals_whole(worlds, layout):
+    """Parameters and kept numbers, bit for bit, from one all-reduce."""
+    ranks = worlds.run(EVERY[layout].ranks, train, layout, cases_on(layout))
+    assert_equal_to_whole(layout, ranks, whole(worlds))
+
+
+@functools.cache
+def oracle_of(sentence: str) -> NormOracle:
+    oracle = NormOracle(whole_model(PARAMS_SEED), SENTENCES[sentence], [NAMES[:5], NAMES[5:]])
+    for step in range(STEPS):
+        grads = grads_of(step)
+        oracle.step({name: None if name in LATE.get(step, ()) else grad for name, grad in grads.items()})
+    return oracle
+
+
+@pytest.mark.parametrize(("way", "sentence"), CHAINS + ATTACHED)
+def test_whole_equals_the_oracle(worlds, way, sentence):
+    found = whole(worlds)[way, sentence].params
+    # What is learnt from a copy of the parameters is rounded as they are.
+    rtol, atol = (2e-5, 3e-6) if way == "copied" else (3e-6, 3e-7)
+    for name, expected in oracle_of(sentence).params.items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=rtol, atol=atol)
