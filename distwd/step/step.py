@@ -417,7 +417,7 @@ class Step:
         if of == "second_moment":
             # Of this step's gradient, so the optimizer has to run first. Where none has come yet, as in a hidden step, there is
             # nothing.
-            self._run_waiting()
+            self.run_waiting()
             return [] if self.second_moments is None else self.second_moments(self)
         # Gradients that a GradScaler has multiplied: metrics are of what the optimizer will make of them.
         unscale = 1.0 if self.grad_scale is None else 1 / self.grad_scale.to(wide_dtype(self.grad_scale.device))
