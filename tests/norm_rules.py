@@ -94,7 +94,7 @@ class NormOracle(Oracle):
 
     def __init__(self, params: Mapping[str, Tensor], parts, groups=()):
         super().__init__(params, parts, groups)
-        self.kept: dict[tuple[int, str], dict[str, Tensor]] = {}
+        self.kept: dict[tuple[int, object], dict[str, Tensor]] = {}
 
     def step(self, grads: Mapping[str, Tensor | None]) -> None:
         begins = max(index for index, part in enumerate(self.parts) if isinstance(part, AdamPart))
@@ -145,8 +145,13 @@ class NormOracle(Oracle):
 
         if part.kind == "ball":
             zeros = {name: torch.zeros_like(p) for name, p in self.params.items()} | bare
+            # One radius of a group, from its first step on, whichever of its parameters rest then.
+            cells = {
+                name: next(i for i, group in enumerate(self.groups) if name in group) if part.scope == "group" else name
+                for name in self.live
+            }
             radii = {
-                name: self.kept.setdefault((id(part), name), {"radius": of(self.params, name)})["radius"]
+                name: self.kept.setdefault((id(part), cells[name]), {"radius": of(self.params, name)})["radius"]
                 for name in self.live
             }
             scales = {name: radii[name] / (at * of(zeros, name)) for name in self.live}
