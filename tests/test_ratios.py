@@ -312,7 +312,7 @@ def of_updated() -> Iterator[None]:
 @contextmanager
 def before_the_step() -> Iterator[None]:
     """The second moment as the step before has left it: the optimizer is not run first."""
-    with mock.patch("distwd.step.step.Step._run_waiting", return_value=None):
+    with mock.patch("distwd.step.step.Step.run_waiting", return_value=None):
         yield
 
 

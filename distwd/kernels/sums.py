@@ -17,6 +17,7 @@ from .stochastic import LOW
 # A compiled sum reads a tensor in so many stretches at once: with one it waits for memory most of the time. (From eight on
 # torch would take them for a dimension of a loop, and read one after the other.)
 STRETCHES = 4
+_DOT = 1 << 14  # elements of a product that are added up one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +293,10 @@ def _products(ops: Ops, vectors: Vectors, num_rows: int, lists: Sequence[list[Te
         for one in flat[: place + 1]:
             if ops is TRACED:
                 values.append(ops.mul([one], [two])[0].sum(1).sum(-1))
-            elif num_rows == 1:
-                # Without a temporary. It adds up in many strands at once, and a block is short.
-                values.append(torch.dot(one[0], two[0]).view(1))
+            elif num_rows == 1 and like.device.type == "cpu":
+                # Without a temporary. `dot` adds up as it comes, so it is given short stretches; their sum goes by halves.
+                parts = [torch.dot(*both) for both in zip(one[0].split(_DOT), two[0].split(_DOT), strict=True)]
+                values.append((parts[0] if len(parts) == 1 else torch.stack(parts).sum()).view(1))
             else:
                 values.append(ops.mul([one], [two])[0].sum(1))
     return values

@@ -33,6 +33,9 @@ class Rule(Transform):
             Measure, whose value as the first real step begins is taken.
         coefficient(settings, measured, kept): c; with `keeps`, a pair of c and the new kept numbers.
         toward(settings): what p is pulled to, as in `WeightDecay`: a number, or "initial"; then p − a stands for p above.
+    Or, for a norm rule, which acts on the step as a whole, θ ← γ·(θ₋ − pulls − η·s·u):
+        gain(settings, before, after, kept): γ; with `keeps`, a pair of γ and the new kept numbers.
+        scale(settings, before, update, kept): s.
 
     settings: the hyperparameters, each a key of the param groups of a `Chain`. Under `attach` the groups hold
         `weight_decay` alone (as `distwd_weight_decay`), and the others stay as they are here. "ord" (default 2) and
@@ -151,11 +154,12 @@ class Rule(Transform):
         return type(self).gain is not Rule.gain or type(self).scale is not Rule.scale
 
     def gain(self, settings: Mapping[str, Any], before: Tensor, after: Tensor, kept: Mapping[str, Tensor]) -> Any:
-        """γ"""
-        return 1.0
+        """γ, from the norms of θ₋ less the pulls in front of the rule, and of the step as assembled; as `coefficient`."""
+        # A rule that has `scale` alone changes nothing here.
+        return (1.0, dict(kept)) if kept else 1.0
 
     def scale(self, settings: Mapping[str, Any], before: Tensor, update: Tensor, kept: Mapping[str, Tensor]) -> Any:
-        """s"""
+        """s, the factor of the update, from the norms of θ₋ less the pulls and of the update at the rule's place. No pair."""
         return 1.0
 
     def apply(self, step: Step, bound: BoundTransform) -> None:
