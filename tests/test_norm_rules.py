@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 import distwd
-from distwd import Chain, Rule, attach
+from distwd import LR, Adam, Chain, Hyperball, Rule, attach
 from tests import chains, layouts, runs, wire
-from tests.layouts import EVERY, FLAT, SHAPES, whole_model
+from tests.layouts import EVERY, FLAT, LAYOUTS, SHAPES, Net, whole_model
 from tests.norm_rules import PHASES, SENTENCES, Norm, NormOracle, rule_of
 from tests.oracle import LrPart
 from tests.runs import PARAMS_SEED, differing, grads_of
@@ -163,3 +172,117 @@ def test_whole_equals_the_oracle(worlds, way, sentence):
     rtol, atol = (2e-5, 3e-6) if way == "copied" else (3e-6, 3e-7)
     for name, expected in oracle_of(sentence).params.items():
         torch.testing.assert_close(found[name].double(), expected, rtol=rtol, atol=atol)
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def local_norms() -> Iterator[None]:
+    """A rank takes the norms of its own shards."""
+    with mock.patch("distwd.metrics.measure.sum_over_ranks", lambda packed, world: packed):
+        yield
+
+
+@contextmanager
+def norms_of_stacks() -> Iterator[None]:
+    """Stacked experts have one norm together."""
+    with mock.patch("distwd.step.transform.BoundTransform.scope", return_value="tensor"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("mutant", "layout"), [(local_norms, "fsdp3"), (norms_of_stacks, "experts_fsdp"), (norms_of_stacks, "fsdp3")]
+)
+def test_a_mutant_is_seen(worlds, mutant, layout):
+    ranks = worlds.run(EVERY[layout].ranks, train, layout, [("chain", "brake")], mutant)
+    reference = whole(worlds)["chain", "brake"].params
+    assert all(differing(rank["chain", "brake"].params, reference) for rank in ranks)
+
+
+# --- zeros on one rank --------------------------------------------------------------------------------------------------
+
+
+def refused() -> list[str]:
+    """Runs on a rank: a pipeline stage has a projection of zeros, and no other rank holds it."""
+    values = dict(whole_model(PARAMS_SEED))
+    values["down.weight"] = torch.zeros_like(values["down.weight"])
+    held = layouts.place("stages_interleaved", values)
+    runs.feed("stages_interleaved", held, 0)
+    before = {name: param.detach().clone() for name, param in held.items()}
+    found = []
+    for _ in range(2):
+        chain = Chain(held.items(), Adam(), Hyperball(), LR(0.1))
+        with pytest.raises(distwd.PlanError) as error:
+            chain.step()
+        found.append(str(error.value))
+        assert all(torch.equal(param, before[name]) for name, param in held.items())
+    return found
+
+
+def test_zeros_of_one_stage_are_refused_on_every_rank(worlds):
+    texts = {text for rank in worlds.run(2, refused) for text in rank}
+    assert len(texts) == 1 and texts.pop().startswith("down.weight: all zeros")
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+KEEPING = ("ball", "search", "later", "control")
+
+
+def job(layout: str, sentence: str, way: str, seed: int) -> tuple[Any, Any, Any]:
+    net = Net(whole_model(seed))
+    LAYOUTS[layout].wrap(net)
+    held = dict(net.named_parameters())
+    return net, held, make(way, sentence, groups_of(layout, held))[0]
+
+
+def saved(layout: str, folder: str) -> dict:
+    """Runs on a rank: three steps, saved, two more."""
+    found = {}
+    for way, sentence in CARRIED:
+        net, held, optimizer = job(layout, sentence, way, PARAMS_SEED)
+        for step in range(3):
+            runs.feed(layout, held, step)
+            optimizer.step()
+        dcp.save(
+            {"model": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, optimizer)},
+            checkpoint_id=f"{folder}/{way}-{sentence}",
+        )
+        found[way, sentence] = finished(layout, held, optimizer)
+    return found
+
+
+def loaded(layout: str, folder: str) -> dict:
+    found = {}
+    for way, sentence in CARRIED:
+        net, held, optimizer = job(layout, sentence, way, PARAMS_SEED + 1)
+        # A hidden step of checkpoint code is in it: nothing begins with that.
+        state = {"model": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, optimizer)}
+        dcp.load(state, checkpoint_id=f"{folder}/{way}-{sentence}")
+        set_model_state_dict(net, state["model"])
+        set_optimizer_state_dict(net, optimizer, state["optimizer"])
+        found[way, sentence] = finished(layout, held, optimizer)
+    return found
+
+
+def finished(layout: str, held, optimizer) -> Seen:
+    for step in range(3, 5):
+        runs.feed(layout, held, step)
+        optimizer.step()
+    return Seen(layouts.view(layout, held), kept_of(optimizer, held), 0)
+
+
+CARRIED = [("chain", name) for name in KEEPING] + [("attach", "search")]
+
+
+def test_a_run_saved_at_four_ranks_goes_on_elsewhere_bit_for_bit(worlds):
+    """In the middle of a search for a bound, and after a warm start; a radius is never measured anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        expected = worlds.run(4, saved, "fsdp4", folder)[0]
+        for layout in ("fsdp2", "fsdp_tp", "fsdp1rank"):
+            for rank in worlds.run(LAYOUTS[layout].ranks, loaded, layout, folder):
+                for case, seen in rank.items():
+                    assert differing(seen.params, expected[case].params) == [], (layout, case)
+                    for name, numbers in expected[case].kept.items():
+                        assert all(torch.equal(value, seen.kept[name][key]) for key, value in numbers.items())

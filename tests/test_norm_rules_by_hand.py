@@ -92,6 +92,36 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+def test_a_later_pull_that_is_rescaled_is_seen():
+    write_numbers = distwd.step.norms.NormRules.write_numbers
+
+    def rescaling(batch, factors):
+        write_numbers(batch, {10_000 + index: one for index, one in factors.items()})  # as if it stood behind all pulls
+
+    with mock.patch("distwd.step.norms.NormRules.write_numbers", staticmethod(rescaling)):
+        found = step(Hyperball(), WeightDecay(1.0), LR(0.1))
+    assert (found - torch.tensor([2.3478578639, -3.8413262940]).double()).abs().max() > 1e-3
+
+
+def test_what_param_groups_excludes_is_left_alone():
+    """Biases and norms have no decay; no norm rule acts on them either."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model[0].bias.data.zero_()
+    for way in ("chain", "attach"):
+        groups = distwd.param_groups(model, 0.1)
+        if way == "chain":
+            optimizer = Chain(groups, Wrap(SGD), Hyperball(), RadialBrake(), ConstrainedWeightDecay(0.01), LR(0.1))
+        else:
+            optimizer = SGD(groups, lr=0.1)
+            attach(optimizer, WeightDecay(0.1), Hyperball(), ConstrainedWeightDecay(0.01), take_over=True)
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        for name, param in model.named_parameters():
+            assert torch.equal(param, before[name] - 0.1) == (name != "0.weight"), (way, name)
+
+
 # --- off, skipped, lr 0 -----------------------------------------------------------------------------------------------
 
 OFF = [Hyperball(None), RadialBrake(1.0, 1.0), ConstrainedWeightDecay("inflection"), NormControl(0.0)]

@@ -160,18 +160,23 @@ class Attachment(ShowsRunner):
         self._optimizers, self._rules, self._coupling = list(optimizers), tuple(rules), coupling
         self._rounding = Rounding(rounding, seed, options.layout, *unused_keys(optimizers, 1, f"distwd_{ROUNDING_KEY}"))
         # The keys with which λ lies in the optimizers' groups, and the values of groups that have none yet. Of a rule's
-        # hyperparameters only `weight_decay` has a key: a schedule needs it, and the groups are not ours to fill.
+        # hyperparameters only `weight_decay` has a key, and what switches a norm rule off: a schedule needs it, and the
+        # groups are not ours to fill.
+        names = unused_keys(optimizers, len(rules))
         rule_keys = [
-            {"weight_decay": key} if "weight_decay" in rule.defaults else {}
-            for rule, key in zip(rules, unused_keys(optimizers, len(rules)), strict=True)
+            {name: key.replace("weight_decay", name) for name in ("weight_decay", *rule.off) if name in rule.defaults}
+            for rule, key in zip(rules, names, strict=True)
         ]
-        decays = {
-            key: plain_number(rule.defaults[name])
+        settings = {
+            key: (name, plain_number(rule.defaults[name]), rule.off.get(name))
             for rule, own in zip(rules, rule_keys, strict=True)
             for name, key in own.items()
         }
-        self.defaults = decays | self._rounding.defaults
-        self.keys = list(self.defaults)
+        decays = [key for key, (name, *_) in settings.items() if name == "weight_decay"]
+        self.defaults = {key: default for key, (_, default, _) in settings.items()} | self._rounding.defaults
+        self._off = {key: off for key, (name, _, off) in settings.items() if name != "weight_decay"}
+        # A name is taken also where the rule has no λ: its other keys end as that would.
+        self.keys = list(dict.fromkeys([*self.defaults, *names]))
 
         # The chain that this attachment is equal to: rules before the optimizer ("gradient"), between it and its lr
         # ("lr"), or behind both ("none"). The update is scaled by the optimizer already; LR scales the decay alike.
@@ -335,7 +340,8 @@ class Attachment(ShowsRunner):
                 continue
             group[key], group["weight_decay"] = own, 0.0
             self._taken_over[index] = own
-        write_keys(groups, self.defaults, {key: value for other in others for key, value in other.defaults.items()})
+        known = {key: value for other in others for key, value in other.defaults.items()}
+        write_keys(groups, self.defaults, known, self._off)
 
     def _create_kept(self, is_loaded: bool = False) -> None:
         if not self._keeps_state:

@@ -45,13 +45,17 @@ def unused_keys(optimizers: Sequence[Optimizer], count: int, key: str = KEY) -> 
 
 
 def write_keys(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], others: Mapping[str, Any] | None = None
+    groups: Sequence[dict[str, Any]],
+    defaults: Mapping[str, Any],
+    others: Mapping[str, Any] | None = None,
+    off: Mapping[str, Any] | None = None,
 ) -> None:
     """Give every group its own value of each key, where it has none yet.
 
     groups: the param groups.
     defaults: the values for groups without the key, by key.
     others: the same of other attachments.
+    off: of settings that switch norm rules off, the value that does it, by key.
     Raises ValueError for values that would not decay.
     """
     # In every step, since others add groups, and replace them by those of a checkpoint.
@@ -64,7 +68,10 @@ def write_keys(
         decays = {key: value for key, value in {**(others or {}), **defaults}.items() if key.startswith(KEY)}
         is_excluded = any(is_zero(group.get(key)) and not is_zero(value) for key, value in decays.items())
         for key, default in defaults.items():
-            check_number(key, group.setdefault(key, 0.0 if is_excluded and key in decays else default))
+            if off and key in off:  # the rule itself checks what it means
+                group.setdefault(key, off[key] if is_excluded else default)
+            else:
+                check_number(key, group.setdefault(key, 0.0 if is_excluded and key in decays else default))
 
 
 # --- what is changed for the length of a step ------------------------------------------------------------------------

@@ -86,6 +86,7 @@ class Hyperball(Rule):
     (tensor([ 2.6479, -4.2413]), tensor(5.))
     """
 
+    off: ClassVar[Mapping[str, Any]] = {"radius": None}
     needs_lr_behind: ClassVar[bool] = True
     nonzero: ClassVar[tuple[str, ...]] = ("radius",)
 
@@ -136,6 +137,8 @@ class RadialBrake(Rule):
     tensor([ 2.8705, -4.1572])
     """
 
+    off: ClassVar[Mapping[str, Any]] = {"outward": 1.0, "inward": 1.0}
+
     def __init__(self, outward: float | Tensor = 0.5, inward: float | Tensor = 1.0, *, scope: str = "matrix") -> None:
         super().__init__(outward=outward, inward=inward, scope=scope)
 
@@ -162,7 +165,7 @@ class ConstrainedWeightDecay(Rule):
         "initial": factor · mean θ², as the step number `after` of the parameter ends (0: as its first one begins).
         "inflection": mean θ̃² when its growth slows down. Every `every` steps the relative growth of a running mean of ‖θ̃‖
         (`smoothing`) is compared with that before; from the fourth time on, where 0.01 < growth < growth before.
-        κ acts from the next step on; until then the rule is off.
+        κ acts from the next step on; until then nothing is written. None: the rule is off.
     factor, rate (μ): ≥ 0. after: ≥ 0, in steps that count. every: ≥ 1, in steps. smoothing: in [0, 1).
     scope: what has one mean and one λ, as in `NormControl`.
     All are keys of the param groups. θ: any float dtype and sharding. One all-reduce, shared with other rules.
@@ -177,12 +180,13 @@ class ConstrainedWeightDecay(Rule):
     tensor([ 2.9700, -3.9600])
     """
 
+    off: ClassVar[Mapping[str, Any]] = {"bound": None}
     norm_metric = "rms"
     acts_at_lr_zero = True
 
     def __init__(
         self,
-        bound: float | str = "inflection",
+        bound: float | str | None = "inflection",
         *,
         factor: float = 1.0,
         after: int = 0,
@@ -197,6 +201,8 @@ class ConstrainedWeightDecay(Rule):
 
     def check(self, settings: Settings) -> None:
         super().check(settings)
+        if self.is_off(settings):
+            return
         if isinstance(settings["bound"], str):
             check_choice("bound", settings["bound"], ("initial", "inflection"))
         else:
@@ -209,7 +215,12 @@ class ConstrainedWeightDecay(Rule):
         if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing!r} must be in [0, 1)")
 
+    def is_off(self, settings: Settings) -> bool:
+        return settings["bound"] is None
+
     def keeps(self, settings: Settings) -> Mapping[str, float | Measure]:
+        if self.is_off(settings):
+            return {}
         found: dict[str, float | Measure] = {"multiplier": 0.0}
         if settings["bound"] == "initial" and settings["after"] == 0:
             return found | {"start": Measure("params", "rms", settings["scope"])}

@@ -299,10 +299,10 @@ class Coefficients:
                 if found_inf is not None:
                     acts = acts & (found_inf.to(like.device, non_blocking=True) == 0)
                 scale, _ = _answer(bound, settings, "scale", (before, now.update(bound, is_rms), kept), {}, like)
-                scale = torch.where(acts, scale, 1.0).float().double()
+                scale = torch.where(acts, scale, 1.0).float().to(like.dtype)
                 now.act(Factors(scale, torch.ones_like(scale)))
                 gain, new = _answer(bound, settings, "gain", (before, now.after(is_rms), kept), kept, like)
-                gain = torch.where(acts, gain, 1.0).float().double()
+                gain = torch.where(acts, gain, 1.0).float().to(like.dtype)
                 now.act(Factors(torch.ones_like(gain), gain))
                 factors[bound.index] = Factors(scale, gain)
                 dtype = self._plan().result_dtype

@@ -19,7 +19,7 @@ from torch import Tensor
 from .._torch import local_tensor
 from ..kernels.apply import place_terms
 from ..kernels.formulas import DecayTerm, Rate, Write
-from ..kernels.sums import Vectors
+from ..kernels.sums import Vectors, wide_dtype
 from ..metrics.measure import Source, sources_of
 from ..metrics.metric import SCOPES, Measure, StepProducts
 from .step import Batch, Step
@@ -175,7 +175,7 @@ class NormRules:
         for bound in self._lrs:
             if bound.index > after and (before is None or bound.index < before):
                 lr = own[bound.keys["lr"]]
-                product = product * (lr.double() if isinstance(lr, Tensor) else lr)
+                product = product * (lr.to(wide_dtype(lr.device)) if isinstance(lr, Tensor) else lr)
         return product
 
     def begin(

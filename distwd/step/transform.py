@@ -33,6 +33,7 @@ class Transform(ABC):
     acts_at_lr_zero: whether they act where the learning rate is 0, too.
     needs_lr_behind: whether the learning rate has to stand behind them.
     nonzero: the kept numbers that begin as a metric and must not begin as 0.
+    off: the settings that switch them off, as a λ of 0 does it to others.
     """
 
     defaults: dict[str, Any]
@@ -47,6 +48,7 @@ class Transform(ABC):
     acts_at_lr_zero: ClassVar[bool] = False
     needs_lr_behind: ClassVar[bool] = False
     nonzero: ClassVar[tuple[str, ...]] = ()
+    off: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError if these settings (of a param group) are not usable."""
@@ -328,9 +330,13 @@ def with_current_values(
 def with_exclusions(group: dict[str, Any], transforms: Sequence[BoundTransform]) -> dict[str, Any]:
     """A param group in which what is excluded from decay is excluded for every rule.
 
-    A `weight_decay` of 0, the first rule's, is 0 for the others too, where the group says nothing of them.
+    A `weight_decay` of 0, the first rule's, is 0 for the others too, where the group says nothing of them; and norm rules are
+    switched off.
     """
     if not is_zero(group.get("weight_decay")):
         return group
-    others = [bound.keys["weight_decay"] for bound in transforms if "weight_decay" in bound.keys]
-    return {**dict.fromkeys(others, 0.0), **group}
+    others: dict[str, Any] = {}
+    for bound in transforms:
+        off = {"weight_decay": 0.0, **bound.transform.off}
+        others |= {bound.keys[name]: value for name, value in off.items() if name in bound.keys}
+    return {**others, **group}
