@@ -328,12 +328,14 @@ def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> N
     """Add the statistics of a request's tensors, over the elements that this rank owns, to `into`. No communication."""
     scope = request.scope
     alike: dict[Any, tuple[list[int], list[list[Tensor]], list[Any]]] = {}
+    numbers: dict[Any, int] = {}  # of what is wanted: to hash that for every tensor would cost more than the rest
     into.device = into.device or request.device
     for source in request.sources:
         wanted, scale = source.vectors or request.metric.statistics, source.scale
         # A tensor is not read to find out whether it equals another.
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
         factors = scale.unbind() if isinstance(scale, Tensor) and scale.dim() else None
+        number = numbers.setdefault(wanted, len(numbers))
         for key, places in slots.owned_among(source.positions, scope).items():
             into.num_seen[key] += len(places)
             lists = slots.counted(source, places)
@@ -347,13 +349,15 @@ def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> N
             for place, *some in zip(places, *lists, strict=True):
                 if size := some[0].numel():
                     dtypes = tuple(one.dtype for one in some)
-                    kind = (some[0].device, dtypes, size, scale_key, wanted, factors is not None, num_rows)
+                    kind = (some[0].device, dtypes, size, scale_key, number, factors is not None, num_rows)
                     own_keys, own_lists, own_scales = alike.setdefault(kind, ([], [[] for _ in some], []))
                     own_keys.append(key)
                     for own, one in zip(own_lists, some, strict=True):
                         own.append(one)
                     own_scales.append(scale if factors is None else factors[place])
-    for (*_, wanted, has_factors, num_rows), (own_keys, own_lists, own_scales) in alike.items():
+    by_number = list(numbers)
+    for (*_, number, has_factors, num_rows), (own_keys, own_lists, own_scales) in alike.items():
+        wanted = by_number[number]
         each = statistics_of_each(own_lists[0], wanted, workspace, *own_lists[1:], num_rows=num_rows)
         # torch has no stack of numbers.
         scale = torch.stack(own_scales).repeat_interleave(num_rows) if has_factors else own_scales[0]

@@ -14,8 +14,9 @@ from torch import Tensor
 from .._torch import local_tensor
 from ..checks import plain_number
 from ..kernels.formulas import Rate
+from ..kernels.sums import COUNT as COUNT_NONZERO
 from ..kernels.sums import wide_dtype
-from ..metrics.measure import OWN, Request, Slots, Source, Taken, measure, take
+from ..metrics.measure import OWN, Request, Slots, Taken, measure, take
 from ..metrics.metric import Ask, Measure, StepProducts, parse_metric
 from ..metrics.plan import Plan
 from ..sharding.params import Params, is_frozen
@@ -133,12 +134,15 @@ class Coefficients:
             # A kept number of one parameter moves if the parameter has a gradient anywhere. Ranks whose shard is empty
             # may have none (FSDP1), so that is counted in the same reduction: a 1 for each gradient of an owner, for
             # each matrix that it owns a part of.
-            found = []
+            ones = Taken()
             for batch in step.batches:
-                one = torch.ones(1, device=batch.params[0].device)
-                nums = [slots.num_cells[position] if scope == "matrix" else 1 for position in batch.index]
-                found.append(Source(batch.index, [one if num == 1 else one.expand(num) for num in nums]))
-            requests.append(Request(parse_metric("l0"), found, scope))
+                owned, device = list(slots.owned_among(batch.index, scope)), batch.params[0].device
+                num = sum(slots.num_cells[position] for position in owned) if scope == "matrix" else len(owned)
+                ones.device = ones.device or device
+                ones.parts.append(
+                    (owned, {COUNT_NONZERO: torch.ones(num, dtype=wide_dtype(device), device=device)}, 1.0)
+                )
+            requests.append(Request(parse_metric("l0"), (), scope, ones))
         numbers_of = measure(slots.plan, requests, slots=slots, workspace=step.workspace)
         self._has_gradient.update({scope: numbers_of.pop() > 0 for scope in reversed(counted)})
         numbers: dict[Ask, Tensor] = dict(zip(asks, numbers_of, strict=True))
