@@ -1,0 +1,356 @@
+"""`python -m distwd`: run as its users run it; what it says is what real ranks find, and a broken distwd fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from distwd import Plan, param_groups
+from distwd.cli import layouts, plan, verify
+from distwd.cli.main import main
+from distwd.cli.process import Ranks
+from distwd.cli.rules import RULES, WAYS
+
+ROOT = Path(__file__).parent.parent
+HERE = "tests.test_command_line"
+
+
+def start(*arguments: str, ranks: int = 0, program: tuple[str, ...] = ("-m", "distwd")) -> Any:
+    """Run the command line under torchrun with that many ranks, or as one plain process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    return subprocess.run(
+        [sys.executable, *torchrun, *program, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def build(mesh: DeviceMesh) -> nn.Module:
+    """A model that shards itself: tensor parallel, then FSDP2. Its norms and experts show nothing of `tp`."""
+    net = layouts.Transformer()
+    if "tp" in (mesh.mesh_dim_names or ()):
+        layouts.tensor_parallel_(net, mesh["tp"])
+    layouts.shard_(net, mesh["dp", "fsdp"] if "dp" in (mesh.mesh_dim_names or ()) else mesh["fsdp"])
+    return net
+
+
+def build_whole() -> nn.Module:
+    return layouts.Transformer()
+
+
+def planned_on_ranks(sizes: dict[str, int], shards_itself: bool) -> tuple[str, int, int]:
+    """On real ranks: the table, and how many elements this rank and the model have."""
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    model = build(mesh) if shards_itself else plan.build(build_whole, mesh)[0].to_empty(device="cpu")
+    for param in model.parameters():
+        nn.init.zeros_(param)
+    found = Plan.build(param_groups(model, 0.1))
+    owned = sum(piece.numel for piece, own in zip(found.pieces, found.owned, strict=True) if own)
+    return str(found), owned, found.numel
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of a table without its head and its last line, but for who owns a piece that is not this rank's."""
+    rows = [line.split("  ") for line in table.splitlines()[1:-1]]
+    return [[cell.strip() for cell in row if cell.strip()] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shards_itself", "rank"),
+    [
+        ("fsdp=4", False, 3),
+        ("dp=2,fsdp=2", False, 3),
+        ("dp=2,fsdp=2", True, 3),
+        ("fsdp=2,tp=2", True, 1),
+        ("fsdp=3", True, 2),
+    ],
+)
+def test_a_plan_says_what_real_ranks_find(worlds, capsys, mesh, shards_itself, rank):
+    """One rank for each mesh: torch keeps what DTensor operations give by mesh, of which two are equal whoever asks."""
+    sizes = {axis: int(number) for axis, number in (part.split("=") for part in mesh.split(","))}
+    ranks = worlds.run(torch.Size(sizes.values()).numel(), planned_on_ranks, sizes, shards_itself)
+    function = "build" if shards_itself else "build_whole"
+    arguments = ["--model", f"{HERE}:{function}", "--mesh", mesh, "--rank", str(rank), "--unfold", "--json"]
+    assert main(["plan", *arguments]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["owned_by_rank"] == [owned for _, owned, _ in ranks]
+    assert said["elements"] == ranks[0][2] == sum(said["owned_by_rank"])
+    for ours, theirs in zip(rows_of(said["table"]), rows_of(ranks[rank][0]), strict=True):
+        assert ours[:4] + ours[5:] == theirs[:4] + theirs[5:]
+        assert (ours[4] == "yes") == (theirs[4] == "yes")
+
+
+def test_equal_layers_share_a_line_and_a_copy_says_who_owns_it(capsys):
+    assert main(["plan", "--model", f"{HERE}:build", "--mesh", "fsdp=2,tp=2", "--rank", "1"]) == 0
+    out = capsys.readouterr().out
+    (norm,) = [line.split() for line in out.splitlines() if line.startswith("blocks.0–1.norm.weight")]
+    assert norm == ["blocks.0–1.norm.weight", "46", "23", "S(0)", "rank", "0", "1", "0"]
+    assert "blocks.0–1.q.weight" in out
+    assert "not known without running it:" in out
+
+
+def payload(kind: str) -> int:
+    """Bytes of the collectives of one real step."""
+    from distwd.cli.wire import Wire
+
+    net = build(init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)))
+    case = next(case for case in RULES if case.name == kind)
+    optimizer, _ = case.optimizer("chain", list(net.named_parameters()))
+    for _ in range(2):
+        for param in net.parameters():
+            param.grad = torch.ones_like(param)
+        with Wire() as wire:
+            optimizer.step()
+    return wire.num_bytes
+
+
+def test_bytes_of_a_step_are_those_of_a_real_one(worlds, capsys):
+    assert main(["plan", "--model", f"{HERE}:build", "--mesh", "fsdp=2", "--json"]) == 0
+    steps = {step["rule"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+    for case in RULES:
+        assert steps[case.name]["collectives"] == case.num_collectives
+        # The plan's groups are those of param_groups; here all is one group, which only numbers by group can tell.
+        if "by group" not in case.name:
+            assert worlds.run(2, payload, case.name) == [steps[case.name]["bytes"]] * 2, case.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nowhere:build"], "neither a file nor a module:function"),
+        (["--model", f"{HERE}:ROOT"], "no function that returns a model"),
+        (["--model", "pyproject.toml"], "no config of transformers"),
+        (["--model", f"{HERE}:build", "--mesh", "rows=2"], "cannot read 'rows=2'"),
+        (["--model", f"{HERE}:build", "--mesh", "fsdp=2", "--rank", "2"], "the mesh has ranks 0 to 1"),
+        (["--model", f"{HERE}:build_whole", "--mesh", "fsdp=1,tp=2"], "has no tp_plan"),
+        (["--model", f"{HERE}:start", "--mesh", "fsdp=2"], "no torch.nn.Module"),
+    ],
+)
+def test_a_model_or_mesh_that_cannot_be_planned_is_said(capsys, arguments, words):
+    assert main(["plan", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not dist.is_initialized()
+
+
+def test_a_config_of_transformers_is_planned(tmp_path):
+    pytest.importorskip("transformers")
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config |= {"intermediate_size": 48, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = start("plan", "--model", str(tmp_path), "--mesh", "fsdp=2,tp=2")
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.0–2.self_attn.q_proj.weight" in done.stdout
+
+
+def test_plan_under_torchrun_is_printed_once():
+    done = start("plan", "--model", f"{HERE}:build", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rank 0 of 2 speaks for") == 1
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+SOME = ("l2 of params", "l1 of grad", "mad of update")
+
+
+@pytest.fixture(scope="module")
+def reference() -> verify.Reference:
+    cases = [verify.Case(rule, way) for rule in RULES if rule.name.endswith(SOME) for way in WAYS]
+    return verify.run_alone(torch.device("cpu"), cases)
+
+
+def judged(
+    reference: verify.Reference, folder: Path | None, names: tuple[str, ...], mutant: str = ""
+) -> list[verify.Verdict]:
+    """On ranks: the verdicts of the layouts with these names."""
+    ranks = Ranks(torch.device("cpu"), "gloo", dist.get_rank(), dist.get_world_size(), ("here",))
+    some = [layout for layout in layouts.layouts_of(ranks.size, "cpu")[0] if layout.name in names]
+    with MUTANTS[mutant]() if mutant else mock.MagicMock():
+        return [verify.judge(layout, reference, ranks, folder and folder / layout.name) for layout in some]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_layout_holds(worlds, reference, tmp_path, size):
+    names = {2: ("TP", "2 stages"), 3: ("HSDP", "experts"), 4: ("DDP", "FSDP2 x TP", "experts", "2 stages")}[size]
+    for verdicts in worlds.run(size, judged, reference, tmp_path, names):
+        assert [verdict.layout for verdict in verdicts] == [name for name in NAMES if name in names]
+        for verdict in verdicts:
+            assert verdict.faults == []
+            assert verdict.equal == verdict.resumed == verdict.cases == 6
+            assert verdict.collectives == {1: [1]}
+
+
+NAMES = ("DDP", "FSDP2", "HSDP", "TP", "FSDP2 x TP", "experts", "2 stages")
+
+
+@contextmanager
+def patched(target: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    owner, _, name = target.rpartition(".")
+    module = __import__(owner, fromlist=[name])
+    with mock.patch.object(module, name, change(getattr(module, name))):
+        yield
+
+
+def no_reduction() -> Any:
+    """Each rank takes its own part for the whole."""
+    return patched("distwd.metrics.measure.sum_over_ranks", lambda reduce: lambda values, world: values)
+
+
+def wrong_group() -> Any:
+    """The sum stops at one axis of a mesh."""
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("far", "near"))["near"].get_group()
+
+    def change(reduce: Any) -> Any:
+        return lambda values, world: reduce(values, dataclasses.replace(world, group=pairs))
+
+    return patched("distwd.metrics.measure.sum_over_ranks", change)
+
+
+def copies_count() -> Any:
+    """Every copy counts."""
+
+    def change(build: Any) -> Any:
+        def wrong(*args: Any) -> Any:
+            built = build(*args)
+            return dataclasses.replace(built, owned=(True,) * len(built.owned))
+
+        return wrong
+
+    return patched("distwd.metrics.plan.build", change)
+
+
+def stale_plan() -> Any:
+    """A plan is never built anew."""
+    return mock.patch.object(Plan, "fits", return_value=True)
+
+
+def one_more() -> Any:
+    """A collective that nobody needs."""
+
+    def change(reduce: Any) -> Any:
+        return lambda values, world: reduce(values, world) + 0 * reduce(values.clone(), world)
+
+    return patched("distwd.metrics.measure.sum_over_ranks", change)
+
+
+def forgotten_state() -> Any:
+    """A checkpoint lacks the optimizer's memory."""
+
+    def change(load: Any) -> Any:
+        def wrong(model: Any, optimizer: Any, state: Any, options: Any) -> None:
+            load(model, optimizer, state, options=options)
+            for entry in optimizer.state.values():
+                entry["exp_avg"].zero_()
+
+        return wrong
+
+    return patched("distwd.cli.verify.set_optimizer_state_dict", change)
+
+
+MUTANTS = {
+    "no reduction": no_reduction,
+    "wrong group": wrong_group,
+    "copies count": copies_count,
+    "stale plan": stale_plan,
+    "one more": one_more,
+    "forgotten state": forgotten_state,
+}
+CAUGHT = [
+    ("no reduction", "FSDP2", 4, "bits"),
+    ("no reduction", "2 stages", 4, "bits"),
+    ("wrong group", "FSDP2 x TP", 4, "bits"),
+    ("wrong group", "experts", 4, "bits"),
+    ("copies count", "DDP", 2, "bits"),
+    ("copies count", "TP", 2, "bits"),
+    ("stale plan", "FSDP2", 2, "error"),
+    ("one more", "FSDP2", 2, "collectives"),
+    ("forgotten state", "FSDP2", 2, "resume"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "layout", "size", "check"), CAUGHT)
+def test_a_fault_is_found_and_named(worlds, reference, tmp_path, mutant, layout, size, check):
+    folder = tmp_path if check == "resume" else None
+    for (verdict,) in worlds.run(size, judged, reference, folder, (layout,), mutant):
+        assert {fault.check for fault in verdict.faults} == {check}
+        fault = verdict.faults[0]
+        assert fault.layout == layout
+        if check == "bits":
+            assert "elements here, largest difference" in fault.text
+            assert "in one process" in fault.text  # the number that is wrong
+
+
+BROKEN = """
+import sys
+import distwd.metrics.measure
+from distwd.cli.main import main
+from distwd.cli.process import end_process
+distwd.metrics.measure.sum_over_ranks = lambda values, world: values
+end_process(main(sys.argv[1:]))
+"""
+
+
+def test_a_local_metric_fails_under_torchrun(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    program = (str(tmp_path / "broken.py"),)
+    done = start("verify", "--layouts", "FSDP2", "--rules", "l2", ranks=2, program=program)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line, other) = [line for line in done.stdout.splitlines() if line.startswith("FAIL FSDP2, bits")]
+    assert line.startswith(
+        "FAIL FSDP2, bits, RelativeWeightDecay: l2 of params (chain), rank 0 and 1 more: step 1 of 5: "
+    )
+    assert "metric is" in line
+    assert "(attach)" in other
+    assert "Please report" in done.stdout
+
+
+def test_verify_runs_as_one_process():
+    done = start("verify", "--rules", "l2", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["ok"]
+    assert [one["layout"] for one in said["layouts"]] == ["one process", "DDP", "FSDP2"]
+    assert all(one["equal"] == one["cases"] == 2 for one in said["layouts"])
+    assert set(said["left_out"]) == set(NAMES) - {"DDP", "FSDP2"}
+
+
+def test_verify_runs_under_torchrun():
+    done = start("verify", "--rules", "WeightDecay(0.1)", "--layouts", "HSDP", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("HSDP")]
+    assert [cell.strip() for cell in row if cell][:5] == ["HSDP", "dp=2,fsdp=1", "4 of 4", "0", "4 of 4"]
+    assert "OK: " in done.stdout
+    assert "HSDP (dp=2,fsdp=1): " in done.stderr  # progress
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--rules", "nothing"], "no rule has this"), (["--layouts", "SDP"], "on 1 ranks there are")],
+)
+def test_wrong_words_are_said(arguments, words):
+    done = start("verify", "--rules", "l2", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
