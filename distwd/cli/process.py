@@ -13,6 +13,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.version
+
+import distwd
 
 from ..errors import PlanError
 from ..sharding.collectives import gather_objects
@@ -156,7 +159,10 @@ def end_process(status: int) -> NoReturn:
 
 def versions() -> dict[str, Any]:
     """What to report beside a number: versions, and the kind of machine."""
-    from .. import __version__
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"distwd": __version__, "torch": torch.__version__, "python": sys.version.split()[0], "device": device}
+    return {
+        "distwd": distwd.__version__,
+        "torch": torch.version.__version__,
+        "python": sys.version.split()[0],
+        "device": device,
+    }
