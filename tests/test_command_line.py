@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distwd import Plan, param_groups
+from distwd.__main__ import main
 from distwd.cli import layouts, plan
-from distwd.cli.main import main
 from distwd.cli.rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +173,7 @@ NAMES = ("DDP", "FSDP2", "HSDP", "TP", "FSDP2 x TP", "experts", "2 stages")
 BROKEN = """
 import sys
 import distwd.metrics.measure
-from distwd.cli.main import main
+from distwd.__main__ import main
 from distwd.cli.process import end_process
 distwd.metrics.measure.sum_over_ranks = lambda values, world: values
 end_process(main(sys.argv[1:]))

@@ -27,10 +27,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+import distwd
+
 from .._torch import fake_tensors, join_fake_group
-from ..groups.param_groups import param_groups
 from ..metrics.measure import Request, measure
-from ..metrics.plan import Plan
 from ..sharding.ownership import NUM_COLUMNS
 from ..sharding.pieces import Intervals, cuts_at
 from ..sharding.tables import plan_table, text_table
@@ -171,7 +171,7 @@ def build(make: Callable[..., nn.Module], mesh: DeviceMesh) -> tuple[nn.Module, 
 
 def describe_plan(model: nn.Module, root: DeviceMesh, unfold: bool) -> dict[str, Any]:
     """The plan of this rank, what the other ranks own if they run the same program, and bytes of every exchange."""
-    plan = Plan.build(param_groups(model, 0.1))
+    plan = distwd.Plan.build(distwd.param_groups(model, 0.1))
     size = plan.world.size
     unknown = [
         "whether the other ranks run the same program: pipeline stages, and groups that are made by hand, are as rank "
@@ -253,7 +253,7 @@ def numel_of(cuts: Sequence[Intervals]) -> int:
     return math.prod(sum(high - low for low, high in intervals) for intervals in cuts)
 
 
-def step_cost(plan: Plan, name: str, asks: Any) -> dict[str, Any]:
+def step_cost(plan: distwd.Plan, name: str, asks: Any) -> dict[str, Any]:
     """The collectives of a step with one rule, counted: everything runs but the sending."""
     requests = [Request(ask.parsed, [], ask.scope) for ask in dict.fromkeys(asks)]
     with Wire() as wire:

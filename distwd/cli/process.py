@@ -17,7 +17,6 @@ import torch.version
 
 import distwd
 
-from ..errors import PlanError
 from ..sharding.collectives import gather_objects
 from ..sharding.world import ErrorStore, World
 
@@ -100,8 +99,8 @@ class Ranks:
         """What each rank has to say, in order of rank."""
         return gather_objects(value, World.of(None))
 
-    def attempt(self, work: Callable[[], T]) -> T | str:
-        """What `work` returns; or why it failed, if it failed on every rank.
+    def attempt(self, what: str, work: Callable[[], T]) -> T | str:
+        """What `work` returns; or why it failed, if it failed on every rank. what: how to call it.
 
         A PlanError comes on all ranks alike, and they can go on to the next thing. A rank that fails alone says so on
         stderr and ends this process: the others may be in a collective that nobody can finish.
@@ -115,8 +114,8 @@ class Ranks:
         if store is not None:
             try:
                 store.rendezvous(reason)
-            except PlanError:
-                print(f"distwd: rank {self.rank} failed alone: {reason}", file=sys.stderr, flush=True)
+            except distwd.PlanError:
+                print(f"FAIL {what}, error, rank {self.rank} alone: {reason}", file=sys.stderr, flush=True)
                 end_process(1)
         return reason
 

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..attach.attach import attach
-from ..chain import Chain
-from ..optimizers.lr import LR
-from ..optimizers.wrap import Adam
-from ..rules.base import Rule
-from ..rules.relative import RelativeWeightDecay
-from ..rules.weight_decay import CautiousWeightDecay, DirectWeightDecay, WeightDecay
-from ..step.transform import Transform
+import distwd
 
 Named = list[tuple[str, nn.Parameter]]
 LEARNING_RATE = 0.02
@@ -31,13 +24,8 @@ class RuleCase:
     """
 
     name: str
-    rule: Rule
+    rule: distwd.Rule
     num_collectives: int
-
-    def chain(self) -> list[Transform]:
-        """Adam, the rule, and the learning rate: decay as AdamW's."""
-        # Not fused: those kernels round by where a tensor is cut, and bits are compared.
-        return [Adam(foreach=True), self.rule, LR(LEARNING_RATE)]
 
     def optimizer(
         self, way: str, named: Named
@@ -47,29 +35,32 @@ class RuleCase:
         way: "chain", or "attach": torch's own AdamW with the rule attached.
         """
         if way == "chain":
-            chain = Chain(named, *self.chain())
+            # Not fused: those kernels round by where a tensor is cut, and bits are compared.
+            chain = distwd.Chain(named, distwd.Adam(foreach=True), self.rule, distwd.LR(LEARNING_RATE))
             return chain, chain.stats
         # torch's own foreach step refuses a list of DTensors and plain tensors.
         adamw = torch.optim.AdamW(named, lr=LEARNING_RATE, weight_decay=0.0, foreach=False)
-        return adamw, attach(adamw, self.rule).stats
+        return adamw, distwd.attach(adamw, self.rule).stats
 
 
 # A mean is right by luck where every element counts equally often too often. So there are sums (l1, l2) among these.
 RULES = (
-    RuleCase("WeightDecay(0.1)", WeightDecay(0.1), 0),
-    RuleCase("CautiousWeightDecay(0.1)", CautiousWeightDecay(0.1), 0),
-    RuleCase("DirectWeightDecay(0.01)", DirectWeightDecay(0.01), 0),
-    RuleCase("RelativeWeightDecay: mad of update", RelativeWeightDecay(0.5), 1),
-    RuleCase("RelativeWeightDecay: l1 of grad", RelativeWeightDecay(1e-4, norm_input="grad", metric="l1"), 1),
-    RuleCase("RelativeWeightDecay: l2 of params", RelativeWeightDecay(0.01, norm_input="params", metric="l2"), 1),
+    RuleCase("WeightDecay(0.1)", distwd.WeightDecay(0.1), 0),
+    RuleCase("CautiousWeightDecay(0.1)", distwd.CautiousWeightDecay(0.1), 0),
+    RuleCase("DirectWeightDecay(0.01)", distwd.DirectWeightDecay(0.01), 0),
+    RuleCase("RelativeWeightDecay: mad of update", distwd.RelativeWeightDecay(0.5), 1),
+    RuleCase("RelativeWeightDecay: l1 of grad", distwd.RelativeWeightDecay(1e-4, norm_input="grad", metric="l1"), 1),
+    RuleCase(
+        "RelativeWeightDecay: l2 of params", distwd.RelativeWeightDecay(0.01, norm_input="params", metric="l2"), 1
+    ),
     RuleCase(
         "RelativeWeightDecay: rms of update by group, cautious",
-        RelativeWeightDecay(0.5, metric="rms", scope="group", cautious=True),
+        distwd.RelativeWeightDecay(0.5, metric="rms", scope="group", cautious=True),
         1,
     ),
     RuleCase(
         "RelativeWeightDecay: linf of params by tensor",
-        RelativeWeightDecay(0.5, 2, "params", "linf", scope="tensor"),
+        distwd.RelativeWeightDecay(0.5, 2, "params", "linf", scope="tensor"),
         1,
     ),
 )

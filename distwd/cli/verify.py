@@ -295,7 +295,7 @@ def check_layout(
 def judge(layout: Layout, reference: Reference, ranks: Ranks, folder: Path | None) -> Verdict:
     """Check a layout on all ranks together. The verdict is the same on every rank."""
     begun = time.monotonic()
-    found = ranks.attempt(lambda: check_layout(layout, reference, ranks, folder))
+    found = ranks.attempt(layout.name, lambda: check_layout(layout, reference, ranks, folder))
     num_cases = len(reference.params)
     verdict = Verdict(layout.name, layout.mesh, num_cases)
     if isinstance(found, str):
