@@ -31,7 +31,9 @@ import distwd
 
 from .._torch import fake_tensors, join_fake_group
 from ..metrics.measure import Request, measure
+from ..metrics.plan import build_plan
 from ..sharding.ownership import NUM_COLUMNS
+from ..sharding.params import entries_of
 from ..sharding.pieces import Intervals, cuts_at
 from ..sharding.tables import plan_table, text_table
 from .process import is_first, parse_mesh, say
@@ -171,7 +173,7 @@ def build(make: Callable[..., nn.Module], mesh: DeviceMesh) -> tuple[nn.Module, 
 
 def describe_plan(model: nn.Module, root: DeviceMesh, unfold: bool) -> dict[str, Any]:
     """The plan of this rank, what the other ranks own if they run the same program, and bytes of every exchange."""
-    plan = distwd.Plan.build(distwd.param_groups(model, 0.1))
+    plan = build_plan(entries_of(distwd.param_groups(model, 0.1)), by_matrix=True)
     size = plan.world.size
     unknown = [
         "whether the other ranks run the same program: pipeline stages, and groups that are made by hand, are as rank "

@@ -48,6 +48,8 @@ RULES = (
     RuleCase("WeightDecay(0.1)", distwd.WeightDecay(0.1), 0),
     RuleCase("CautiousWeightDecay(0.1)", distwd.CautiousWeightDecay(0.1), 0),
     RuleCase("DirectWeightDecay(0.01)", distwd.DirectWeightDecay(0.01), 0),
+    RuleCase("WeightDecay(0.1), toward initial", distwd.WeightDecay(0.1, toward="initial"), 0),
+    RuleCase("WeightDecay(0.1), ord 1, proximal", distwd.WeightDecay(0.1, ord=1, proximal=True), 0),
     RuleCase("RelativeWeightDecay: mad of update", distwd.RelativeWeightDecay(0.5), 1),
     RuleCase("RelativeWeightDecay: l1 of grad", distwd.RelativeWeightDecay(1e-4, norm_input="grad", metric="l1"), 1),
     RuleCase(
@@ -61,6 +63,11 @@ RULES = (
     RuleCase(
         "RelativeWeightDecay: linf of params by tensor",
         distwd.RelativeWeightDecay(0.5, 2, "params", "linf", scope="tensor"),
+        1,
+    ),
+    RuleCase(
+        "RelativeWeightDecay: l2 of update by matrix",
+        distwd.RelativeWeightDecay(0.05, metric="l2", scope="matrix"),
         1,
     ),
 )

@@ -144,7 +144,8 @@ class Run:
         for stats in self.stats().values():
             metric: Any = stats.get("metric", {})
             by_name = metric if isinstance(metric, dict) else {"": metric}
-            found |= {f"metric {key}".strip(): float(value) for key, value in by_name.items()}
+            # Numbers by matrix are vectors, of the matrices that are here: they would tell no more than the parameter does.
+            found |= {f"metric {key}".strip(): float(value) for key, value in by_name.items() if value.numel() == 1}
         return found
 
     def differing(self, whole: Whole, alone: Mapping[str, float]) -> str | None:
