@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,19 +20,20 @@ from distwd import Plan, param_groups
 from distwd.__main__ import main
 from distwd.cli import layouts, plan
 from distwd.cli.rules import RULES
+from distwd.cli.wire import Wire
 
 ROOT = Path(__file__).parent.parent
 HERE = "tests.test_command_line"
 
 
-def start(*arguments: str, ranks: int = 0, program: tuple[str, ...] = ("-m", "distwd")) -> Any:
+def start(*arguments: str, ranks: int = 0, program: tuple[str, ...] = ("-m", "distwd"), folder: Path = ROOT) -> Any:
     """Run the command line under torchrun with that many ranks, or as one plain process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     return subprocess.run(
         [sys.executable, *torchrun, *program, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -107,29 +109,37 @@ def test_equal_layers_share_a_line_and_a_copy_says_who_owns_it(capsys):
     assert "not known without running it:" in out
 
 
-def payload(kind: str) -> int:
-    """Bytes of the collectives of one real step."""
-    from distwd.cli.wire import Wire
-
-    net = build(init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)))
-    case = next(case for case in RULES if case.name == kind)
+def payload(name: str, sizes: dict[str, int]) -> tuple[int, int, int]:
+    """Bytes of the collectives of two real steps with a rule, and how many collectives the second made."""
+    net = build(init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
+    for param in net.parameters():
+        nn.init.zeros_(param)
+    case = next(case for case in RULES if case.name == name)
     optimizer, _ = case.optimizer("chain", list(net.named_parameters()))
+    wires = []
     for _ in range(2):
         for param in net.parameters():
             param.grad = torch.ones_like(param)
         with Wire() as wire:
             optimizer.step()
-    return wire.num_bytes
+        wires.append(wire)
+    return wires[0].num_bytes, wires[1].num_bytes, len(wires[1].calls)
 
 
-def test_bytes_of_a_step_are_those_of_a_real_one(worlds, capsys):
-    assert main(["plan", "--model", f"{HERE}:build", "--mesh", "fsdp=2", "--json"]) == 0
-    steps = {step["rule"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
-    for case in RULES:
-        assert steps[case.name]["collectives"] == case.num_collectives
+@pytest.mark.parametrize("mesh", ["fsdp=2", "dp=2,fsdp=1"])
+def test_bytes_are_those_of_real_steps(worlds, capsys, mesh):
+    """Of the first step, which builds the plan and compares the gradients of copies, and of a later one."""
+    assert main(["plan", "--model", f"{HERE}:build", "--mesh", mesh, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    sizes = {axis: int(number) for axis, number in (part.split("=") for part in mesh.split(","))}
+    once = said["exchange"]["bytes_sent"] + said["exchange"]["bytes_received"] + said["exchange"]["first_step_bytes"]
+    assert [step["rule"] for step in said["steps"]] == [case.name for case in RULES]
+    for case, step in zip(RULES, said["steps"], strict=True):
         # The plan's groups are those of param_groups; here all is one group, which only numbers by group can tell.
-        if "by group" not in case.name:
-            assert worlds.run(2, payload, case.name) == [steps[case.name]["bytes"]] * 2, case.name
+        if "by group" in case.name:
+            continue
+        expected = once * bool(step["bytes"]) + step["bytes"], step["bytes"], case.num_collectives
+        assert worlds.run(2, payload, case.name, sizes) == [expected] * 2, case.name
 
 
 @pytest.mark.parametrize(
@@ -150,14 +160,17 @@ def test_a_model_or_mesh_that_cannot_be_planned_is_said(capsys, arguments, words
     assert not dist.is_initialized()
 
 
-def test_a_config_of_transformers_is_planned(tmp_path):
+def test_a_config_of_transformers_is_planned_as_the_page_shows(tmp_path):
     pytest.importorskip("transformers")
-    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config |= {"intermediate_size": 48, "vocab_size": 50}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    done = start("plan", "--model", str(tmp_path), "--mesh", "fsdp=2,tp=2")
+    page = (ROOT / "docs/pages/command-line.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r'^```json title="config.json"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL)
+    (shown,) = re.findall(r'^```text title="plan"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL)
+    (arguments,) = re.findall(r"^python -m distwd (plan --model config.json.*)$", page, re.MULTILINE)
+    (tmp_path / "config.json").write_text(config)
+    done = start(*arguments.split(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "model.layers.0–2.self_attn.q_proj.weight" in done.stdout
+    # What follows is a line for each rule, and there will be more.
+    assert done.stdout.split("in each step")[0] == shown.split("in each step")[0]
 
 
 def test_plan_under_torchrun_is_printed_once():
@@ -221,3 +234,27 @@ def test_wrong_words_are_said(capsys, arguments, words):
     assert main(["verify", "--rules", "l2", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not dist.is_initialized()
+
+
+ALONE = """
+import os, sys
+import distwd.metrics.measure
+from distwd.__main__ import main
+from distwd.cli.process import end_process
+
+def fail(values, world):
+    raise RuntimeError("out of memory")
+
+if os.environ["RANK"] == "1":
+    distwd.metrics.measure.sum_over_ranks = fail
+end_process(main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_fails_alone_says_so_and_ends_all(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    arguments = ("verify", "--layouts", "FSDP2", "--rules", "l2 of params", "--timeout", "20")
+    done = start(*arguments, ranks=2, program=(str(tmp_path / "alone.py"),))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAIL FSDP2, error, rank 1 alone: RuntimeError: out of memory" in done.stderr
+    assert "OK" not in done.stdout
