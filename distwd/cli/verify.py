@@ -10,7 +10,6 @@ a forward and backward pass rounds differently on every layout whatever the opti
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .._torch import local_tensor
+from ..sharding.ownership import checksums_of, stable_hash
 from ..sharding.tables import text_table
 from .layouts import Layout, Whole, layouts_of, made_up, shapes
 from .process import Ranks, join_ranks, pick_device, say, versions
@@ -197,7 +197,7 @@ class Reference:
     grads: list[dict[str, Tensor]]
     params: dict[Case, list[dict[str, Tensor]]]
     metrics: dict[Case, list[dict[str, float]]]
-    digest: str
+    digest: int
 
 
 def run_alone(device: torch.device, cases: Sequence[Case]) -> Reference:
@@ -213,7 +213,7 @@ def run_alone(device: torch.device, cases: Sequence[Case]) -> Reference:
     }
     params: dict[Case, list[dict[str, Tensor]]] = {}
     metrics: dict[Case, list[dict[str, float]]] = {}
-    digest = hashlib.sha256()
+    checksums = []
     for case in cases:
         run = Run(case, Layout("one process", "", lambda net: None), start, numbers, device)
         params[case], metrics[case] = [], []
@@ -221,9 +221,8 @@ def run_alone(device: torch.device, cases: Sequence[Case]) -> Reference:
             run.step(step, given)
             params[case].append({name: param.detach().clone() for name, param in run.named})
             metrics[case].append(run.metrics())
-        for _, param in run.named:
-            digest.update(param.detach().cpu().numpy().tobytes())
-    return Reference(start, grads, params, metrics, digest.hexdigest())
+        checksums.append(checksums_of([param.detach() for _, param in run.named]))
+    return Reference(start, grads, params, metrics, stable_hash(checksums))
 
 
 def difference(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
@@ -403,6 +402,8 @@ def make_shared_folder(wanted: Path | None, ranks: Ranks) -> tuple[Path | None, 
     folder = Path(ranks.gather(made)[0])
     unseen = [rank for rank, sees in enumerate(ranks.gather(folder.is_dir())) if not sees]
     if unseen:
+        if ranks.rank == 0:
+            folder.rmdir()
         return None, f"--folder {wanted}: rank {', '.join(map(str, unseen))} cannot see what rank 0 writes there"
     return folder, ""
 
