@@ -66,6 +66,16 @@ RULES = (
         1,
     ),
     RuleCase(
+        "RelativeWeightDecay: l2 of grad per params, running mean",
+        distwd.RelativeWeightDecay(0.5, norm_input="grad", metric="l2", per="params", smoothing=0.9),
+        1,
+    ),
+    RuleCase(
+        "RelativeWeightDecay: mad of second moment, power 0.5",
+        distwd.RelativeWeightDecay(1.0, norm_input="second_moment", power=0.5),
+        1,
+    ),
+    RuleCase(
         "RelativeWeightDecay: l2 of update by matrix",
         distwd.RelativeWeightDecay(0.05, metric="l2", scope="matrix"),
         1,

@@ -144,7 +144,12 @@ def stack_here(tensor: Tensor) -> tuple[int, ...]:
     if not isinstance(tensor, DTensor):
         return tuple(tensor.shape[:num_stacked])
     # Not the shape of the local tensor: that of an empty one may be any.
-    return tuple(map(_length, _cuts(tensor, tuple(local_tensor(tensor).shape))[:num_stacked]))
+    return tuple(
+        map(
+            _length,
+            cuts_at(tensor, tensor.device_mesh.get_coordinate(), tuple(local_tensor(tensor).shape))[:num_stacked],
+        )
+    )
 
 
 def check_matrices(name: str, tensor: Tensor, mark: Mark | None) -> None:
