@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
+import distwd
+
 from .cli import plan, verify
 from .cli.process import end_process
 
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m distwd", description="Weight decay for sharded models: what it does, and whether it holds here."
     )
+    parser.add_argument("--version", action="version", version=distwd.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module, name, help_ in (
         (plan, "plan", "who holds what of a model on a mesh, and what it costs, without running it"),

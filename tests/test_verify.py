@@ -148,3 +148,37 @@ def test_a_fault_is_found_and_named(worlds, reference, tmp_path, mutant, layout,
         if check == "bits":
             assert "elements here, largest difference" in fault.text
             assert "in one process" in fault.text  # the number that is wrong
+
+
+def test_an_error_is_reported_with_its_layout():
+    error = verify.Fault("TP", "error", "", 0, "PlanError: no (alike on every rank)")
+    verdicts = [verify.Verdict("DDP", "dp=2", 4, 4, None, {0: [0], 1: [1]}), verify.Verdict("TP", "tp=2", 4)]
+    verdicts[1].faults = [error]
+    words = dict.fromkeys(("distwd", "torch", "python", "device", "backend", "compared"), "x")
+    result = {
+        **words,
+        "ranks": 2,
+        "machines": 2,
+        "left_out": {},
+        "resume_left_out": "2 machines need a folder",
+        "seconds": 1,
+    }
+    lines = verify.report(result, verdicts).splitlines()
+    assert "FAIL TP, error, rank 0: PlanError: no (alike on every rank)" in lines
+    assert "left out: resume, 2 machines need a folder" in lines
+    assert [line.split() for line in lines if line.startswith(("DDP", "TP"))] == [
+        ["DDP", "dp=2", "4", "of", "4", "0", "and", "1", "-", "0.0"],
+        ["TP", "tp=2", "ERROR", "-", "ERROR", "0.0"],
+    ]
+    assert lines[-1].startswith("FAIL: 1 of 2 rows")
+
+
+def test_folders_that_not_every_machine_sees_are_left_out(worlds):
+    for folder, reason in worlds.run(2, on_two_machines):
+        assert folder is None
+        assert "--folder" in reason
+
+
+def on_two_machines() -> tuple[Path | None, str]:
+    ranks = Ranks(torch.device("cpu"), "gloo", dist.get_rank(), dist.get_world_size(), ("one", "other"))
+    return verify.make_shared_folder(None, ranks)

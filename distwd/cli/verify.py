@@ -300,7 +300,7 @@ def judge(layout: Layout, reference: Reference, ranks: Ranks, folder: Path | Non
     num_cases = len(reference.params)
     verdict = Verdict(layout.name, layout.mesh, num_cases)
     if isinstance(found, str):
-        verdict.faults = [Fault(layout.name, "error", "", ranks.rank, found)]
+        verdict.faults = [Fault(layout.name, "error", "", ranks.rank, f"{found} (alike on every rank)")]
     else:
         of_ranks = ranks.gather(found)
         verdict.faults = [fault for faults, _ in of_ranks for fault in faults]
