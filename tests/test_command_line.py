@@ -196,7 +196,7 @@ end_process(main(sys.argv[1:]))
 def test_a_local_metric_fails_under_torchrun(tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     program = (str(tmp_path / "broken.py"),)
-    done = start("verify", "--layouts", "FSDP2", "--rules", "l2", ranks=2, program=program)
+    done = start("verify", "--layouts", "FSDP2", "--rules", "l2 of params", ranks=2, program=program)
     assert done.returncode == 1, done.stdout + done.stderr
     (line, other) = [line for line in done.stdout.splitlines() if line.startswith("FAIL FSDP2, bits")]
     assert line.startswith(
@@ -208,7 +208,7 @@ def test_a_local_metric_fails_under_torchrun(tmp_path):
 
 
 def test_verify_runs_as_one_process():
-    done = start("verify", "--rules", "l2", "--json")
+    done = start("verify", "--rules", "l2 of params", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["ok"]
@@ -218,10 +218,10 @@ def test_verify_runs_as_one_process():
 
 
 def test_verify_runs_under_torchrun():
-    done = start("verify", "--rules", "WeightDecay(0.1)", "--layouts", "HSDP", ranks=2)
+    done = start("verify", "--rules", "DirectWeightDecay", "--layouts", "HSDP", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("HSDP")]
-    assert [cell.strip() for cell in row if cell][:5] == ["HSDP", "dp=2,fsdp=1", "4 of 4", "0", "4 of 4"]
+    assert [cell.strip() for cell in row if cell][:5] == ["HSDP", "dp=2,fsdp=1", "2 of 2", "0", "2 of 2"]
     assert "OK: " in done.stdout
     assert "HSDP (dp=2,fsdp=1): " in done.stderr  # progress
 
@@ -231,7 +231,7 @@ def test_verify_runs_under_torchrun():
     [(["--rules", "nothing"], "no rule has this"), (["--layouts", "SDP"], "on 1 ranks there are")],
 )
 def test_wrong_words_are_said(capsys, arguments, words):
-    assert main(["verify", "--rules", "l2", *arguments]) == 2
+    assert main(["verify", "--rules", "l2 of params", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not dist.is_initialized()
 
