@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental import _config
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 # --- DTensor --------------------------------------------------------------------------------------------------------
 
@@ -71,6 +71,14 @@ def store_of(group: dist.ProcessGroup) -> Any:
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
     return dist.distributed_c10d._get_process_group_store(group)
+
+
+def join_fake_group(rank: int, size: int) -> None:
+    """Make this process rank `rank` of `size` in torch's "fake" process group, which sends nothing."""
+    # Waits for: a public way to a fake group. Imported here, since only a simulation needs torch's testing tools.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
 
 def ddp_models_of(params: Iterable[Tensor]) -> list[weakref.ref[DistributedDataParallel]]:
@@ -193,6 +201,12 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def fake_tensors() -> Any:
+    """A context in which tensors are made without values and without memory, on whatever device they say."""
+    # Waits for: a public FakeTensorMode. What is a real tensor already, a constant of a model's code, is taken as it is.
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 @contextmanager
 def plain_tensors() -> Iterator[None]:
     """Tensors made within are real and on the CPU, whatever FakeTensorMode and torch.set_default_device say outside."""
@@ -304,6 +318,10 @@ def is_in_dispatch_mode() -> bool:
     # Waits for: a public question. (torch's own flag is the process's: where two threads enter modes at once and leave
     # them in the same order, it stays up for good.)
     return _get_current_dispatch_mode() is not None
+
+
+# Waits for: a public base class of modes that see every operation of a block.
+DispatchMode = TorchDispatchMode
 
 
 def calling_frame(depth: int = 1) -> FrameType:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import distwd
+from distwd.cli.process import num_cores as num_cores
 
 Record = dict[str, Any]
 MIB = 1 << 20
@@ -41,11 +42,6 @@ def machine(device: str) -> Record:
 def _threading() -> list[str]:
     """What the environment says about threads; it matters as much as the options do."""
     return [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(("OMP_", "GOMP_", "KMP_"))]
-
-
-def num_cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

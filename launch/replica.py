@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from distwd.cli.verify import difference
 
 
 @dataclass
@@ -104,15 +104,6 @@ class Replica:
             verdict.elements_differ += int(count)
             verdict.largest_difference = max(verdict.largest_difference, largest)
         return verdict
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
-    """(elements whose bits differ, largest |a - b|): 0.0 and -0.0 differ, a NaN and the same NaN do not."""
-    bits = INTEGERS[a.element_size()]
-    differ = a.contiguous().view(bits) != b.contiguous().view(bits)
-    if not differ.any():
-        return 0, 0.0
-    return int(differ.sum()), float((a[differ].double() - b[differ].double()).abs().max())
 
 
 def worst_of_all_ranks(count: int, largest: float) -> tuple[int, float]:

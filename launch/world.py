@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from distwd.cli import process
+from distwd.cli.process import end_process as end_process
+from distwd.cli.process import num_cores, pick_device
+
 T = TypeVar("T")
-AXES = ("dp", "fsdp", "tp")  # from the outermost to the innermost: tp talks most, so its ranks are neighbours
 
 
 @dataclass(frozen=True)
@@ -101,19 +104,9 @@ def parse_mesh(text: str | None, size: int) -> dict[str, int]:
     """
     if text is None:
         return {"fsdp": size}
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, number = part.strip().partition("=")
-        if axis not in AXES or axis in sizes or not number.isdecimal() or int(number) < 1:
-            raise ValueError(
-                f"--mesh {text}: cannot read {part!r}; write each of {', '.join(AXES)} once at most, "
-                "with a size, as in fsdp=2,tp=2"
-            )
-        sizes[axis] = int(number)
+    sizes = process.parse_mesh(text)
     check_size(text, math.prod(sizes.values()), size)
-    if "dp" in sizes:
-        sizes.setdefault("fsdp", 1)  # replication is the outer half of HSDP
-    return {axis: sizes[axis] for axis in AXES if axis in sizes}
+    return sizes
 
 
 def check_size(text: str, wanted: int, size: int) -> None:
@@ -145,19 +138,6 @@ def start_world(mesh: str | None, threads: int | None) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def end_process(status: int) -> NoReturn:
-    """The end of a program that has left its world.
-
-    On gloo without Python's shutdown: the mesh keeps the group's threads alive, and a busy machine's shutdown then aborts now
-    and then ("terminate called without an active exception").
-    """
-    if "WORLD_SIZE" in os.environ and not torch.cuda.is_available():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 def make_world(device: torch.device, mesh: DeviceMesh) -> World:
     """Number the readers along the axes that cut the batch, dp outermost."""
     reader, num_readers = 0, 1
@@ -166,21 +146,6 @@ def make_world(device: torch.device, mesh: DeviceMesh) -> World:
             length = mesh[axis].size()
             reader, num_readers = reader * length + mesh.get_local_rank(axis), num_readers * length
     return World(device, mesh, dist.get_rank(), dist.get_world_size(), reader, num_readers)
-
-
-def pick_device() -> torch.device:
-    """A GPU for each rank where there are GPUs, else the CPU. Raises ValueError if they are too few."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if ranks > gpus:
-        raise ValueError(
-            f"{ranks} ranks were started on a machine with {gpus} GPU{'s' * (gpus > 1)}; start {gpus}, "
-            'or train on the CPU with CUDA_VISIBLE_DEVICES=""'
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 def set_threads(threads: int | None) -> None:
@@ -195,10 +160,3 @@ def set_threads(threads: int | None) -> None:
         threads = max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def num_cores() -> int:
-    """The cores that this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

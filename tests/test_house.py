@@ -26,6 +26,8 @@ LAYERS = [
     ["rules", "optimizers"],
     ["chain", "attach"],
     ["__init__"],
+    ["cli"],
+    ["__main__"],
 ]
 
 # Who may call a collective, and nobody else.

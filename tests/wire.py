@@ -14,36 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distwd
+from distwd.cli.wire import Wire as Wire  # imported from here by the tests
+from distwd.cli.wire import tensors_in
 
-COMMUNICATION = ("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd")
-NO_TALK = ("wait", "_wrap_tensor")
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item", "masked_select", "_unique2")
-
-
-class Wire(TorchDispatchMode):
-    """Records every collective of the block, whoever starts it and through whatever API: `with Wire() as wire`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-        self.num_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # a DTensor first becomes local work and collectives, and those are what counts
-        name = func._schema.name
-        if name.split("::")[0] in COMMUNICATION and not any(part in name for part in NO_TALK):
-            self.calls.append(name.split("::")[1])
-            self.num_elements += sum(leaf.numel() for leaf in _tensors(args))
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(tree: object) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for leaf in tree:
-            yield from _tensors(leaf)
 
 
 # The package itself: a checkout that is called distwd, too, may hold an environment with torch in it.
@@ -79,7 +53,7 @@ class _NoReads(TorchDispatchMode):
 def _reads(name: str, args: tuple) -> bool:
     """Whether an operation needs values on the host; indexing by a mask needs the number of its elements."""
     if name in ("aten::index", "aten::index_put_"):
-        return any(index.dtype == torch.bool for index in _tensors(args[1]))
+        return any(index.dtype == torch.bool for index in tensors_in(args[1]))
     return name.removeprefix("aten::") in READS
 
 

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from distwd.cli.layouts import distribute_
 from tests.model import SHAPES, Net, mesh_of, submesh
 from tests.releases import UNEVEN_OVER_TP, require_torch
 
@@ -102,8 +103,7 @@ def mesh_without_rank0() -> DeviceMesh:
 def distribute(net: Net, mesh: DeviceMesh, names: list[str], dim: int) -> None:
     for name in names:
         module, own = net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        whole = getattr(module, own).detach()
-        setattr(module, own, nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim % whole.ndim)])))
+        distribute_(module, own, mesh, dim % getattr(module, own).ndim)
 
 
 def ddp(net: Net) -> nn.Module:

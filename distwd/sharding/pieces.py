@@ -95,7 +95,7 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     if isinstance(tensor, DTensor):
         meshes = {} if meshes is None else meshes
         mesh = tensor.device_mesh
-        cuts = _cuts(tensor, local)
+        cuts = cuts_at(tensor, mesh.get_coordinate(), local)
         # Of an empty tensor nothing is measured or decayed; frameworks give it any shape.
         if math.prod(local) and not _fits(cuts, local):
             raise ValueError(
@@ -144,7 +144,12 @@ def stack_here(tensor: Tensor) -> tuple[int, ...]:
     if not isinstance(tensor, DTensor):
         return tuple(tensor.shape[:num_stacked])
     # Not the shape of the local tensor: that of an empty one may be any.
-    return tuple(map(_length, _cuts(tensor, tuple(local_tensor(tensor).shape))[:num_stacked]))
+    return tuple(
+        map(
+            _length,
+            cuts_at(tensor, tensor.device_mesh.get_coordinate(), tuple(local_tensor(tensor).shape))[:num_stacked],
+        )
+    )
 
 
 def check_matrices(name: str, tensor: Tensor, mark: Mark | None) -> None:
@@ -235,8 +240,14 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 # --- how a mesh cuts --------------------------------------------------------------------------------------------------
 
 
-def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
-    coordinate = tensor.device_mesh.get_coordinate()
+def cuts_at(
+    tensor: DTensor, coordinate: Sequence[int] | None, local: tuple[int, ...] | None = None
+) -> tuple[Intervals, ...]:
+    """For each dimension of the whole, the intervals of indices that a rank of the mesh holds.
+
+    coordinate: of the rank in the tensor's mesh; None for a rank outside of it.
+    local: the shape of that rank's local tensor; None where it is not known, as of another rank.
+    """
     # A rank outside of the mesh holds nothing. A scalar gets a dimension of no indices to say so.
     if coordinate is None:
         return tuple(() for _ in tensor.shape) or ((),)
@@ -249,7 +260,7 @@ def _cuts(tensor: DTensor, local: tuple[int, ...]) -> tuple[Intervals, ...]:
     # the two are not the same; then the local tensor's shape decides which it is. That the whole is covered is checked
     # later.
     nested = _cut_along(_as_fsdp_cuts(axes), tuple(tensor.shape))
-    return nested if _fits(nested, local) or not _fits(as_written, local) else as_written
+    return nested if local is None or _fits(nested, local) or not _fits(as_written, local) else as_written
 
 
 def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals, ...]:

@@ -24,18 +24,29 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plan_table(
-    world: World, entries: Sequence[NamedParam], pieces: Sequence[Piece], owned: Sequence[bool], numel: int
+    world: World,
+    entries: Sequence[NamedParam],
+    pieces: Sequence[Piece],
+    owned: Sequence[bool],
+    numel: int,
+    owners: Sequence[int | None] | None = None,
+    folds: bool = False,
 ) -> str:
     """A row for each parameter that this rank holds, and a line that sums up.
 
     pieces, owned: of each parameter, the piece that is here and whether this rank owns it.
     numel: elements of the whole model.
+    owners: the rank that owns each piece, None where nobody does; None where this rank knows of itself alone.
+    folds: whether parameters of equal layers share a row, as `layers.0–79.norm.weight`.
     """
     rows: list[Sequence[str]] = [_PLAN_HEAD]
-    for entry, piece, own in zip(entries, pieces, owned, strict=True):
+    for number, (entry, piece, own) in enumerate(zip(entries, pieces, owned, strict=True)):
         # The true shape of a whole that is known as a number of pieces is known to nobody.
         whole = f"{piece.shape[0]} pieces" if piece.is_counted else _shape(piece.shape)
         own_word = "yes" if own else "no"
+        # A copy, or a shard without elements.
+        if owners is not None and not own:
+            own_word = "nobody" if owners[number] is None else f"rank {owners[number]}"
         rows.append(
             (
                 entry.name,
@@ -47,10 +58,34 @@ def plan_table(
                 entry.decay or "-",
             )
         )
+    if folds:
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for row in rows[1:]:
+            alike.setdefault((_NUMBER.sub("*", row[0]), *row[1:]), []).append(row[0])
+        rows = [_PLAN_HEAD, *((_folded(same), *map(str, key[1:])) for key, same in alike.items())]
     # The sum over all ranks of this number is the last number: what a user can check.
     num_owned = sum(piece.numel for piece, own in zip(pieces, owned, strict=True) if own)
     last = f"rank {world.rank} of {world.size} speaks for {num_owned:,} of {numel:,} elements"
     return "\n".join([*text_table(rows), last])
+
+
+def _folded(names: Sequence[str]) -> str:
+    """Names that differ in numbers alone as one, with ranges: `layers.0–31.experts.0–7.weight`."""
+    found = [[int(number) for number in _NUMBER.findall(name)] for name in names]
+    ranges, count = [], 1
+    for numbers in zip(*found, strict=True):
+        different = sorted(set(numbers))
+        count *= len(different)
+        parts: list[list[int]] = []
+        for number in different:
+            if parts and parts[-1][-1] == number - 1:
+                parts[-1].append(number)
+            else:
+                parts.append([number])
+        ranges.append(",".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts))
+    # Ranges of several numbers mean all their combinations. Where some are missing they would say too much.
+    words = iter(ranges if count == len(names) else ["*"] * len(ranges))
+    return _NUMBER.sub(lambda match: next(words), names[0]) + ("" if count == len(names) else f" ({len(names)})")
 
 
 @dataclass(frozen=True, slots=True)
