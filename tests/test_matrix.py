@@ -436,8 +436,8 @@ def numbers_of_whole_tensors() -> Any:
     """Every matrix gets the sums of its whole tensor."""
     each = sums.statistics_of_each
 
-    def wrong(tensors, minus, statistics, workspace, num_rows=1):
-        whole = each(tensors, minus, statistics, workspace)
+    def wrong(tensors, wanted, workspace, *others, num_rows=1):
+        whole = each(tensors, wanted, workspace, *others)
         return {statistic: values.repeat_interleave(num_rows) for statistic, values in whole.items()}
 
     return mock.patch("distwd.metrics.measure.statistics_of_each", wrong)
