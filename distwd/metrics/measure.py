@@ -303,20 +303,22 @@ def reduce_statistics(
             continue
         # A minimum travels as the maximum of the negated values, so that all extrema share one collective.
         signed = [-values if statistic.kind == "min" else values for _, statistic, values in some]
-        # Tensors may be on several devices; a collective takes one vector on one device.
-        device = world.sendable(signed[0]).device
+        # Tensors may be on several devices; a collective takes one vector, on the device that all ranks have agreed on. Its
+        # dtype goes by that, too: where one accelerator has no float64, a rank without tensors there would send other bytes.
+        device = world.device
+        wide = wide_dtype(device)
         # Two optimizers that ranks step in another order each would exchange one model's numbers for the other's, if the
         # vectors are of one length. So the mark travels with them, and is compared on the device, without a read.
         marks = [mark] if is_sum else [mark, -mark]
-        own_marks = torch.cat([torch.full((1,), one, dtype=signed[0].dtype, device=device) for one in marks])
-        packed = torch.cat([*(values.to(device) for values in signed), own_marks])
+        own_marks = torch.cat([torch.full((1,), one, dtype=wide, device=device) for one in marks])
+        packed = torch.cat([*(values.to(device, wide) for values in signed), own_marks])
         reduced = sum_over_ranks(packed, world) if is_sum else max_over_ranks(packed, world)
         reduced, met = reduced[: -len(marks)], reduced[-len(marks) :]
         if mark and not world.is_fake:
             is_same = (met == own_marks * (world.size if is_sum else 1)).all()
             reduced = torch.where(is_same, reduced, torch.nan)
         for (number, statistic, values), part in zip(some, reduced.split(list(map(len, signed))), strict=True):
-            part = part.to(values.device)
+            part = part.to(values.dtype).to(values.device)
             totals[number][statistic] = -part if statistic.kind == "min" else part
     return totals
 
