@@ -12,10 +12,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distwd._torch import ORDINARY
 from tests.wire import READS, asked_by_distwd
 
 aten = torch.ops.aten
@@ -48,6 +49,9 @@ def fake_cuda() -> Iterator[None]:
         FakeTensorMode(allow_non_fake_inputs=True),
         _PastTheDevice(),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
+        # What is told apart by its type: fake tensors stand for ordinary ones.
+        mock.patch("distwd._torch.ORDINARY", (*ORDINARY, FakeTensor)),
+        mock.patch("distwd.sharding.collectives.ORDINARY", (*ORDINARY, FakeTensor)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
     ):
         yield
@@ -73,11 +77,17 @@ class NoWaits(TorchDispatchMode):
         devices = {tensor.device.type for tensor in given}
         if name in ("copy_", "_foreach_copy_", "_to_copy"):
             devices |= {leaf.device.type for leaf in _leaves(out) if isinstance(leaf, Tensor)}
-            if line and len(devices) > 1:
+            # To a card a copy may be left under way. From a card it may not: the host would go on with what is not there yet.
+            is_left = kwargs.get("non_blocking", False) or (name == "copy_" and args[2:3] == (True,))
+            to = (args[0] if name == "copy_" else out).device.type if is_left else "cpu"
+            if line and len(devices) > 1 and to == "cpu":
                 raise Waits(f"{name} from one device to the other at {line}")
-        # A number on the CPU goes into a kernel as it is; anything else must be where the kernel runs.
-        elif line and "cuda" in devices and any(tensor.device.type == "cpu" and tensor.dim() for tensor in given):
-            raise Waits(f"{name} of tensors on two devices at {line}")
+        # A number on the CPU goes into a kernel as it is, but not into every kernel for lists (read in torch's CUDA sources:
+        # those of products and quotients take it). Anything else must be where the kernel runs.
+        elif line and "cuda" in devices:
+            takes_numbers = not name.startswith("_foreach") or name.startswith(("_foreach_mul", "_foreach_div"))
+            if any(tensor.device.type == "cpu" and (tensor.dim() or not takes_numbers) for tensor in given):
+                raise Waits(f"{name} of tensors on two devices at {line}")
         return out
 
 

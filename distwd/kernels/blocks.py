@@ -59,6 +59,17 @@ def small_size(device: torch.device, few_operations: bool = False) -> int:
     return _CPU_SMALL_FOR_FEW if few_operations else _CPU_SMALL
 
 
+def number_on(device: torch.device, number: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number, or a vector of them, on `device` and in `dtype`, without waiting for the device where that is possible.
+
+    number: learning rates and decays are often 0-d tensors on the CPU, beside parameters on a card.
+    """
+    if number.dim() == 0 and number.device.type == "cpu" and device.type != "cpu":
+        # A copy would wait. As an operand a number of the CPU travels with the launch, as any Python number does.
+        return torch.zeros((), dtype=dtype, device=device) + number.to(dtype)
+    return number.to(device, dtype)
+
+
 def is_large(pieces: Sequence[Tensor]) -> bool:
     """Whether a block is flat slices of large tensors; else it is several whole small ones."""
     return pieces[0].dim() == 1 and pieces[0].numel() > small_size(pieces[0].device)
@@ -136,6 +147,20 @@ def _operation(one: Call, each: Call, in_place: bool = False) -> Any:
     return method
 
 
+# With a 0-d tensor `torch._foreach_add` takes the overload for Python numbers, and reads the tensor to get one. (Those of
+# products and quotients do not.)
+
+
+def _add_each(xs: list[Tensor], ys: Operand, **settings: float) -> Any:
+    each = torch.ops.aten._foreach_add.Tensor if isinstance(ys, Tensor) else torch._foreach_add
+    return each(xs, ys, **settings)
+
+
+def _add_each_(xs: list[Tensor], ys: Operand, **settings: float) -> None:
+    each_ = torch.ops.aten._foreach_add_.Tensor if isinstance(ys, Tensor) else torch._foreach_add_
+    each_(xs, ys, **settings)
+
+
 class Ops:
     """Elementwise operations on lists of tensors, for formulas that take them as first argument.
 
@@ -154,8 +179,8 @@ class Ops:
     sub: ClassVar[Binary] = _operation(torch.sub, torch._foreach_sub)  # x − y
     sub_: ClassVar[Binary] = _operation(Tensor.sub_, torch._foreach_sub_, in_place=True)
     # x + alpha·y: one rounding or two, as the device does it; for alpha 1 or −1 it is one.
-    add: ClassVar[Callable[..., list[Tensor]]] = _operation(torch.add, torch._foreach_add)
-    add_: ClassVar[Callable[..., list[Tensor]]] = _operation(Tensor.add_, torch._foreach_add_, in_place=True)
+    add: ClassVar[Callable[..., list[Tensor]]] = _operation(torch.add, _add_each)
+    add_: ClassVar[Callable[..., list[Tensor]]] = _operation(Tensor.add_, _add_each_, in_place=True)
     sign: ClassVar[Unary] = _operation(torch.sign, torch._foreach_sign)
     div: ClassVar[Binary] = _operation(torch.div, torch._foreach_div)  # x/y
     div_: ClassVar[Binary] = _operation(Tensor.div_, torch._foreach_div_, in_place=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.blocks import Workspace
+from ..kernels.blocks import Workspace, number_on
 from ..kernels.sums import COUNT, MAX, SUM, Statistic, Vectors, local_statistics, statistics_of_each, wide_dtype
 from ..sharding.collectives import max_over_ranks, sum_over_ranks
 from ..sharding.world import World
@@ -168,7 +168,7 @@ class Slots:
                     numel[slot] += piece.numel // len(slots)
             # Filled there: a copy from the CPU would make it wait, and `Plan.metric` keeps no slots.
             one = torch.full((1,), numel[0], dtype=dtype, device=device) if num_slots == 1 else None
-            self._numel[key] = torch.tensor(numel, dtype=dtype, device=device) if one is None else one
+            self._numel[key] = _on(device, numel, dtype) if one is None else one
         return self._numel[key]
 
     def owned_among(self, positions: Sequence[int], scope: str) -> dict[int, list[int]]:
@@ -197,7 +197,7 @@ class Slots:
                 self._index.clear()
             ids = [slot for position in positions for slot in self.plan.slots_of(position, scope)]
             # Spelled out, since of no positions (a rank may hold none of a group) torch would make float32.
-            self._index[key] = torch.tensor(ids, dtype=torch.int64, device=device)
+            self._index[key] = _on(device, ids, torch.int64)
         return self._index[key]
 
     def by_matrix(self, values: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Slots:
             for position, name_id in enumerate(self.plan.name_ids):
                 for slot in self.plan.slots_of(position, "matrix"):
                     names[slot] = name_id
-            self._names_of_cells[device] = torch.tensor(names, dtype=torch.int64, device=device)
+            self._names_of_cells[device] = _on(device, names, torch.int64)
         # One more, for the names of other ranks: of these nobody here asks.
         return torch.cat([values, values.new_full((1,), torch.nan)])[self._names_of_cells[device]]
 
@@ -226,6 +226,11 @@ class Slots:
                 ]
             found.append(some)
         return found
+
+
+def _on(device: torch.device, numbers: list[int], dtype: torch.dtype) -> Tensor:
+    """Numbers of the host as a vector on `device`. Which gradients are missing may change in every step, so it must not wait."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def measure(
@@ -399,7 +404,7 @@ def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tenso
     is_even = statistic != SUM and (statistic.kind != "product" or statistic.pair.count(1) != 1)
     if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and is_even)):
         return value
-    factor = scale.to(value.device, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
+    factor = value.new_full((), scale) if not isinstance(scale, Tensor) else number_on(value.device, scale, value.dtype)
     # The number of non-zeros has no factor, but at a learning rate of 0 there are none.
     if statistic == COUNT:
         return torch.where(factor == 0, 0.0, value)
