@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def numbers(here: Here, quick: bool, rounds: int, parts: Sequence[str]) -> Recor
     here.say(f"{', '.join(part for part in parts if part != 'steps')} ...")
     sizes = [(100, 16), (100, 64), (100, 256)] if quick else [(100, 64), (1000, 64), (1000, 1024), (1000, 4096)]
     told = [(100, 64), *([] if quick else [(1000, 4096), (10000, 4096)])]
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "partial": lambda: measure_partial(here, 1_000_000 if quick else 40_000_000, rounds),
         "plan": lambda: [measure_plan(here, *size, held) for held in HELD for size in sizes],
         "telling": lambda: [measure_telling(*size) for size in told],

@@ -222,7 +222,7 @@ def _write_(
     places, uncut = _places(num_cells, own_numbers), set[int]()
     if places is not None:
         # What is compiled takes large matrices one by one, and no stacks.
-        small = small_size(like.device, few_operations)
+        small = small_size(like.device, few_operations, compiles)
         lists, places, parts, uncut = _cut_by_cells(lists, places, small if compiles else block_size(like.device) // 2)
         random_bits = random_bits and random_bits.of_parts(parts)
     together = TOGETHER if compiles else 0

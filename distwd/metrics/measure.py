@@ -404,17 +404,21 @@ def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tenso
     is_even = statistic != SUM and (statistic.kind != "product" or statistic.pair.count(1) != 1)
     if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and is_even)):
         return value
-    factor = value.new_full((), scale) if not isinstance(scale, Tensor) else number_on(value.device, scale, value.dtype)
+    exponent = statistic.p if statistic.kind == "power" else 1
+    if not isinstance(scale, Tensor) and statistic.kind not in ("count", "product") and exponent in (1, 2):
+        # Computed here, in the same float64: on a GPU an operation on one number costs as much as one on thousands.
+        number = scale if statistic == SUM else abs(scale)
+        return value * (number * number if exponent == 2 else number)
+    # Other powers are torch's: Python's raise an error where these are infinite.
+    factor = number_on(value.device, scale, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
     # The number of non-zeros has no factor, but at a learning rate of 0 there are none.
     if statistic == COUNT:
         return torch.where(factor == 0, 0.0, value)
-    if statistic == SUM:
-        return value * factor
     if statistic.kind == "product":
         # The factor is that of vector 1, the update.
         num_updates = statistic.pair.count(1)
         return value * factor**num_updates if num_updates else value
-    return value * factor.abs() ** (statistic.p if statistic.kind == "power" else 1)
+    return value * (factor if statistic == SUM else factor.abs() ** exponent)
 
 
 def _by_slot(slots: list[int], values: list[Tensor], statistic: Statistic, numel: Tensor) -> Tensor:
