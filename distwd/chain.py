@@ -232,7 +232,9 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
             lr_keys = [bound.keys["lr"] for bound in self._transforms if isinstance(bound.transform, LR)]
             # A chain without a learning rate has no step that moves nothing.
             may_be_idle = not has_stepped and closure is None and bool(lr_keys)
-            is_idle = may_be_idle and all(bool(group[key] == 0) for group in self.param_groups for key in lr_keys)
+            is_idle = may_be_idle and all(
+                self._first_step.may_stand_still(group[key]) for group in self.param_groups for key in lr_keys
+            )
             if self._first_step.is_init_step(is_idle):
                 step = runner.new_step(self._inner_optimizers)
                 if was_real:

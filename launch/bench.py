@@ -3,7 +3,8 @@
     python launch/bench.py                                    everything: 1 and 2 ranks (it starts them itself), two models
     python launch/bench.py --quick                            the same with small models and few rounds, to see that it works
     python launch/bench.py --ranks 1 --cases absolute relative --rounds 100
-    python launch/bench.py --device cuda                      on GPUs: as many ranks as there are
+    python launch/bench.py --device cuda                      on GPUs: as many ranks as there are, and only what a card is needed for
+    python launch/bench.py --parts plan telling               only the plans: on the CPU, whatever the device
     python launch/bench.py --curves                           also over 10² … 10⁴ parameters, on 1, 2 and 4 ranks, as a picture
     torchrun --nproc-per-node 2 launch/bench.py               only the ranks that torchrun has started
 
@@ -18,7 +19,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ try:
     from bench_ranks import Here, is_under_torchrun, lost_in_waiting, on_this_rank, run_on_ranks
     from bench_report import draw, machine, num_cores, show
     from bench_steps import measure_world
-    from rich.console import Console
 except ModuleNotFoundError as error:
     sys.exit(f"bench.py: {error}; install what the program needs with: pip install -e '.[demo]'")
 
 Record = dict[str, Any]
 OURS = ("absolute", "relative params", "relative update")
 OTHERS = ("by hand, params", "torchzero, update")
+PARTS = ("steps", "partial", "plan", "telling")
 
 
 def parse_options() -> argparse.Namespace:
@@ -56,6 +57,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="small models, few rounds: shows that it works, not how fast"
     )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="only these. Plans are made on the CPU and take a minute, so on GPUs the default is: steps partial",
+    )
     parser.add_argument("--curves", action="store_true", help="also step time over the number of parameters")
     parser.add_argument(
         "--points", type=int, nargs="+", metavar="N", help="numbers of parameters for --curves (100 1000 10000)"
@@ -67,6 +74,8 @@ def parse_options() -> argparse.Namespace:
         parser.error("--device cuda: torch finds no GPU here; use --device cpu")
     if min(options.ranks) < 1:
         parser.error("--ranks: each must be 1 or more")
+    if options.parts is None:
+        options.parts = PARTS if options.device == "cpu" else PARTS[:2]
     if options.rounds is None:
         options.rounds = 3 if options.quick else 11
     return options
@@ -155,11 +164,14 @@ class Bench:
         self.let_threads_sleep()
         results: Record = {"machine": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
         worlds = self.worlds(options.ranks)
-        results["steps"] = [run for ranks in worlds for run in self.steps(ranks, models(options.quick), options.cases)]
+        if "steps" in options.parts:
+            results["steps"] = [
+                run for ranks in worlds for run in self.steps(ranks, models(options.quick), options.cases)
+            ]
         if options.curves:
             results["curves"] = self.curves()
-        if self.is_main:
-            arguments = (options.device, self.threads(1), options.quick, options.rounds)
+        if self.is_main and set(options.parts) - {"steps"}:
+            arguments = (options.device, self.threads(1), options.quick, options.rounds, options.parts)
             # A process of its own, as threads of this one began before `let_threads_sleep`; under torchrun this one is as good.
             results.update(
                 numbers(Here.alone(*arguments[:2]), *arguments[2:])
@@ -169,15 +181,17 @@ class Bench:
         return {**results, "notes": self.notes, "load_after": os.getloadavg()}
 
 
-def numbers(here: Here, quick: bool, rounds: int) -> Record:
+def numbers(here: Here, quick: bool, rounds: int, parts: Sequence[str]) -> Record:
     """What one process measures alone."""
-    here.say("the float64 partial, and plans ...")
+    here.say(f"{', '.join(part for part in parts if part != 'steps')} ...")
     sizes = [(100, 16), (100, 64), (100, 256)] if quick else [(100, 64), (1000, 64), (1000, 1024), (1000, 4096)]
-    return {
-        "partial": measure_partial(here, 1_000_000 if quick else 40_000_000, rounds),
-        "plan": [measure_plan(here, *size, held) for held in HELD for size in sizes],
-        "telling": [measure_telling(*size) for size in ((100, 64),) + ((1000, 4096), (10000, 4096)) * (not quick)],
+    told = [(100, 64), *([] if quick else [(1000, 4096), (10000, 4096)])]
+    ways: dict[str, Callable[[], Any]] = {
+        "partial": lambda: measure_partial(here, 1_000_000 if quick else 40_000_000, rounds),
+        "plan": lambda: [measure_plan(here, *size, held) for held in HELD for size in sizes],
+        "telling": lambda: [measure_telling(*size) for size in told],
     }
+    return {part: measure() for part, measure in ways.items() if part in parts}
 
 
 def main() -> None:
@@ -186,7 +200,7 @@ def main() -> None:
     results = bench.everything()
     if not bench.is_main:
         return
-    show(Console(width=None if sys.stdout.isatty() else 140), results)
+    show(results)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")

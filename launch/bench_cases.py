@@ -61,8 +61,12 @@ class Case:
     is_foreign: bool = False
 
 
-def cases(large: bool = False) -> list[Case]:
-    """All ways that work here; the first is what the others are compared with. large: also those for large tensors only."""
+def cases(large: bool = False, device: str = "cpu") -> list[Case]:
+    """All ways that work here; the first is what the others are compared with.
+
+    large: also those for large tensors only.
+    device: where they are to run.
+    """
     relative = distwd.RelativeWeightDecay
     # What is decided before the optimizer has stepped, and what looks at its update.
     before, behind = ("≤ 1.6", "≤ 2.0") if large else ("≤ 1.5", "≤ 1.5")
@@ -85,7 +89,7 @@ def cases(large: bool = False) -> list[Case]:
     goals = {case.name: case.goal for case in found}
     for name, rule in rules.items():
         found.append(Case(f"attach, {name}", partial(_attach, rule=rule), goals[name]))
-    for name, rule in rules.items() if large and _compiles() else ():
+    for name, rule in rules.items() if large and _compiles(device) else ():
         if name != "absolute":  # a product, or the host's own
             found += [
                 Case(f"{name}, compiled", partial(_chain, rule=rule, compile=True), goals[name]),
@@ -120,9 +124,9 @@ def _attach(named: Named, rule: Any, compile: bool = False) -> Way:
     return optimizer.step
 
 
-def _compiles() -> bool:
+def _compiles(device: str) -> bool:
     try:
-        distwd.Chain([torch.nn.Parameter(torch.ones(1))], distwd.LR(LR), compile=True)
+        distwd.Chain([torch.nn.Parameter(torch.ones(1, device=device))], distwd.LR(LR), compile=True)
     except ValueError as error:
         print(f"left out: the compiled ways. {error}", file=sys.stderr)
         return False
@@ -187,12 +191,12 @@ def has_large(shapes: Shapes) -> bool:
     return any(math.prod(shape) >= 1 << 20 for _, shape in shapes)
 
 
-def chosen(words: Sequence[str], large: bool = False) -> list[Case]:
+def chosen(words: Sequence[str], large: bool = False, device: str = "cpu") -> list[Case]:
     """The cases whose names hold one of `words` (a whole name: only that one), what they are compared with, and the baseline.
 
     All, for no words.
     """
-    every = cases(large)
+    every = cases(large, device)
     names = {case.name for case in every}
     wanted = {name for name in names if not words or any(_is_meant(name, word, names) for word in words)}
     wanted |= {case.against for case in every if case.name in wanted} | {BASELINE}

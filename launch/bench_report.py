@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import distwd
 from distwd.cli.process import num_cores as num_cores
+from distwd.sharding.tables import text_table
 
 Record = dict[str, Any]
 MIB = 1 << 20
@@ -60,19 +58,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def show(console: Console, results: Record) -> None:
-    """The whole of it as tables."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
-    where = results["machine"]
+def show(results: Record) -> None:
+    """Print all that was measured, as tables: plain text, as the machines with cards have torch and little else."""
+    say, where = print, results["machine"]
     hardware = where["gpu"] or f"{where['cores']} × {where['processor']}"
     say(f"{hardware}, load {where['load_before'][0]:.1f} before and {results['load_after'][0]:.1f} after")
     versions = [f"{name} {where[name] or 'absent'}" for name in ("python", "torch", "distwd", "torchzero")]
     say(f"{', '.join(versions)}; {where['date']}: {where['command']}")
-    for run in results["steps"]:
-        console.print(steps_table(run))
+    for run in results.get("steps", ()):
+        say(steps_table(run))
         for row in run["cases"]:
             if row["against"] != row["name"] and row["against"] != run["cases"][0]["name"]:
                 # What others are slow at is talking to other ranks.
@@ -80,12 +74,14 @@ def show(console: Console, results: Record) -> None:
                 say(f"  {row['name']}: {_times(row['ratio_against'])} × {row['against']}{goal}")
         for name, reason in run["failed"].items():
             say(f"  {name} does not work here: {reason}")
-    numel, ratios = results["partial"]["numel"], results["partial"]["ratio"]
-    for way, name in {"partial": "float64 partial of mean|x|", "compiled": "the same, compiled"}.items():
-        if way in ratios:
-            say(f"{name}, {numel:,} elements: {_times(ratios[way])} × x.sum() (goal ≤ 4)")
-    console.print(plan_table(results["plan"]))
-    for told in results["telling"]:
+    if "partial" in results:
+        numel, ratios = results["partial"]["numel"], results["partial"]["ratio"]
+        for way, name in {"partial": "float64 partial of mean|x|", "compiled": "the same, compiled"}.items():
+            if way in ratios:
+                say(f"{name}, {numel:,} elements: {_times(ratios[way])} × x.sum() (goal ≤ 4)")
+    if "plan" in results:
+        say(plan_table(results["plan"]))
+    for told in results.get("telling", ()):
         say(
             f"plan: a rank describes {told['params']} tensors over {told['ranks']} ranks in {told['seconds'] * 1000:.0f} ms"
         )
@@ -93,50 +89,54 @@ def show(console: Console, results: Record) -> None:
         say(note)
 
 
-def steps_table(run: Record) -> Table:
-    """One row a case."""
+def steps_table(run: Record) -> str:
+    """One row a case, under a line that says of what."""
     ranks = f"{run['ranks']} rank{'s' if run['ranks'] > 1 else ''} of {run['threads']} thread{'s' if run['threads'] > 1 else ''}"
-    table = Table(title=f"{run['model']}, {ranks}, {run['rounds']} rounds", title_justify="left", box=box.SIMPLE)
-    table.add_column("step", no_wrap=True)
-    for title in ("best ms", "median ms", "× AdamW fused", "of best", "goal", "collectives", "extra MiB"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = [["step", "best ms", "median ms", "× AdamW fused", "of best", "goal", "collectives", "extra MiB"]]
     for row in run["cases"]:
         seconds, ratio = row["seconds"], row["ratio"]
-        table.add_row(
-            row["name"],
-            f"{seconds['best'] * 1000:.1f}",
-            f"{seconds['median'] * 1000:.1f}",
-            _times(ratio),
-            f"{ratio['of_best']:.2f}",
-            row["goal"] if row["against"] == run["cases"][0]["name"] else "",
-            str(row["collectives"]),
-            f"{row['extra_bytes'] / MIB:.1f}",
+        # A step of a card may take a tenth of a millisecond.
+        rows.append(
+            [
+                row["name"],
+                f"{seconds['best'] * 1000:.2f}",
+                f"{seconds['median'] * 1000:.2f}",
+                _times(ratio),
+                f"{ratio['of_best']:.2f}",
+                row["goal"] if row["against"] == run["cases"][0]["name"] else "",
+                str(row["collectives"]),
+                f"{row['extra_bytes'] / MIB:.1f}",
+            ]
         )
-    return table
+    return _titled(f"{run['model']}, {ranks}, {run['rounds']} rounds", rows)
+
+
+def _titled(title: str, rows: list[list[str]]) -> str:
+    return "\n".join(["", title, *(f"  {line}" for line in text_table(rows)), ""])
 
 
 def _times(ratio: Record) -> str:
     return f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})"
 
 
-def plan_table(plans: list[Record]) -> Table:
+def plan_table(plans: list[Record]) -> str:
     """Time and memory by the size of the job, and by row: a row is what one rank says of one tensor."""
-    table = Table(title="plan: owners found", title_justify="left", box=box.SIMPLE)
-    for title in ("held", "parameters", "ranks", "rows", "s", "µs per row", "MiB at the peak", "bytes per row"):
-        table.add_column(title, justify="left" if title == "held" else "right")
+    rows = [["held", "parameters", "ranks", "rows", "s", "µs per row", "MiB at the peak", "bytes per row"]]
     for plan in plans:
-        rows = plan["rows"]
-        table.add_row(
-            plan["held"],
-            str(plan["params"]),
-            str(plan["ranks"]),
-            str(rows),
-            f"{plan['seconds']:.3f}",
-            f"{plan['seconds'] / rows * 1e6:.2f}",
-            f"{plan['bytes'] / MIB:.0f}",
-            f"{plan['bytes'] / rows:.0f}",
+        count = plan["rows"]
+        rows.append(
+            [
+                plan["held"],
+                str(plan["params"]),
+                str(plan["ranks"]),
+                str(count),
+                f"{plan['seconds']:.3f}",
+                f"{plan['seconds'] / count * 1e6:.2f}",
+                f"{plan['bytes'] / MIB:.0f}",
+                f"{plan['bytes'] / count:.0f}",
+            ]
         )
-    return table
+    return _titled("plan: owners found", rows)
 
 
 def draw(runs: list[Record], picture: Path) -> None:

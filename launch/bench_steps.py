@@ -36,7 +36,7 @@ def _measure_model(here: Here, shapes: Shapes, rounds: int, words: Sequence[str]
     grads, values = here.shards(shapes, seed=1), here.shards(shapes, seed=2)
     ready: list[Ready] = []
     failed: dict[str, str] = {}
-    for case in chosen(words, has_large(shapes)):
+    for case in chosen(words, has_large(shapes), here.device.type):
         outcome = _prepare(here, case, here.named(shapes, values, grads))
         if isinstance(outcome, str):
             failed[case.name] = outcome

@@ -142,7 +142,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attached_decay_is_adamw_bit_for_bit(variant, mode, dtype):
     if (variant, mode) == ("tensor lr", "foreach"):
-        pytest.skip("torch refuses it without capturable, which needs a GPU")
+        pytest.skip("torch refuses it without capturable, which needs a GPU: tests/test_gpu.py")
 
     def run(attached: bool) -> dict:
         params = parameters(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-if importlib.util.find_spec("rich") is None:
-    pytest.skip("launch/bench.py needs rich: pip install -e '.[demo]'", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {
@@ -70,6 +68,25 @@ def test_every_case_is_timed_on_one_and_two_ranks_and_two_models(bench, cases):
     assert all(ratio["median"] > 0 for ratio in written["partial"]["ratio"].values())
     assert "the same, compiled" in printed
     assert written["telling"][0]["params"] == 100
+
+
+def test_only_the_parts_that_are_asked_for_are_run(monkeypatch):
+    """Minutes of a card are not spent on plans, which are made on the CPU."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    program = importlib.import_module("bench")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words, parts in (
+        ([], ["steps", "partial", "plan", "telling"]),
+        (["--device", "cuda"], ["steps", "partial"]),
+        (["--device", "cuda", "--parts", "plan"], ["plan"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+        assert list(program.parse_options().parts) == parts
+    found = program.numbers(program.Here.alone("cpu", 1), True, 1, ["telling"])
+    assert list(found) == ["telling"]
+    # What is not there is not shown.
+    shown = {"machine": program.machine("cpu"), "load_after": (0.0,), "notes": ["a note"], **found}
+    program.show(shown)
 
 
 def test_memory_for_a_plan_grows_as_the_rows_do(bench):

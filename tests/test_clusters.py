@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 from torch.distributed.run import config_from_args, parse_args
 
 from tests.test_train import ROOT, TINY, load_launch, read_log
+
+yaml = pytest.importorskip("yaml")
+train_job = pytest.importorskip("kubeflow_trainer_api.models.trainer_v1alpha1_train_job")
 
 SCRIPTS = [".ci/run", *(str(path.relative_to(ROOT)) for path in [*ROOT.glob("launch/*.s*"), *ROOT.glob("tests/*.sh")])]
 
@@ -105,7 +106,7 @@ def job() -> dict[str, Any]:
 
 def unknown_to_models(job: dict[str, Any]) -> bool:
     """Whether Kubeflow's published models lose something of the job; they raise on a wrong type."""
-    return TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job
+    return train_job.TrainerV1alpha1TrainJob.from_dict(job).to_dict() != job
 
 
 def test_the_kubernetes_job_is_one_by_the_published_models(job):

@@ -12,9 +12,11 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import distwd
-from distwd.kernels.blocks import Workspace, block_size
+from distwd.kernels.blocks import Workspace, block_size, blocks, is_large
+from tests.fake_cuda import fake_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -87,6 +89,93 @@ def test_an_operation_for_each_parameter_would_be_seen():
 
     with mock.patch.dict(RULES, {"slow": Slow(0.1)}):
         assert len(launches("chain", "slow", 50)) - len(launches("chain", "slow", 5)) == 45
+
+
+# --- kernels on a GPU: fake CUDA tensors, counted by torch's own rules ------------------------------------------------
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what would be launched on a GPU: one kernel for a list that torch's fast path takes, else one for each tensor.
+
+    The fast path takes lists of one dtype and device whose tensors are alike at each position; copies may change the dtype. (Read
+    in torch's sources. A kernel takes some 30 to 110 tensors; fewer are counted here.) `largest`: elements of the largest result.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, (space, name) = func(*args, **(kwargs or {})), func._schema.name.split("::")
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        is_on_card = any(
+            leaf.device.type == "cuda" for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)
+        )
+        computes = not func.is_view and name not in ("detach", "_unsafe_view", "empty_like", "empty", "lift_fresh")
+        if space == "aten" and computes and is_on_card:
+            self.largest = max([self.largest, *(leaf.numel() for leaf in made)])
+            self.names += [name] * (self._of_list(name, args) if name.startswith("_foreach") else 1)
+        return out
+
+    @staticmethod
+    def _of_list(name: str, args: tuple) -> int:
+        lists = [arg for arg in args if isinstance(arg, (list, tuple))]
+        rows = list(zip(*lists, strict=True))
+        is_alike = all(row[0].shape == other.shape for row in rows for other in row)
+        dtypes = {tensor.dtype for row in rows for tensor in row}
+        return 1 if is_alike and (len(dtypes) == 1 or name == "_foreach_copy_") else len(rows)
+
+
+def kernels(way: str, rule: str, count: int, shape: tuple[int, ...] = (24,), dtype=torch.float32) -> Kernels:
+    no_kernel = {name: (lambda *_, **__: None) for name in ("_fused_adam_", "_fused_adamw_")}
+    with fake_cuda(), mock.patch.multiple(torch, **no_kernel):
+        named = [(f"p{i}", torch.nn.Parameter(torch.empty(shape, device="cuda", dtype=dtype))) for i in range(count)]
+        for _, param in named:
+            param.grad = torch.empty_like(param)
+        step = stepper(way, rule, named)
+        step()
+        with Kernels() as seen:
+            step()
+    return seen
+
+
+@by_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "per tensor"])
+def test_the_number_of_kernels_does_not_depend_on_the_number_of_parameters(way, rule, dtype):
+    few, many = kernels(way, rule, 5, dtype=dtype), kernels(way, rule, 25, dtype=dtype)
+    # The least are those of the optimizer, which are left out.
+    assert few.names or rule == "absolute"
+    assert sorted(few.names) == sorted(many.names)
+
+
+@by_way
+def test_rates_by_tensor_are_a_kernel_for_each(way):
+    """As docs/pages/gpus.md says: torch has no kernel that multiplies each tensor of a list by a number of its own."""
+    few, many = (kernels(way, "per tensor", count).names for count in (5, 25))
+    assert len(many) - len(few) == 20
+
+
+@by_way
+def test_a_norm_of_a_large_tensor_is_one_kernel_without_a_copy(way):
+    """Mean |p|, like l2 and linf, is read once, and added up in float64 without a float64 copy."""
+    seen = kernels(way, "relative params", 2, (1 << 13, 1 << 12))
+    assert seen.names.count("_foreach_norm") == 1
+    assert seen.largest < 100
+    # A metric that is no norm takes blocks, and the count sees them.
+    with mock.patch.dict(RULES, {"variance": distwd.RelativeWeightDecay(0.1, norm_input="params", metric="std")}):
+        assert kernels(way, "variance", 2, (1 << 13, 1 << 12)).largest == block_size(torch.device("cuda"))
+
+
+def test_what_is_compiled_on_a_gpu_is_smaller_than_a_block():
+    """Most shards are smaller than a block; compile=True shall not be idle there."""
+    with fake_cuda():
+        tensors = [torch.empty(1 << 20, device="cuda") for _ in range(8)]
+        (compiled,) = blocks(tensors, together=8)
+        assert is_large(compiled[1][0])
+        assert len(compiled[0]) == 8
+        assert [len(positions) for positions, _ in blocks(tensors)] == [4, 4]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

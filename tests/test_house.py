@@ -228,6 +228,25 @@ def test_nothing_in_a_step_reads_a_tensor_on_the_host(path):
     assert methods_called(path) & SYNCS == set()
 
 
+# What a machine with cards has: torch, and what the tests cannot do without.
+EVERYWHERE = {"torch", "pytest", "hypothesis", "numpy", "distwd", "tests"}
+PROGRAMS = [*(ROOT / "tests").glob("*.py"), *(ROOT / "launch").glob("bench*.py")]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_tests_and_benchmark_are_read_where_there_is_only_torch(path):
+    """`pytest -m gpu` reads every test module before it chooses: one that asks for more at its top would stop all of them."""
+    names: set[str] = set()
+    for node in tree_of(path).body:
+        for one in node.body if isinstance(node, (ast.Try, ast.If)) else [node]:
+            if isinstance(one, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in one.names}
+            elif isinstance(one, ast.ImportFrom):
+                names.add((one.module or "").split(".")[0])
+    beside = {other.stem for other in path.parent.glob("*.py")}
+    assert names - EVERYWHERE - beside - set(sys.stdlib_module_names) == set()
+
+
 def test_the_version_stands_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+", distwd.__version__)
     written = [path for path in FILES if re.search(r"__version__\s*=", path.read_text(encoding="utf-8"))]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import distwd
+from distwd.kernels.sums import ABS, MAX, SQUARE, SUM, are_norms, local_statistics, norms_of_each
 from distwd.metrics.measure import Request, Slots, Source, measure, sources_of
 from distwd.metrics.metric import Measure, parse_metric
+from tests.fake_cuda import fake_cuda
 from tests.layouts import whole_model
 from tests.oracle import metric_of
 
@@ -62,3 +64,30 @@ def asked(kept: bool) -> list[list[float]]:
 
 def test_what_is_kept_changes_nothing():
     assert asked(kept=True) == asked(kept=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_norms_tell_what_sums_tell(dtype):
+    """On a GPU they are taken in the place of sums; there are_norms() says where."""
+    tensors = [
+        torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (1, 7, 1000, 5000)
+    ]
+    for statistic in (ABS, SQUARE, MAX):
+        each = norms_of_each(tensors, statistic)
+        expected = torch.stack([local_statistics([tensor], [statistic])[statistic] for tensor in tensors])
+        assert each.dtype == torch.float64
+        torch.testing.assert_close(each, expected, rtol=1e-14, atol=0)
+    tensors[1][3] = torch.nan
+    for statistic in (ABS, SQUARE, MAX):
+        assert norms_of_each(tensors, statistic).isnan().tolist() == [False, True, False, False]
+
+
+def test_norms_are_taken_where_torch_reads_once():
+    with fake_cuda():
+        card, host = torch.empty(3, 4, device="cuda"), torch.empty(3, 4)
+        assert are_norms([card], [ABS, SQUARE, MAX])
+        assert not are_norms([host], [ABS])
+        assert not are_norms([card], [ABS, SUM])
+        assert not are_norms([card.t()], [ABS])
+        assert not are_norms([card.to(torch.float8_e4m3fn)], [ABS])
+        assert not are_norms([card[:0]], [MAX])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import Operand, Ops, Workspace, block_size, blocks, is_large, small_size
+from .blocks import Operand, Ops, Workspace, block_size, blocks, is_large, number_on, small_size
 from .compile import TOGETHER, TRACED, compiled
 from .formulas import ELEMENTARY_ORDS, DecayTerm, Mask, Numbers, Rate, Write, companion, update_, with_terms
 from .stochastic import LOW, RandomBits
@@ -79,10 +79,10 @@ def scale_(tensors: list[Tensor], factor: Tensor, *, workspace: Workspace) -> No
     workspace: where blocks are worked on.
     """
     if tensors[0].dtype not in LOW:
-        torch._foreach_mul_(tensors, factor.to(tensors[0].device, tensors[0].dtype))
+        torch._foreach_mul_(tensors, number_on(tensors[0].device, factor, tensors[0].dtype))
         return
     # As in `apply_`: a factor that is a tensor would be rounded to their 8 or 11 bits.
-    factor = factor.to(tensors[0].device, torch.float32)
+    factor = number_on(tensors[0].device, factor, torch.float32)
     for _, (pieces,) in blocks(tensors):
         workspace.begin_block()
         wide = workspace.mul_(workspace.copies(pieces, torch.float32), factor)
@@ -210,7 +210,7 @@ def _write_(
     is_low = like.dtype in LOW
     computed = torch.float32 if is_low else like.dtype
     # Once for all blocks: numbers where the parameters are, and in the dtype that they are computed in.
-    numbers = numbers.each(lambda rate: rate.to(like.device, computed) if isinstance(rate, Tensor) else rate)
+    numbers = numbers.each(lambda rate: number_on(like.device, rate, computed) if isinstance(rate, Tensor) else rate)
     # What the compiler would round otherwise is not given to it: p + alpha·u is one rounding or two, and its pow is another.
     # Nor are random bits, which go by the place in a tensor.
     adds_once = write.us is None or write.unit_scale is not None or write.spends_us or isinstance(numbers.scale, Tensor)
@@ -222,7 +222,7 @@ def _write_(
     places, uncut = _places(num_cells, own_numbers), set[int]()
     if places is not None:
         # What is compiled takes large matrices one by one, and no stacks.
-        small = small_size(like.device, few_operations)
+        small = small_size(like.device, few_operations, compiles)
         lists, places, parts, uncut = _cut_by_cells(lists, places, small if compiles else block_size(like.device) // 2)
         random_bits = random_bits and random_bits.of_parts(parts)
     together = TOGETHER if compiles else 0
@@ -288,7 +288,7 @@ def _operand(rate: Any, positions: Sequence[int], like: Tensor, places: Places |
     if not isinstance(rate, Tensor):
         return rate
     # Converted here and not by the operation: one rounding, and the same one on every device.
-    rate = rate.to(like.device, like.dtype)
+    rate = number_on(like.device, rate, like.dtype)
     if rate.dim() == 0:
         return rate
     firsts, (_, count) = positions, (0, 1)

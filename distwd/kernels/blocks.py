@@ -22,6 +22,9 @@ _CPU_LEAST = 1 << 18  # in all
 _CPU_CACHE = 1 << 21  # bytes of a core's second-level cache that hold the block of a thread and its float64 copy
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
+# From here on a tensor on a GPU is compiled. By no means from a block on: what is compiled needs no block, and most shards are
+# smaller.
+_GPU_COMPILED = 1 << 16
 
 # Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where only a
 # few operations are made, that overhead counts for more than what is in the cache, up to a larger size.
@@ -49,19 +52,31 @@ def block_size(device: torch.device) -> int:
     return min(max(_CPU_BLOCK * torch.get_num_threads(), least), _CPU_MOST)
 
 
-def small_size(device: torch.device, few_operations: bool = False) -> int:
+def small_size(device: torch.device, few_operations: bool = False, compiles: bool = False) -> int:
     """Up to how many elements a tensor shares a block with others.
 
     few_operations: whether only a few operations are made on it.
+    compiles: whether larger ones are compiled.
     """
     if device.type != "cpu":
-        return _GPU_BLOCK
+        return _GPU_COMPILED if compiles else _GPU_BLOCK
     return _CPU_SMALL_FOR_FEW if few_operations else _CPU_SMALL
 
 
+def number_on(device: torch.device, number: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number, or a vector of them, on `device` and in `dtype`, without waiting for the device where that is possible.
+
+    number: learning rates and decays are often 0-d tensors on the CPU, beside parameters on a card.
+    """
+    if number.dim() == 0 and number.device.type == "cpu" and device.type != "cpu":
+        # A copy would wait. As an operand a number of the CPU travels with the launch, as any Python number does.
+        return torch.zeros((), dtype=dtype, device=device) + number.to(dtype)
+    return number.to(device, dtype)
+
+
 def is_large(pieces: Sequence[Tensor]) -> bool:
-    """Whether a block is flat slices of large tensors; else it is several whole small ones."""
-    return pieces[0].dim() == 1 and pieces[0].numel() > small_size(pieces[0].device)
+    """Whether a block is flat slices of tensors that are large enough to be compiled; else it is several whole small ones."""
+    return pieces[0].dim() == 1 and pieces[0].numel() > small_size(pieces[0].device, compiles=True)
 
 
 def blocks(
@@ -80,7 +95,7 @@ def blocks(
     the tensors.
     """
     device = lists[0][0].device if lists[0] else torch.device("cpu")  # of empty lists nothing will come
-    size, small = block_size(device), small_size(device, few_operations)
+    size, small = block_size(device), small_size(device, few_operations, compiles=together > 0)
     chosen: list[int] = []  # small tensors that wait for others to share their block
     filled = 0
     waiting: list[Block] = []
@@ -136,6 +151,20 @@ def _operation(one: Call, each: Call, in_place: bool = False) -> Any:
     return method
 
 
+# With a 0-d tensor `torch._foreach_add` takes the overload for Python numbers, and reads the tensor to get one. (Those of
+# products and quotients do not.)
+
+
+def _add_each(xs: list[Tensor], ys: Operand, **settings: float) -> Any:
+    each = torch.ops.aten._foreach_add.Tensor if isinstance(ys, Tensor) else torch._foreach_add
+    return each(xs, ys, **settings)
+
+
+def _add_each_(xs: list[Tensor], ys: Operand, **settings: float) -> None:
+    each_ = torch.ops.aten._foreach_add_.Tensor if isinstance(ys, Tensor) else torch._foreach_add_
+    each_(xs, ys, **settings)
+
+
 class Ops:
     """Elementwise operations on lists of tensors, for formulas that take them as first argument.
 
@@ -154,8 +183,8 @@ class Ops:
     sub: ClassVar[Binary] = _operation(torch.sub, torch._foreach_sub)  # x − y
     sub_: ClassVar[Binary] = _operation(Tensor.sub_, torch._foreach_sub_, in_place=True)
     # x + alpha·y: one rounding or two, as the device does it; for alpha 1 or −1 it is one.
-    add: ClassVar[Callable[..., list[Tensor]]] = _operation(torch.add, torch._foreach_add)
-    add_: ClassVar[Callable[..., list[Tensor]]] = _operation(Tensor.add_, torch._foreach_add_, in_place=True)
+    add: ClassVar[Callable[..., list[Tensor]]] = _operation(torch.add, _add_each)
+    add_: ClassVar[Callable[..., list[Tensor]]] = _operation(Tensor.add_, _add_each_, in_place=True)
     sign: ClassVar[Unary] = _operation(torch.sign, torch._foreach_sign)
     div: ClassVar[Binary] = _operation(torch.div, torch._foreach_div)  # x/y
     div_: ClassVar[Binary] = _operation(Tensor.div_, torch._foreach_div_, in_place=True)
@@ -220,7 +249,12 @@ class Workspace(Ops):
     def copies(self, xs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """x in another dtype; of one large piece in kept memory."""
         if len(xs) > 1:  # as in `run`
-            return super().copies(xs, dtype)
+            if xs[0].device.type == "cpu":
+                return super().copies(xs, dtype)
+            # One kernel for all of them, where a copy of each would start one for each.
+            new = [torch.empty_like(x, dtype=dtype) for x in xs]
+            torch._foreach_copy_(new, xs)
+            return new
         (x,) = xs
         return [self.empty(x.numel(), x.device, dtype).view(x.shape).copy_(x)]
 

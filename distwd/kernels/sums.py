@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,36 @@ def products_of(numbers: Sequence[int]) -> tuple[Statistic, ...]:
     )
 
 
+# What a norm tells, and of which order.
+_ORDERS = {ABS: 1.0, SQUARE: 2.0, MAX: math.inf}
+_NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def are_norms(tensors: Sequence[Tensor], statistics: Sequence[Statistic]) -> bool:
+    """Whether these tensors can be read once, on a GPU, for each of the statistics.
+
+    There torch's norm of a list, asked for in float64, adds up in float64 what it reads in the tensors' own dtype, in a
+    kernel for many tensors at once. On a CPU it would copy each of them to float64 first, and elsewhere it has no such kernel;
+    nor where a tensor has gaps.
+    """
+    return (
+        bool(tensors)
+        and tensors[0].device.type == "cuda"
+        and all(statistic in _ORDERS for statistic in statistics)
+        and all(tensor.dtype in _NORMED and tensor.numel() and tensor.is_contiguous() for tensor in tensors)
+    )
+
+
+def norms_of_each(tensors: Sequence[Tensor], statistic: Statistic) -> Tensor:
+    """[tensors] float64: Σ|x|, Σx² or max|x| of each, by its norm.
+
+    tensors: of one device and dtype, none empty.
+    """
+    norms = torch._foreach_norm(list(tensors), _ORDERS[statistic], dtype=torch.float64)
+    values = torch.stack(norms)
+    return values.square() if statistic == SQUARE else values
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 where the device has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -108,6 +139,12 @@ def local_statistics(
     workspace = workspace or Workspace()
     wanted = wanted if isinstance(wanted, Vectors) else tuple(wanted)
     statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
+    if not any(others) and are_norms(tensors, statistics):
+        by_dtype = defaultdict[torch.dtype, list[Tensor]](list)
+        for tensor in tensors:
+            by_dtype[tensor.dtype].append(tensor)
+        norms = {one: [norms_of_each(some, one) for some in by_dtype.values()] for one in statistics}
+        return {one: one.combine(torch.cat(values)) for one, values in norms.items()}
     found: list[list[Tensor]] = [[] for _ in statistics]
     compiles = workspace.compiles
     measured = (tensors, *(other for other in others if other))
@@ -154,8 +191,10 @@ def statistics_of_each(
     wanted = wanted if isinstance(wanted, Vectors) else tuple(wanted)
     statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
     lists = [tensors, *(other for other in others if other)]
+    if num_rows == 1 and not any(others) and are_norms(tensors, statistics):
+        return {statistic: norms_of_each(tensors, statistic) for statistic in statistics}
     found: list[list[Tensor]] = [[] for _ in statistics]
-    small = small_size(device, few_operations=not workspace.compiles)
+    small = small_size(device, not workspace.compiles, workspace.compiles)
     if numel > small and num_rows > 1:
         # Rows of one large tensor lie beside each other already: as many as fill a block are measured at once, without a
         # copy. Rows that are large themselves come one by one, as tensors of their own would.

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._torch import local_tensor
 from ..checks import plain_number
 from ..kernels.apply import scale_
+from ..kernels.blocks import number_on
 from ..sharding.collectives import gather_objects, local_like
 from ..sharding.explain import SHOWN
 from ..sharding.layout import Layout
@@ -152,7 +153,7 @@ def clip_grad_norm_(
         return total
     # torch's own formula and dtype. It is never asked whether the norm is too large: a product with 1 changes nothing, and
     # the question would wait for the device.
-    limit = max_norm.to(total.device).reshape(()) if isinstance(max_norm, Tensor) else max_norm
+    limit = number_on(total.device, max_norm.reshape(()), max_norm.dtype) if isinstance(max_norm, Tensor) else max_norm
     factor = (limit / (total + 1e-6)).clamp(max=1.0)
     batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:

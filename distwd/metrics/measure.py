@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.blocks import Workspace
+from ..kernels.blocks import Workspace, number_on
 from ..kernels.sums import COUNT, MAX, SUM, Statistic, Vectors, local_statistics, statistics_of_each, wide_dtype
 from ..sharding.collectives import max_over_ranks, sum_over_ranks
 from ..sharding.world import World
@@ -168,7 +168,7 @@ class Slots:
                     numel[slot] += piece.numel // len(slots)
             # Filled there: a copy from the CPU would make it wait, and `Plan.metric` keeps no slots.
             one = torch.full((1,), numel[0], dtype=dtype, device=device) if num_slots == 1 else None
-            self._numel[key] = torch.tensor(numel, dtype=dtype, device=device) if one is None else one
+            self._numel[key] = _on(device, numel, dtype) if one is None else one
         return self._numel[key]
 
     def owned_among(self, positions: Sequence[int], scope: str) -> dict[int, list[int]]:
@@ -197,7 +197,7 @@ class Slots:
                 self._index.clear()
             ids = [slot for position in positions for slot in self.plan.slots_of(position, scope)]
             # Spelled out, since of no positions (a rank may hold none of a group) torch would make float32.
-            self._index[key] = torch.tensor(ids, dtype=torch.int64, device=device)
+            self._index[key] = _on(device, ids, torch.int64)
         return self._index[key]
 
     def by_matrix(self, values: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Slots:
             for position, name_id in enumerate(self.plan.name_ids):
                 for slot in self.plan.slots_of(position, "matrix"):
                     names[slot] = name_id
-            self._names_of_cells[device] = torch.tensor(names, dtype=torch.int64, device=device)
+            self._names_of_cells[device] = _on(device, names, torch.int64)
         # One more, for the names of other ranks: of these nobody here asks.
         return torch.cat([values, values.new_full((1,), torch.nan)])[self._names_of_cells[device]]
 
@@ -226,6 +226,11 @@ class Slots:
                 ]
             found.append(some)
         return found
+
+
+def _on(device: torch.device, numbers: list[int], dtype: torch.dtype) -> Tensor:
+    """Numbers of the host as a vector on `device`. Which gradients are missing may change in every step, so it must not wait."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def measure(
@@ -303,20 +308,22 @@ def reduce_statistics(
             continue
         # A minimum travels as the maximum of the negated values, so that all extrema share one collective.
         signed = [-values if statistic.kind == "min" else values for _, statistic, values in some]
-        # Tensors may be on several devices; a collective takes one vector on one device.
-        device = world.sendable(signed[0]).device
+        # Tensors may be on several devices; a collective takes one vector, on the device that all ranks have agreed on. Its
+        # dtype goes by that, too: where one accelerator has no float64, a rank without tensors there would send other bytes.
+        device = world.device
+        wide = wide_dtype(device)
         # Two optimizers that ranks step in another order each would exchange one model's numbers for the other's, if the
         # vectors are of one length. So the mark travels with them, and is compared on the device, without a read.
         marks = [mark] if is_sum else [mark, -mark]
-        own_marks = torch.cat([torch.full((1,), one, dtype=signed[0].dtype, device=device) for one in marks])
-        packed = torch.cat([*(values.to(device) for values in signed), own_marks])
+        own_marks = torch.cat([torch.full((1,), one, dtype=wide, device=device) for one in marks])
+        packed = torch.cat([*(values.to(device, wide) for values in signed), own_marks])
         reduced = sum_over_ranks(packed, world) if is_sum else max_over_ranks(packed, world)
         reduced, met = reduced[: -len(marks)], reduced[-len(marks) :]
         if mark and not world.is_fake:
             is_same = (met == own_marks * (world.size if is_sum else 1)).all()
             reduced = torch.where(is_same, reduced, torch.nan)
         for (number, statistic, values), part in zip(some, reduced.split(list(map(len, signed))), strict=True):
-            part = part.to(values.device)
+            part = part.to(values.dtype).to(values.device)
             totals[number][statistic] = -part if statistic.kind == "min" else part
     return totals
 
@@ -397,17 +404,21 @@ def _scaled(value: Tensor, statistic: Statistic, scale: float | Tensor) -> Tenso
     is_even = statistic != SUM and (statistic.kind != "product" or statistic.pair.count(1) != 1)
     if not isinstance(scale, Tensor) and (scale == 1 or (scale == -1 and is_even)):
         return value
-    factor = scale.to(value.device, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
+    exponent = statistic.p if statistic.kind == "power" else 1
+    if not isinstance(scale, Tensor) and statistic.kind not in ("count", "product") and exponent in (1, 2):
+        # Computed here, in the same float64: on a GPU an operation on one number costs as much as one on thousands.
+        number = scale if statistic == SUM else abs(scale)
+        return value * (number * number if exponent == 2 else number)
+    # Other powers are torch's: Python's raise an error where these are infinite.
+    factor = number_on(value.device, scale, value.dtype) if isinstance(scale, Tensor) else value.new_full((), scale)
     # The number of non-zeros has no factor, but at a learning rate of 0 there are none.
     if statistic == COUNT:
         return torch.where(factor == 0, 0.0, value)
-    if statistic == SUM:
-        return value * factor
     if statistic.kind == "product":
         # The factor is that of vector 1, the update.
         num_updates = statistic.pair.count(1)
         return value * factor**num_updates if num_updates else value
-    return value * factor.abs() ** (statistic.p if statistic.kind == "power" else 1)
+    return value * (factor if statistic == SUM else factor.abs() ** exponent)
 
 
 def _by_slot(slots: list[int], values: list[Tensor], statistic: Statistic, numel: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -200,7 +200,7 @@ def build_plan(
     )
     found = build(entries, args)
     return Plan(
-        world=replace(args.world, error_store=found.error_store),
+        world=found.world,
         entries=entries,
         pieces=found.pieces,
         owned=found.owned,

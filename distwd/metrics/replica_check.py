@@ -109,10 +109,12 @@ def _gradient(param: Tensor, numel: int) -> Tensor | None:
 def _signed_sum_and_norm(flat: Tensor) -> list[Tensor]:
     """Σᵢ ±gᵢ and ‖g‖, 0-d; signs by place, the same on every rank. A plain sum would not see elements change places."""
     wide = wide_dtype(flat.device)
-    total = torch.zeros((), dtype=wide, device=flat.device)
+    total, squares = torch.zeros(2, dtype=wide, device=flat.device).unbind()
     for start in range(0, flat.numel(), _BLOCK):
         block = flat[start : start + _BLOCK].to(wide)
         places = torch.arange(start, start + block.numel(), device=flat.device)
         signs = (places * 0x9E3779B1 >> 16 & 1) * 2 - 1
         total += (block * signs).sum()
-    return [total, torch.linalg.vector_norm(flat, dtype=wide)]
+        # Not by a norm of the whole in float64, for which torch copies the whole, when memory is fullest.
+        squares += block.square().sum()
+    return [total, squares.sqrt()]

@@ -81,9 +81,11 @@ class ElementwiseOptimizer(GradientOptimizer):
 
     def _accepts_scale(self, batch: Batch) -> bool:
         """Whether the scale may be given to the optimizer as its lr. torch's foreach kernels refuse most tensors."""
-        settings = self.bound.settings(batch.group)
-        accepts_tensors = settings.get("fused") or settings.get("capturable") or not settings.get("foreach")
-        return not isinstance(batch.pending.scale, Tensor) or bool(accepts_tensors)
+        settings, scale = self.bound.settings(batch.group), batch.pending.scale
+        if not isinstance(scale, Tensor) or settings.get("fused") or settings.get("capturable"):
+            return True
+        # Left to itself torch steps one parameter after the other then, and reads the tensor for each: on a card it waits.
+        return not settings.get("foreach") and scale.device.type == "cpu"
 
     def step(self, batches: Sequence[Batch]) -> None:
         """p ← p − Σ terms, then p ← p − scale·u, by the optimizer itself, decay included where it can, proximal too."""

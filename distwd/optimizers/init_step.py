@@ -17,6 +17,8 @@ from ..sharding.params import NamedParam
 from ..step.runner import StepRunner
 from .state import NO_PARAMS_KEY, mark_initialized
 
+_MAX_KEPT = 64
+
 
 class FirstStep:
     """Finds out, together with the other ranks, whether a step is real, until one is.
@@ -29,6 +31,7 @@ class FirstStep:
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
+        self._moving: dict[int, torch.Tensor] = {}  # by identity, learning rates that were not 0
         self._ask_again()
         # Where the process group has been made anew, other ranks may be at their first step, and ask.
         runner.plans.on_new_world.append(self._ask_again)
@@ -66,6 +69,22 @@ class FirstStep:
         self.is_past = is_real
         return not is_real
 
+    def may_stand_still(self, lr: float | torch.Tensor) -> bool:
+        """Whether a learning rate is 0. A tensor is not read in a step once it has been seen to be another number.
+
+        Nor is one on a card, after the first real step. For hidden steps checkpoint code puts a new 0 there, on the CPU.
+        """
+        if not isinstance(lr, torch.Tensor):
+            return lr == 0
+        if self.is_past and (lr.device.type != "cpu" or id(lr) in self._moving):
+            return False
+        if stands_still := is_zero_now(lr):
+            return stands_still
+        if len(self._moving) >= _MAX_KEPT:  # a loop may put a new tensor there in every step
+            self._moving.clear()
+        self._moving[id(lr)] = lr
+        return False
+
     def is_init_step_of(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> bool:
         """Whether a step of an external optimizer only asks for its state.
 
@@ -73,8 +92,15 @@ class FirstStep:
         """
         groups = optimizer.param_groups
         has_state = bool(set(optimizer.state) - {NO_PARAMS_KEY})
-        is_idle = not (has_closure or has_state or any(group.get("lr", 1) != 0 for group in groups))
+        is_idle = not (
+            has_closure or has_state or not all(self.may_stand_still(group.get("lr", 1)) for group in groups)
+        )
         return self.is_init_step(is_idle)
+
+
+def is_zero_now(lr: torch.Tensor) -> bool:
+    """Whether a learning rate is 0. Reads it."""
+    return bool(lr == 0)
 
 
 def has_only_zero_grads(entries: Sequence[NamedParam]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,15 +20,16 @@ from .layout import Layout, Mark, find_mark
 from .ownership import CHECKSUM, NUM_COLUMNS, OwnerTable, checksums_of, offsets_of, resolve, rows_of, stable_hash
 from .params import NamedParam
 from .pieces import Meshes, Piece, check_matrices, check_params, describe, is_measurable
-from .world import ErrorStore, World
+from .world import MAX_ACCELERATORS, ErrorStore, World
 
 # The first row of every rank is about the rank itself: whether it objects, a hash of its rules, whether its tensors are
 # named, how many groups it has, a hash of its other arguments, which patterns of its layout have matched (bits), a
-# number for the plan.
+# number for the plan. The bits of the patterns have others above them.
 _OBJECTS, _RULES, _NAMED, _GROUPS, _ARGUMENTS, _MATCHED, _NUMBER = range(NUM_COLUMNS)
-# Patterns are bits of one int64, whose sign bit and the bit below it are not theirs.
-_MAX_PATTERNS = 62
-_NARROW = 1 << _MAX_PATTERNS  # some tensors here are not float64
+# Patterns are the lower bits of one int64. Above them, and below the sign: on which accelerators tensors lie, and whether
+# some tensors are not float64.
+_MAX_PATTERNS = 62 - MAX_ACCELERATORS
+_NARROW = 1 << 62
 _MARKS = 1 << 20
 # Values of _NAMED. A rank without parameters is of neither kind, and fits to both.
 _UNNAMED, _ALL_NAMED, _EMPTY = 0, 1, 2
@@ -80,7 +81,7 @@ class Ownership:
     numel: elements of all whole tensors.
     alike: tuples of names that have the same bits, see `OwnerTable.alike`.
     is_wide: whether every tensor is float64.
-    error_store: where these ranks publish errors.
+    world: these ranks, with the store where they publish errors, and the device that they all send from in a step.
     mark: a number that no other plan of these ranks has, by all odds.
     """
 
@@ -97,7 +98,7 @@ class Ownership:
     numel: int
     alike: list[tuple[int, ...]]
     is_wide: bool
-    error_store: ErrorStore | None
+    world: World
     mark: int
 
 
@@ -127,6 +128,13 @@ def _build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
     if not args.world.is_fake:
         _check_pieces(found, entries, local, args.world)
     first_cells = found.num_cells.cumsum(0) - found.num_cells
+    # Bits of all ranks: what one of them holds, numbers in a step, and who sends them from where, must not differ by.
+    bits = 0
+    for own in headers[:, _MATCHED].tolist():
+        bits |= own
+    # Every rank drew a random number; the first rank's is the plan's, so no two plans share keys of the store.
+    number = int(headers[0, _NUMBER])
+    world = args.world.at(_trained_on(entries, args), bits >> _MAX_PATTERNS & (1 << MAX_ACCELERATORS) - 1)
     return Ownership(
         pieces=local.pieces,
         owned=tuple(found.owned.tolist()),
@@ -141,11 +149,10 @@ def _build(entries: Sequence[NamedParam], args: BuildArgs) -> Ownership:
         num_groups=num_groups,
         numel=found.numel,
         # By the dtypes of all ranks: a metric must have the same bits on a rank that holds other tensors, or none.
-        is_wide=len(found.names) > 0 and not any(mask & _NARROW for mask in headers[:, _MATCHED].tolist()),
-        # Every rank drew a random number; the first rank's is the plan's, so no two plans share keys of the store.
-        error_store=ErrorStore.of(args.world.group, int(headers[0, _NUMBER])),
+        is_wide=len(found.names) > 0 and not bits & _NARROW,
+        world=replace(world, error_store=ErrorStore.of(args.world.group, number)),
         # Small enough for float32 to hold it exactly.
-        mark=int(headers[0, _NUMBER]) % _MARKS + 1,
+        mark=number % _MARKS + 1,
     )
 
 
@@ -199,11 +206,17 @@ def _report(entries: Sequence[NamedParam], args: BuildArgs) -> LocalReport:
     header[_GROUPS] = 1 + max((entry.group for entry in entries), default=0)
     header[_ARGUMENTS] = stable_hash(args.arguments)
     header[_MATCHED] = sum(1 << number for number in matched)
+    header[_MATCHED] |= args.world.types_of(_trained_on(entries, args)) << _MAX_PATTERNS
     if any(piece.dtype != torch.float64 for piece in pieces):
         header[_MATCHED] |= _NARROW
     # 63 bits, so a positive int64. Not from torch's generator: building a plan must not change what a user draws next.
     header[_NUMBER] = uuid.uuid4().int >> 65
     return LocalReport(pieces, objection, torch.cat([torch.tensor([header], dtype=torch.int64), rows]))
+
+
+def _trained_on(entries: Sequence[NamedParam], args: BuildArgs) -> list[torch.device]:
+    """Where the tensors lie that are trained. Others, such as the model under LoRA, are in no number."""
+    return [local_tensor(entry.tensor).device for n, entry in enumerate(entries) if n not in args.frozen]
 
 
 def _has_bits(position: int, entry: NamedParam, frozen: frozenset[int]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from .._torch import device_types, first_backend, store_of, timeout_of
 from ..errors import PlanError
 
+MAX_ACCELERATORS = 6  # device types besides the CPU that one group is looked at for
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -24,7 +27,8 @@ class World:
     rank: the rank of this process in the group.
     size: number of ranks in the group.
     serves: device types that the group's backends can send from ("cpu", "cuda", ...).
-    device: where a tensor of any other device type is copied before it is sent.
+    device: where numbers are brought before they are sent. Of one type on every rank: in a group of gloo and NCCL each
+        serves its own devices, and a rank that sends with one would wait for ever for a rank that sends with the other.
     error_store: where these ranks publish why they cannot continue; None without a plan, on one rank, and where the
         backend has no timeout.
     is_fake: whether the backend is torch's "fake" one, which sends nothing: one process stands for many ranks, to try
@@ -54,8 +58,32 @@ class World:
         return cls(group, dist.get_rank(group), dist.get_world_size(group), serves, _device(serves), is_fake=is_fake)
 
     def sendable(self, tensor: Tensor) -> Tensor:
-        """`tensor` on a device that the group can send from: where it is, if possible."""
-        return tensor if tensor.device.type in self.serves else tensor.to(self.device)
+        """`tensor` on the device that every rank sends from."""
+        # Not where it is, though the group may serve that: another rank may hold nothing, or hold it elsewhere.
+        return tensor.to(self.device)
+
+    def types_of(self, devices: Iterable[torch.device]) -> int:
+        """Which accelerators that the group serves are among `devices`, as bits that ranks can exchange; see `at`."""
+        held = {device.type for device in devices}
+        return sum(1 << number for number, kind in enumerate(self._accelerators) if kind in held)
+
+    def at(self, devices: Sequence[torch.device], types: int) -> World:
+        """The same ranks, which send from where their tensors are; from an accelerator if any rank holds tensors there.
+
+        devices: of this rank's tensors.
+        types: the `types_of` of all ranks together, so that every rank decides alike.
+        """
+        kinds = [kind for number, kind in enumerate(self._accelerators) if types >> number & 1]
+        if self.size == 1:  # nothing is sent, but numbers of no tensors lie there, too
+            kinds = [device.type for device in devices if device.type != "cpu"]
+        if not kinds:
+            return self
+        own = [device for device in devices if device.type == kinds[0]]
+        return replace(self, device=own[0] if own else _current(kinds[0]))
+
+    @property
+    def _accelerators(self) -> tuple[str, ...]:
+        return tuple(kind for kind in self.serves if kind != "cpu")[:MAX_ACCELERATORS]
 
     def meet(self, what: str) -> None:
         """Wait, in the store of the group, until every rank has come to do `what` with the others.
@@ -102,12 +130,16 @@ def check_group(group: Any) -> None:
 
 
 def _device(serves: tuple[str, ...]) -> torch.device:
-    """Where to send from: the CPU if the group serves it, else this process's current card."""
-    # Only what is on a device of another type is copied, and every device can copy to the CPU.
+    """Where to send from until a plan tells: the CPU if the group serves it, else this process's current card."""
+    # What ranks exchange before they have a plan is made on the CPU.
     if "cpu" in serves:
         return torch.device("cpu")
-    # The current card, not card 0: NCCL refuses two ranks on one card.
-    return torch.device(serves[0], getattr(torch, serves[0]).current_device())
+    return _current(serves[0])
+
+
+def _current(kind: str) -> torch.device:
+    """This process's current card. Not card 0: NCCL refuses two ranks on one card."""
+    return torch.device(kind, getattr(torch, kind).current_device())
 
 
 # What to do, of a rank that has come alone.

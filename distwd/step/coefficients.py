@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._torch import local_tensor
 from ..checks import plain_number
+from ..kernels.blocks import number_on
 from ..kernels.formulas import Rate
 from ..kernels.sums import COUNT as COUNT_NONZERO
 from ..kernels.sums import wide_dtype
@@ -208,7 +209,7 @@ class Coefficients:
         if settings.is_off:
             value = torch.zeros_like(value)
         elif isinstance(decay := settings.values.get("weight_decay"), Tensor):
-            value = torch.where(decay.to(value.device) == 0, 0.0, value)
+            value = torch.where(number_on(value.device, decay, decay.dtype) == 0, 0.0, value)
         return self._noted(scope, {**measured, **kept}, value, old, new, has_begun, dtype)
 
     def _kept_of(
@@ -537,7 +538,7 @@ def _answer(
     """
     # Tensors among the settings as the numbers are: on their device, in float64.
     given = {
-        name: value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
+        name: number_on(like.device, value, like.dtype) if isinstance(value, Tensor) else value
         for name, value in settings.values.items()
     }
     answer, what = getattr(bound.transform, method)(given, *numbers), f"{bound.label}.{method}"
@@ -565,7 +566,7 @@ def _as_slots(method: str, what: str, value: Any, like: Tensor) -> Tensor:
                 f"{method}: the {what} has shape {tuple(value.shape)}; it must be one number, or one for "
                 f"each of the {len(like)} numbers that it was given"
             )
-        return value.to(like.device, like.dtype).expand(len(like))
+        return number_on(like.device, value, like.dtype).expand(len(like))
     value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{method}: the {what} is {value!r}; it must be a number or a tensor")

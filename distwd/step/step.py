@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch import local_tensor
 from ..kernels.apply import add_terms, apply_, differences
-from ..kernels.blocks import Workspace
+from ..kernels.blocks import Workspace, number_on
 from ..kernels.formulas import DecayTerm, Mask, Rate
 from ..kernels.stochastic import LOW, RandomBits
 from ..kernels.sums import wide_dtype
@@ -511,7 +511,7 @@ def zero_where(flag: Tensor, rate: Rate) -> Tensor:
     """`rate`, or 0 where `flag` is not 0 (or is True). By selection, since 0 · inf is NaN."""
     # Everything goes to where the flag is: bringing the flag here would wait for the device.
     if isinstance(rate, Tensor):
-        rate = rate.to(flag.device, non_blocking=True)
+        rate = number_on(flag.device, rate, rate.dtype)
     else:
         rate = torch.full((), rate, dtype=wide_dtype(flag.device), device=flag.device)
     return torch.where(flag != 0, 0.0, rate)
