@@ -13,7 +13,16 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import distwd
-from distwd import CautiousWeightDecay, DirectWeightDecay, RelativeWeightDecay, WeightDecay
+from distwd import (
+    CautiousWeightDecay,
+    ConstrainedWeightDecay,
+    DirectWeightDecay,
+    Hyperball,
+    NormControl,
+    RadialBrake,
+    RelativeWeightDecay,
+    WeightDecay,
+)
 from distwd.attach.watch import Watch
 from tests.fake_cuda import NoWaits, Waits, fake_cuda
 
@@ -44,10 +53,15 @@ RULES = {
     "soft thresholds": lambda λ: WeightDecay(λ, 1, proximal=True),
     "proximal, ord 1.5": lambda λ: WeightDecay(λ, 1.5, proximal=True),
     "proximal, ord 2": lambda λ: WeightDecay(λ, proximal=True),
+    "brake": lambda λ: RadialBrake(1 - λ),
+    "sphere": lambda λ: Hyperball(2.0),
+    "to a norm": lambda λ: NormControl(λ, radius=2.0),
+    "bound": lambda λ: ConstrainedWeightDecay(λ),
     "toward tensors": anchors,
     "direct": DirectWeightDecay,
 }
 BEHIND = {"soft thresholds", "proximal, ord 1.5", "proximal, ord 2", "of second moments"}
+BEHIND |= {"brake", "sphere", "to a norm", "bound"}
 
 
 class Foreign(torch.optim.Optimizer):
@@ -111,6 +125,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.flo
 def fits(rule: str, way: str, situation: str) -> bool:
     if rule in BEHIND and ("gradient" in way or "before" in way):
         return False  # refused: what is proximal, or of second moments, is behind the optimizer
+    if rule == "sphere" and ("none" in way or way == "chain, after lr"):
+        return False  # its angle is the learning rate behind it
     if rule == "of second moments" and not ("chain" in way or "adamw" in way):
         return False
     return not (situation == "GradScaler" and "foreign" in way)  # only fused optimizers are handed the scale

@@ -298,9 +298,8 @@ class Coefficients:
                 is_rms = bound.transform.norm_metric == "rms"
                 before = now.before(is_rms)
                 # At a learning rate of 0, and in a step that is skipped, nothing acts. By selection.
-                acts = torch.full_like(like, 1.0, dtype=torch.bool)
-                if not bound.transform.acts_at_lr_zero:
-                    acts = acts & torch.as_tensor(now.lr != 0, device=like.device)
+                has_lr = True if bound.transform.acts_at_lr_zero else now.lr != 0
+                acts = has_lr if isinstance(has_lr, Tensor) else torch.full_like(like, has_lr, dtype=torch.bool)
                 if found_inf is not None:
                     acts = acts & (found_inf.to(like.device, non_blocking=True) == 0)
                 scale, _ = _answer(bound, settings, "scale", (before, now.update(bound, is_rms), kept), {}, like)
@@ -360,7 +359,7 @@ class Coefficients:
                 continue
             device, is_shared = known.value.device, known.scope not in OWN
             # A parameter without a gradient rests, and so do numbers of its own. Shared ones move in every step.
-            rests = None if known.has_gradient is None else ~known.has_gradient
+            rests = None if known.has_gradient is None else known.has_gradient == 0
             found_inf = step.found_inf.get(index)
             if found_inf is not None:
                 is_skipped = found_inf.to(device, non_blocking=True) != 0

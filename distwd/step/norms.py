@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._torch import local_tensor
 from ..kernels.apply import place_terms
+from ..kernels.blocks import number_on
 from ..kernels.formulas import DecayTerm, Rate, Write
 from ..kernels.sums import Vectors, wide_dtype
 from ..metrics.measure import Source, sources_of
@@ -315,7 +316,10 @@ class StepNorms:
             return self._norm({1: self._number(norms.lr(step, group, at - 1, bound.index))}, is_rms)
         between = self._number(norms.lr(step, group, bound.index, at))
         size = self._norm({1: 1.0}, is_rms)
-        return torch.where(torch.as_tensor(between == 0, device=size.device), 0.0, size / between)
+        # Of a number it is known without a tensor; one made of it on the CPU would be copied to the device, which waits.
+        if not isinstance(between, Tensor):
+            return size / between if between else torch.zeros_like(size)
+        return torch.where(between == 0, 0.0, size / between)
 
     def act(self, factors: Factors) -> None:
         """Scale the update, and then the step."""
@@ -337,7 +341,7 @@ class StepNorms:
 
     def _number(self, value: Rate) -> Any:
         """A number as Python's, or as float64 where the products are."""
-        return value.to(self._products.device, self._products.dtype) if isinstance(value, Tensor) else value
+        return number_on(self._products.device, value, self._products.dtype) if isinstance(value, Tensor) else value
 
 
 def check_places(transforms: Sequence[BoundTransform]) -> None:
