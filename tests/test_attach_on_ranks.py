@@ -292,5 +292,6 @@ def test_an_old_checkpoint_loads_and_the_decay_stays():
     optimizer = torch.optim.AdamW(params.values(), weight_decay=0)
     attach(optimizer, WeightDecay(0.25))
     optimizer.load_state_dict(old)
+    runs.feed("single", params, 0)
     optimizer.step()
     assert optimizer.param_groups[0]["distwd_weight_decay"] == 0.25

@@ -34,7 +34,7 @@ def attached(*rules: distwd.Rule) -> Callable[[list[Any]], Any]:
 CASES = {
     "chain, absolute": (chain(distwd.WeightDecay(0.1)), 14, None),
     "chain, relative": (chain(distwd.RelativeWeightDecay(0.1)), 23, 8),
-    "attach, relative to the update": (attached(distwd.RelativeWeightDecay(0.1)), 26, 9),
+    "attach, relative to the update": (attached(distwd.RelativeWeightDecay(0.1)), 27, 9),
 }
 
 

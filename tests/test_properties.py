@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 import distwd
 from tests.chains import transforms_of
 from tests.oracle import AdamPart, Decay, LrPart, Oracle, SgdPart
+
+# Any chain, also one without a learning rate.
+pytestmark = pytest.mark.filterwarnings("ignore:no LR in this chain:UserWarning")
 
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=6)
 ords = st.one_of(st.sampled_from([1, 2, 3, 4]), st.floats(1, 4, allow_nan=False))

@@ -185,7 +185,8 @@ def make(way: str, name: str, held: Mapping[str, nn.Parameter], is_flat: bool = 
 
 def coefficients_of(stats: Mapping[str, Mapping[str, Any]]) -> dict[Any, float]:
     (table,) = stats.values()
-    shown = table["coefficient"]
+    # Of one metric over all there is a coefficient for each group, since groups have a decay of their own.
+    shown = table.get("coefficients", table["coefficient"])
     return {key: value.item() for key, value in shown.items()} if isinstance(shown, dict) else {0: shown.item()}
 
 

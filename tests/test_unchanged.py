@@ -164,6 +164,10 @@ LOST = {
     "direct": lambda: chained(distwd.DirectWeightDecay(1e-4), LR),
     "two": lambda: chained(SGD, DECAY, LR, distwd.WeightDecay(1e-3)),
     "fp16": lambda: chained(SGD, DECAY, LR, dtype=FP16),
+    # A number on the device is read in first steps only.
+    "a tensor lr": lambda: chained(SGD, DECAY, distwd.LR(torch.tensor(1e-3))),
+    "a tensor decay": lambda: chained(SGD, distwd.WeightDecay(torch.tensor(0.1)), LR),
+    "relative": lambda: chained(SGD, distwd.RelativeWeightDecay(0.1), LR),
     "attached": lambda: attached(DECAY),
     "attached, behind": lambda: attached(distwd.CautiousWeightDecay(1e-3), coupling="none"),
 }
@@ -173,9 +177,6 @@ KEPT = {
     "large": lambda: chained(SGD, distwd.WeightDecay(2.01), LR),
     "two that are large together": lambda: chained(SGD, distwd.WeightDecay(1.01), LR, distwd.WeightDecay(1e-3)),
     "no decay": lambda: chained(SGD, distwd.WeightDecay(0.0), LR),
-    "a tensor lr is not read": lambda: chained(SGD, DECAY, distwd.LR(torch.tensor(1e-3))),
-    "a tensor decay is not read": lambda: chained(SGD, distwd.WeightDecay(torch.tensor(0.1)), LR),
-    "relative": lambda: chained(SGD, distwd.RelativeWeightDecay(0.1), LR),
     "of another order": lambda: chained(SGD, distwd.WeightDecay(0.1, 1), LR),
     "coupled": lambda: chained(DECAY, SGD, LR),
     "coupled, attached": lambda: attached(DECAY, cls=torch.optim.Adam, coupling="gradient"),

@@ -297,7 +297,10 @@ def _joined(workspace: Workspace, pieces: list[Tensor]) -> Tensor:
         # Of two kinds of numbers torch takes the wider one, but for float8, which it refuses to join with others.
         dtype = wide_dtype(pieces[0].device)
         pieces = [piece.to(dtype) if piece.dtype.itemsize == 1 else piece for piece in pieces]
-    x = workspace.empty(sum(piece.numel() for piece in pieces), pieces[0].device, dtype)
+    numel = 0
+    for piece in pieces:
+        numel += piece.numel()
+    x = workspace.empty(numel, pieces[0].device, dtype)
     shapes = {piece.shape for piece in pieces}
     rows = {shape[1:] for shape in shapes}
     # With rows of one shape they are joined as they are: flat views of many cost as much as all the rest.

@@ -110,7 +110,7 @@ class Coefficients:
         # Several rules may ask for the same; it is measured once. Tensors are asked for once, too: an update that a rule
         # asks for makes a waiting optimizer run.
         asks = list(dict.fromkeys(ask for _, ask in phase.asks))
-        implied = norms.implied(asks)
+        implied = norms.implied(asks) if norms.rules else {}
         asks = [ask for ask in asks if ask not in implied]
         taken = {ask: self._taken.pop((phase.position, ask), None) for ask in asks}
         sources = {
