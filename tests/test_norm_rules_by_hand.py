@@ -65,6 +65,32 @@ def test_numbers_that_can_be_checked_by_hand(transforms, expected):
     torch.testing.assert_close(step(*transforms), torch.tensor(expected, dtype=torch.float64), rtol=2e-6, atol=0)
 
 
+def test_a_scale_is_of_the_update_that_rules_in_front_have_scaled():
+    """unit(s·u) is unit(u), so what scales the update in front of a ball changes nothing; a second ball takes the first's place."""
+    alone = step(Hyperball(), LR(0.1))
+    for front in ([TrustRatio(scope="matrix")], [RadialBrake(0.2)], [Hyperball(2.0)]):
+        torch.testing.assert_close(step(*front, Hyperball(), LR(0.1)), alone, rtol=2e-6, atol=0)
+    twice = step(LR(0.5), TrustRatio(), TrustRatio(), LR(0.2))
+    torch.testing.assert_close(twice, torch.tensor([3 - 0.2 * 5**0.5, -4 - 0.4 * 5**0.5]).double(), rtol=2e-6, atol=0)
+    # A mutant gives every rule the bare update.
+    bare = distwd.step.norms.StepNorms.update
+
+    def unscaled(self, bound, is_rms):
+        self._scale = 1.0
+        return bare(self, bound, is_rms)
+
+    with mock.patch("distwd.step.norms.StepNorms.update", unscaled):
+        assert (step(Hyperball(2.0), Hyperball(), LR(0.1)) - alone).abs().max() > 1e-2
+
+
+def test_an_update_next_to_nothing_is_no_nan():
+    param = nn.Parameter(torch.tensor([3.0, -4.0]))
+    chain = Chain([param], Wrap(SGD), Hyperball(), LR(0.1))
+    param.grad = torch.tensor([1e-39, 2e-39])
+    chain.step()
+    torch.testing.assert_close(param.detach().norm(), torch.tensor(5.0))
+
+
 def test_an_update_of_zeros_leaves_a_ball_as_it_is():
     assert step(Hyperball(), LR(0.1), u=(0.0, 0.0), steps=3).tolist() == [3.0, -4.0]
 
@@ -297,6 +323,26 @@ def test_zeros_that_would_stay_zeros_are_refused_by_name(way):
     run(optimizer, grads[:1], params)
 
 
+@pytest.mark.parametrize("way", ["chain", "attach"])
+def test_zeros_of_a_group_that_is_switched_on_later_are_refused(way):
+    w, zeros = nn.Parameter(torch.tensor([3.0, -4.0])), nn.Parameter(torch.zeros(2))
+    key = "radius" if way == "chain" else "distwd_radius"
+    groups = [{"params": [("w", w)]}, {"params": [("zeros", zeros)], key: None}]
+    if way == "chain":
+        optimizer = Chain(groups, Adam(), Hyperball(), LR(0.1))
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0)
+        attach(optimizer, Hyperball())
+    run(optimizer, [[torch.ones(2)]], [w])
+    optimizer.param_groups[1][key] = "initial"
+    for _ in range(2):
+        with pytest.raises(PlanError, match="zeros: all zeros"):
+            run(optimizer, [[torch.ones(2), torch.ones(2)]], [w, zeros])
+    optimizer.param_groups[1][key] = 2.0
+    run(optimizer, [[torch.ones(2), torch.ones(2)]], [w, zeros])
+    torch.testing.assert_close(zeros.detach().norm(), torch.tensor(2.0))
+
+
 def test_zeros_have_a_gain_of_1_and_a_rate_of_0():
     found = step(NormControl(0.5, radius=2.0), RadialBrake(0.5), LR(0.1), p=(0.0, 0.0), u=(0.0, 0.0))
     assert found.tolist() == [0.0, 0.0]
@@ -435,6 +481,10 @@ class Measuring(Rule):
         (lambda: ConstrainedWeightDecay(after=-1), "after=-1"),
         (lambda: ConstrainedWeightDecay(smoothing=1.0), r"smoothing=1.0 must be in \[0, 1\)"),
         (lambda: ConstrainedWeightDecay(every=0), "every=0 must be"),
+        (lambda: ConstrainedWeightDecay(every=2.5), r"every=2.5 must be a whole number of steps, 1 or more"),
+        (lambda: ConstrainedWeightDecay(every=float("inf")), "every=inf must be a whole number"),
+        (lambda: ConstrainedWeightDecay("initial", after=2.5), r"after=2.5 must be a whole number of steps, 0 or more"),
+        (lambda: ConstrainedWeightDecay("initial", after=torch.tensor(3)), r"after=tensor\(3\) must be a whole number"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(make, message):

@@ -110,7 +110,9 @@ class Hyperball(Rule):
         return {"radius": Measure("params", "l2", settings["scope"])} if settings["radius"] == "initial" else {}
 
     def scale(self, settings: Settings, before: Tensor, update: Tensor, kept: Numbers) -> Any:
-        return torch.where(update == 0, 0.0, kept.get("radius", settings["radius"]) / update)
+        # Of an update that is next to nothing it would be infinite in float32, and infinity times 0 is NaN.
+        most = torch.finfo(torch.float32).max
+        return torch.where(update == 0, 0.0, (kept.get("radius", settings["radius"]) / update).clamp(max=most))
 
     def gain(self, settings: Settings, before: Tensor, after: Tensor, kept: Numbers) -> Any:
         gain = torch.where(after == 0, 1.0, kept.get("radius", settings["radius"]) / after)
@@ -166,7 +168,7 @@ class ConstrainedWeightDecay(Rule):
         "inflection": mean θ̃² when its growth slows down. Every `every` steps the relative growth of a running mean of ‖θ̃‖
         (`smoothing`) is compared with that before; from the fourth time on, where 0.01 < growth < growth before.
         κ acts from the next step on; until then nothing is written. None: the rule is off.
-    factor, rate (μ): ≥ 0. after: ≥ 0, in steps that count. every: ≥ 1, in steps. smoothing: in [0, 1).
+    factor, rate (μ): ≥ 0. after: a whole number ≥ 0, of steps that count. every: a whole number ≥ 1, of steps. smoothing: in [0, 1).
     scope: what has one mean and one λ, as in `NormControl`.
     All are keys of the param groups. θ: any float dtype and sharding. One all-reduce, shared with other rules.
     Raises ValueError for any value not named here, and before an optimizer.
@@ -207,11 +209,14 @@ class ConstrainedWeightDecay(Rule):
             check_choice("bound", settings["bound"], ("initial", "inflection"))
         else:
             check_nonnegative("bound", settings["bound"])
-        for name in ("factor", "after", "rate"):
+        for name in ("factor", "rate"):
             check_nonnegative(name, settings[name])
-        every, smoothing = plain_number(settings["every"]), plain_number(settings["smoothing"])
-        if isinstance(every, bool) or not isinstance(every, (int, float)) or not every >= 1:
-            raise ValueError(f"every={every!r} must be a number of steps, 1 or more")
+        # Steps are counted, and a number between two of them would never come: the bound would never be found.
+        for name, least in (("after", 0), ("every", 1)):
+            num = plain_number(settings[name])
+            if isinstance(num, bool) or not isinstance(num, (int, float)) or not num >= least or num % 1 != 0:
+                raise ValueError(f"{name}={num!r} must be a whole number of steps, {least} or more")
+        smoothing = plain_number(settings["smoothing"])
         if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing!r} must be in [0, 1)")
 

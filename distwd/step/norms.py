@@ -283,6 +283,7 @@ class StepNorms:
         self._measured_at, self._value_of = measured_at, value_of
         self._pulls = [bound for bound in norms.pulls if not step.settings[bound.index, group].is_off]
         self.lr = self._number(norms.lr(step, group))
+        self._scale: Any = 1.0  # of the update, by the rules that have acted
         self._before: dict[int, Any] = {0: 1.0}
         self._after: dict[int, Any] = {0: 1.0, 1: -1.0 * self._number(norms.lr(step, group, measured_at - 1))}
 
@@ -310,12 +311,12 @@ class StepNorms:
         return self._norm(self._after, is_rms, self._products[-2])
 
     def update(self, bound: BoundTransform, is_rms: bool) -> Tensor:
-        """‖u‖ at the place of a rule, [slots]."""
+        """‖u‖ at the place of a rule, [slots]: with the scales of the rules in front. (Their gains are the step's, not u's.)"""
         norms, step, group, at = self._norms, self._step, self._group, self._measured_at
         if bound.index >= at:
-            return self._norm({1: self._number(norms.lr(step, group, at - 1, bound.index))}, is_rms)
+            return self._norm({1: self._number(norms.lr(step, group, at - 1, bound.index)) * self._scale}, is_rms)
         between = self._number(norms.lr(step, group, bound.index, at))
-        size = self._norm({1: 1.0}, is_rms)
+        size = self._norm({1: self._scale}, is_rms)
         # Of a number it is known without a tensor; one made of it on the CPU would be copied to the device, which waits.
         if not isinstance(between, Tensor):
             return size / between if between else torch.zeros_like(size)
@@ -323,6 +324,7 @@ class StepNorms:
 
     def act(self, factors: Factors) -> None:
         """Scale the update, and then the step."""
+        self._scale = self._scale * factors.scale
         self._after[1] = self._after[1] * factors.scale
         self._after = {number: factor * factors.gain for number, factor in self._after.items()}
 

@@ -77,6 +77,8 @@ class StepRunner:
         self._measures_matrices = False
         self._shows_bare_update = shows_bare_update
         self._started_with: Plan | None = None  # of which plan a real step has begun
+        self._started_settings: Mapping[tuple[int, int], GroupSettings] = {}  # with which settings it has
+        self._started: frozenset[tuple[int, int]] = frozenset()  # rules and groups whose kept numbers can begin
         self._norms = NormRules((), {}, 0, shows_bare_update)  # of the same settings
         self._computing: set[int] = set()  # indices of transforms that compute a coefficient
         self.keeps_state = False  # whether any rule keeps numbers or anchors, by the settings of this step
@@ -177,7 +179,8 @@ class StepRunner:
     def begin_real(self, found_inf: Tensor | None = None, groups: Sequence[dict[str, Any]] | None = None) -> None:
         """The step is no hidden one of checkpoint code: what is pulled to begins as the parameters are now.
 
-        Of a new plan, it is found out with the other ranks whether what rules keep can begin.
+        Of a new plan, and of a rule that a group has switched on, it is found out with the other ranks whether what the rule
+        keeps can begin.
 
         found_inf: not 0 where the step will be skipped.
         groups: the groups that it is of; None: all.
@@ -187,18 +190,24 @@ class StepRunner:
             ids = None if groups is None else set(map(id, groups))
             own = None if ids is None else [i for i, group in enumerate(self.now.groups) if id(group) in ids]
             self.anchors.begin(self.now, self._anchored, found_inf, own)
-        if self.plans.plan is None or self.plans.plan is self._started_with:
+        plan, settings = self.plans.plan, self._settings
+        is_known = plan is self._started_with
+        if plan is None or (is_known and settings is self._started_settings):
             return
+        # A group may switch a rule on in any step; all ranks see that alike.
+        started = self._started if is_known else frozenset[tuple[int, int]]()
         rules = [
             (bound, index, now)
             for bound in self.in_step
             for index in range(len(self.now.groups))
-            if not (now := self._settings[bound.index, index]).is_off
+            if (bound.index, index) not in started
+            and not (now := settings[bound.index, index]).is_off
             and any(isinstance(now.keeps.get(name), Measure) for name in bound.transform.nonzero)
         ]
         if rules:
-            check_start(self.plans.plan, self.kept, self.now, rules)
-        self._started_with = self.plans.plan
+            check_start(plan, self.kept, self.now, rules)
+        self._started = started | {(bound.index, index) for bound, index, _ in rules}
+        self._started_with, self._started_settings = plan, settings
 
     def read(self) -> Params:
         """The parameters, groups and settings as they are now; what a step goes by until they are read again."""
