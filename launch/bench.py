@@ -1,6 +1,6 @@
 """Time a step with and without distwd, as ratios to torch's fused AdamW with its own weight decay.
 
-    python launch/bench.py                                    everything: 1 and 2 ranks (it starts them itself), two models
+    python launch/bench.py                                    everything: 1 and 2 ranks (it starts them itself), three models
     python launch/bench.py --quick                            the same with small models and few rounds, to see that it works
     python launch/bench.py --ranks 1 --cases absolute relative --rounds 100
     python launch/bench.py --device cuda                      on GPUs: as many ranks as there are, and only what a card is needed for
@@ -25,7 +25,7 @@ from typing import Any
 
 try:
     import torch
-    from bench_cases import Shapes, equal_tensors, transformer
+    from bench_cases import Shapes, equal_tensors, stacked_experts, transformer
     from bench_numbers import HELD, measure_partial, measure_plan, measure_telling
     from bench_ranks import Here, is_under_torchrun, lost_in_waiting, on_this_rank, run_on_ranks
     from bench_report import draw, machine, num_cores, show
@@ -83,8 +83,16 @@ def parse_options() -> argparse.Namespace:
 
 def models(quick: bool) -> dict[str, Shapes]:
     if quick:
-        return {"a small transformer, 16 tensors": transformer(32, layers=2), "20 tensors of 4 k": equal_tensors(20)}
-    return {"40 M elements, 70 tensors": transformer(512), "1000 tensors of 4 k": equal_tensors(1000)}
+        return {
+            "a small transformer, 16 tensors": transformer(32, layers=2),
+            "20 tensors of 4 k": equal_tensors(20),
+            "8 stacked experts": stacked_experts(8, 16),
+        }
+    return {
+        "40 M elements, 70 tensors": transformer(512),
+        "1000 tensors of 4 k": equal_tensors(1000),
+        "256 stacked experts": stacked_experts(256, 128),
+    }
 
 
 class Bench:

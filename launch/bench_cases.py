@@ -41,6 +41,11 @@ def transformer(width: int, layers: int = 11) -> Shapes:
     return [*shapes, ("norm", (width,)), ("head", (10 * width, width))]
 
 
+def stacked_experts(num: int, width: int) -> Shapes:
+    """The experts of a layer, as two stacks of `num` matrices each."""
+    return [("up", (num, 2 * width, width)), ("down", (num, width, 2 * width))]
+
+
 def equal_tensors(count: int, side: int = 64) -> Shapes:
     """`count` square tensors."""
     return [(f"{i}", (side, side)) for i in range(count)]
@@ -99,7 +104,16 @@ def cases(large: bool = False, device: str = "cpu") -> list[Case]:
         rule = relative(DECAY, norm_input=norm_input, scope="tensor")
         name = f"relative {norm_input}"
         found.append(Case(f"{name}, per tensor", partial(_chain, rule=rule), "≤ 1.3", name))
+    norm_rules = {
+        "RadialBrake": distwd.RadialBrake(),
+        "Hyperball": distwd.Hyperball(),
+        "ConstrainedWeightDecay": distwd.ConstrainedWeightDecay(),
+    }
+    for name, norm_rule in norm_rules.items():
+        found.append(Case(name, partial(_chain, rule=norm_rule), "≤ 1.15", "relative update"))
     found += [
+        Case("NormControl", partial(_chain, rule=distwd.NormControl(DECAY)), "≤ 1.1", "relative params, per tensor"),
+        Case("by hand, Hyperball", by_hand_hyperball, "", "Hyperball"),
         Case("by hand, params", by_hand_params, "≥ 5", "relative params"),
         Case("by hand, update", by_hand_update, "≥ 5", "relative update"),
     ]
@@ -170,6 +184,35 @@ def by_hand_update(named: Named) -> Way:
     return step
 
 
+def by_hand_hyperball(named: Named) -> Way:
+    """Step, see how far each matrix went, turn it by that direction from where it was, and give it its first norm back.
+
+    Three norms of each matrix: of the parameter as it begins (once), of its update and of what has become of it.
+    """
+    params = [param for _, param in named]
+    optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
+    radii: list[Tensor] = []
+
+    @torch.no_grad()
+    def step() -> None:
+        radii.extend(map(_norms, params) if not radii else ())
+        before = [param.clone() for param in params]
+        optimizer.step()
+        for old, new, radius in zip(before, params, radii, strict=True):
+            update = old - new
+            turned = old.sub_(update.mul_(LR * radius / _norms(update)))
+            new.copy_(turned.mul_(radius / _norms(turned)))
+
+    return step
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    """The norm of a parameter, or of each matrix of a stack."""
+    if tensor.dim() < 3:
+        return _whole(torch.linalg.vector_norm(tensor))
+    return torch.linalg.vector_norm(tensor, dim=(-2, -1), keepdim=True)
+
+
 def _whole(number: Tensor) -> Tensor:
     return number.full_tensor() if isinstance(number, DTensor) else number
 
@@ -199,5 +242,7 @@ def chosen(words: Sequence[str], large: bool = False, device: str = "cpu") -> li
     every = cases(large, device)
     names = {case.name for case in every}
     wanted = {name for name in names if not words or any(_is_meant(name, word, names) for word in words)}
-    wanted |= {case.against for case in every if case.name in wanted} | {BASELINE}
+    # What a case is compared with may be compared with another itself.
+    for _ in range(2):
+        wanted |= {case.against for case in every if case.name in wanted} | {BASELINE}
     return [case for case in every if case.name in wanted]

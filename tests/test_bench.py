@@ -22,6 +22,10 @@ OURS = {
     "relative params": 1,
     "relative grad": 1,
     "relative update": 1,
+    "RadialBrake": 1,
+    "Hyperball": 1,
+    "NormControl": 1,
+    "ConstrainedWeightDecay": 1,
     "attach, absolute": 0,
     "attach, cautious": 0,
     "attach, relative params": 1,
@@ -53,9 +57,9 @@ def cases() -> Any:
     return module
 
 
-def test_every_case_is_timed_on_one_and_two_ranks_and_two_models(bench, cases):
+def test_every_case_is_timed_on_one_and_two_ranks_and_three_models(bench, cases):
     printed, written = bench
-    assert [run["ranks"] for run in written["steps"]] == [1, 1, 2, 2]
+    assert [run["ranks"] for run in written["steps"]] == [1, 1, 1, 2, 2, 2]
     for run in written["steps"]:
         assert [row["name"] for row in run["cases"]] == [case.name for case in cases.cases()]
         assert run["failed"] == {}
@@ -129,7 +133,7 @@ def test_the_ways_to_be_compared_take_the_same_step(cases):
     def after_a_step(case: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         named = []
-        for name, shape in cases.transformer(16, layers=1):
+        for name, shape in cases.transformer(16, layers=1) + cases.stacked_experts(3, 4):
             param = torch.nn.Parameter(torch.randn(shape, generator=generator))
             param.grad = torch.randn(shape, generator=generator)
             named.append((name, param))
@@ -149,6 +153,7 @@ def test_the_ways_to_be_compared_take_the_same_step(cases):
         ("attach, cautious", "cautious"),
         ("by hand, params", "relative params"),
         ("by hand, update", "relative update"),
+        ("by hand, Hyperball", "Hyperball"),
         ("torchzero, update", "relative update"),
     ):
         if one in result:

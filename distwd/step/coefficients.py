@@ -334,7 +334,8 @@ class Coefficients:
         """How many numbers of a scope each of these parameters has of its own on this rank; None where they share one."""
         if scope not in OWN:
             return None
-        return [self._slots().num_cells[position] if scope == "matrix" else 1 for position in positions]
+        num_cells = self._slots().num_cells
+        return [num_cells[position] if scope == "matrix" else 1 for position in positions]
 
     def rate(self, bound: BoundTransform, batch: Batch) -> Rate:
         """The coefficient of a rule, as a float64 tensor: one number, or one for each parameter (or matrix) of the batch."""

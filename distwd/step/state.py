@@ -131,10 +131,11 @@ class KeptNumbers:
         """
         wide, is_shared = wide_dtype(device), nums is None
         found: dict[str, Tensor] = {}
+        # Without making an entry: an optimizer begins its state only where there is none.
+        states = [self._state_of(entry.tensor).get(entry.tensor, {}) for entry in entries]
         for name, begins in self.names(keeps).items():
             key = f"{bound.state_prefix}_{name}"
-            # Without making an entry: an optimizer begins its state only where there is none.
-            values = [self._state_of(entry.tensor).get(entry.tensor, {}).get(key) for entry in entries]
+            values = [state.get(key) for state in states]
             if self._unplaced:
                 values = [
                     self._unplaced.get((key, entry.tensor)) if value is None else value
@@ -146,12 +147,18 @@ class KeptNumbers:
                 if self._is_loaded and all(is_empty_piece(entry.tensor) for entry in entries):
                     begins = torch.nan
             known = [
-                torch.full((num,), begins, dtype=wide, device=device)
-                if value is None
-                else local_tensor(value).reshape(-1).to(device, wide)
+                torch.full((num,), begins, dtype=wide, device=device) if value is None else local_tensor(value)
                 for value, num in zip(values, [1] if nums is None else nums, strict=True)
             ]
-            found[name] = torch.cat(known) if known else torch.zeros(0, dtype=wide, device=device)
+            # They are joined before they are converted, and without a view of each: of many small tensors either costs
+            # more than all the rest.
+            if len({one.device for one in known}) > 1:
+                known = [one.to(device) for one in known]
+            if any(one.dim() for one in known):
+                joined = torch.cat([one.reshape(-1) for one in known])
+            else:
+                joined = torch.stack(known) if known else torch.zeros(0)
+            found[name] = joined.to(device, wide)
         return found
 
     def write(
@@ -164,37 +171,48 @@ class KeptNumbers:
         by_matrix: bool,
     ) -> None:
         """Store the numbers of a step that counts, as `read` returns them; by_matrix: whether a stack has one for each matrix."""
-        is_shared = nums is None
+        states = [self._state_of(entry.tensor).get(entry.tensor, {}) for entry in entries]
         for name, value in values.items():
-            key = f"{bound.state_prefix}_{name}"
-            own = [value] * len(entries) if nums is None else value.split(list(nums))
-            targets: list[Tensor] = []
-            parts: list[Tensor] = []
-            shared: dict[torch.device, Tensor] = {}
-            if is_shared and not entries:
-                self._unplaced[key, group] = value.to(torch.float32)
-            for place, entry in enumerate(entries):
-                param = entry.tensor
-                if not self._may_keep(param):
-                    self._unplaced[key, param] = own[place].to(torch.float32)
+            key, value = f"{bound.state_prefix}_{name}", value.to(torch.float32)
+            targets = [state.get(key) for state in states]
+            if nums is None and not entries:
+                self._unplaced[key, group] = value
+            for place, target in enumerate(targets) if self._unplaced or any(one is None for one in targets) else ():
+                param = entries[place].tensor
+                if target is None and not self._may_keep(param):
+                    self._unplaced[key, param] = value if nums is None else value.split(list(nums))[place]
                     continue
                 self._unplaced.pop((key, param), None)
-                state, device = self._state_of(param).setdefault(param, {}), local_tensor(param).device
-                target = state.get(key)
                 # A parameter that had no room for it in earlier steps gets it now, with the value that the others have.
                 if target is None:
-                    target = state[key] = numbers_like(param, 0.0, by_matrix)
-                if is_shared:
-                    # One tensor on each device, so that one write reaches all. Loading a checkpoint parts them.
-                    known = shared.setdefault(device, target)
-                    if known is not target:
-                        state[key] = known
-                        continue
-                targets.append(local_tensor(target))
-                parts.append(own[place].to(device, torch.float32).view(targets[-1].shape))
-            # foreach raises on empty lists.
-            if targets:
-                torch._foreach_copy_(targets, parts)
+                    states[place] = self._state_of(param).setdefault(param, {})
+                    targets[place] = states[place][key] = numbers_like(param, 0.0, by_matrix)
+            if nums is None:
+                # One tensor on each device, so that one write reaches all. Loading a checkpoint parts them.
+                shared: dict[torch.device, Tensor] = {}
+                for place, target in enumerate(targets):
+                    if target is not None:
+                        first = shared.setdefault(local_tensor(entries[place].tensor).device, target)
+                        if first is not target:
+                            states[place][key] = first
+                targets = list(shared.values())
+            # One copy to each device, and one write there.
+            locals_ = [None if target is None else local_tensor(target) for target in targets]
+            for device in dict.fromkeys(one.device for one in locals_ if one is not None):
+                there = value.to(device)
+                if nums is None:
+                    own: Sequence[Tensor] = [there] * len(locals_)
+                else:
+                    own = there.unbind() if len(there) == len(nums) == sum(nums) else there.split(list(nums))
+                pairs = [
+                    (one, part)
+                    for one, part in zip(locals_, own, strict=True)
+                    if one is not None and one.device == device
+                ]
+                torch._foreach_copy_(
+                    [one for one, _ in pairs],
+                    [part if part.shape == one.shape else part.view(one.shape) for one, part in pairs],
+                )
 
     def remove(self, entries: Sequence[NamedParam]) -> None:
         """Take what these rules keep, anchors too, out of the state of the parameters."""
