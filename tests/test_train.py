@@ -213,6 +213,7 @@ def test_every_rule_and_every_argument_of_it_has_a_word() -> None:
 RULE_LINES = [
     "--norm-input grad --metric l2 --per params --smoothing 0.1",
     "--norm-input second_moment --power -0.5 --weight-decay 0.01",
+    "--decay hyperball --lr 0.01",
 ]
 
 
