@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,36 @@ def norm_of(values: Values) -> float:
     return math.sqrt(sum((value**2).sum().item() for value in values.values()))
 
 
+def adam_updates(grads: list[Values]) -> Iterator[tuple[Values, Values]]:
+    """For each step (m̂/(√v̂ + eps), v̂)."""
+    m, v = ({name: torch.zeros_like(value) for name, value in grads[0].items()} for _ in range(2))
+    for t, grad in enumerate(grads, start=1):
+        m = {name: 0.9 * m[name] + 0.1 * grad[name] for name in m}
+        v = {name: 0.999 * v[name] + 0.001 * grad[name] ** 2 for name in v}
+        hats = {name: value / (1 - 0.999**t) for name, value in v.items()}
+        yield {name: m[name] / (1 - 0.9**t) / (hats[name].sqrt() + 1e-8) for name in m}, hats
+
+
+def muon_updates(grads: list[Values]) -> Iterator[Values]:
+    """What Muon of torch takes off zeros at lr 1; it looks at gradients alone."""
+    zeros = {name: torch.nn.Parameter(torch.zeros(grad.shape)) for name, grad in grads[0].items() if grad.dim() > 1}
+    muon = torch.optim.Muon(zeros.values(), lr=1.0, weight_decay=0.0)
+    for grad in grads:
+        for name, param in zeros.items():
+            param.data.zero_()
+            param.grad = grad[name].float()
+        muon.step()
+        yield {name: -param.detach().double() for name, param in zeros.items()}
+
+
 def adam(params: Values, grads: list[Values], decay_at: Callable[[int, Values, Values, float, str], float]) -> Values:
     """θ ← θ − η_t·(λ·θ + m̂/(√v̂ + eps)); decay_at: λ, of t, θ, v̂, η_t and the parameter's name."""
-    m, v = ({name: torch.zeros_like(value) for name, value in params.items()} for _ in range(2))
-    for t, grad in enumerate(grads):
-        for name in params:
-            m[name] = 0.9 * m[name] + 0.1 * grad[name]
-            v[name] = 0.999 * v[name] + 0.001 * grad[name] ** 2
-        hats = {name: value / (1 - 0.999 ** (t + 1)) for name, value in v.items()}
+    for t, (updates, hats) in enumerate(adam_updates(grads)):
         lr = decay_at.lrs[t] if hasattr(decay_at, "lrs") else LR
-        moved = {}
-        for name, value in params.items():
-            update = (m[name] / (1 - 0.9 ** (t + 1))) / (hats[name].sqrt() + 1e-8)
-            moved[name] = value - lr * (decay_at(t, params, hats, lr, name) * value + update)
-        params = moved
+        params = {
+            name: value - lr * (decay_at(t, params, hats, lr, name) * value + updates[name])
+            for name, value in params.items()
+        }
     return params
 
 
@@ -92,6 +108,66 @@ def dino(t: int) -> float:
     return 0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * t / 5))
 
 
+def turn(value: Tensor, update: Tensor, radius: Tensor) -> Tensor:
+    """R·unit(θ₋ − η·R·unit(u))"""
+    moved = value - LR * radius * update / update.norm()
+    return radius * moved / moved.norm()
+
+
+def adam_h(params: Values, grads: list[Values]) -> Values:
+    radius = {name: value.norm() for name, value in params.items()}
+    for updates, _ in adam_updates(grads):
+        params = {
+            name: turn(value, updates[name], radius[name]) if value.dim() > 1 else value - LR * updates[name]
+            for name, value in params.items()
+        }
+    return params
+
+
+def muon_h(params: Values, grads: list[Values]) -> Values:
+    radius = {name: value.norm() for name, value in params.items()}
+    for updates in muon_updates(grads):
+        params = params | {name: turn(params[name], update, radius[name]) for name, update in updates.items()}
+    return params
+
+
+def radial_brake(params: Values, grads: list[Values]) -> Values:
+    """‖θ‖ grows by half of what it would; then η·0.025·θ₋ is taken off where u·θ₋ > 0."""
+    for updates in muon_updates(grads):
+        new = dict(params)
+        for name, update in updates.items():
+            value = params[name]
+            moved = value - LR * update
+            growth = moved.norm() - value.norm()
+            norm = value.norm() + (0.5 if growth > 0 else 1.0) * growth
+            new[name] = norm * moved / moved.norm() - LR * 0.025 * (update * value > 0) * value
+        params = new
+    return params
+
+
+def adam_wn(params: Values, grads: list[Values]) -> Values:
+    radius = {name: value.norm().item() for name, value in params.items()}
+
+    def decay_at(t, values, hats, lr, name):
+        return 0.1 * (1 - radius[name] / values[name].norm().item()) if values[name].dim() > 1 else 0.0
+
+    return adam(params, grads, decay_at)
+
+
+def cpr(params: Values, grads: list[Values]) -> Values:
+    multipliers = dict.fromkeys(params, 0.0)
+    bounds: Values = {}
+    for t, (updates, _) in enumerate(adam_updates(grads), start=1):
+        moved = {name: value - LR * updates[name] for name, value in params.items()}
+        for name, value in moved.items():
+            if name in bounds:
+                multipliers[name] = min(0.5, max(0.0, multipliers[name] + float((value**2).mean() - bounds[name])))
+        params = {name: (1 - 2 * multipliers[name]) * value for name, value in moved.items()}
+        if t == 2:
+            bounds = {name: (value**2).mean() for name, value in moved.items() if value.dim() > 1}
+    return params
+
+
 ORACLES: dict[str, Callable[[Values, list[Values]], Values]] = {
     "AWD": awd,
     "SWD": swd,
@@ -99,6 +175,11 @@ ORACLES: dict[str, Callable[[Values, list[Values]], Values]] = {
     "PaLM": by_lr(lambda lr: lr),
     "Megatron": by_time(megatron),
     "DINO": by_time(dino),
+    "AdamH": adam_h,
+    "MuonH": muon_h,
+    "RadialBrake": radial_brake,
+    "AdamWN": adam_wn,
+    "CPR": cpr,
 }
 
 
@@ -134,13 +215,19 @@ def apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_a_recipe_equals_its_formula(name):
+    if "Muon" in CODE[name] and not hasattr(torch.optim, "Muon"):
+        pytest.skip("needs torch 2.9: torch.optim.Muon")
     grads = gradients()
     before, ours = trained(CODE[name], grads)
     assert apart(ours, ORACLES[name](before, grads)) < 2e-7
-    # A decay of another size would be seen.
+    # A decay of another size would be seen, and that a norm rule is not there.
     without = re.sub(
-        r"(RelativeWeightDecay\(\n\s+|WeightDecay\(|weight_decay=|model, )[\d.e-]+", r"\g<1>0.0", CODE[name]
+        r"^    (Hyperball|RadialBrake|NormControl|ConstrainedWeightDecay)\(.*\),\n", "", CODE[name], flags=re.M
     )
+    if without == CODE[name]:
+        without = re.sub(
+            r"(RelativeWeightDecay\(\n\s+|WeightDecay\(|weight_decay=|model, )[\d.e-]+", r"\g<1>0.0", without
+        )
     assert without != CODE[name]
     assert apart(ours, trained(without, grads)[1]) > 1e-5
 
@@ -165,6 +252,7 @@ NAMES = [
     "PaLM",
     "Megatron",
     "DINO",
+    "radial brake",
 ]
 
 

@@ -30,7 +30,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 import distwd
 
 from .._torch import fake_tensors, join_fake_group
-from ..metrics.measure import Request, measure
+from ..metrics.measure import OWN, Request, measure
+from ..metrics.metric import Ask, StepProducts, parse_metric
 from ..metrics.plan import build_plan
 from ..sharding.ownership import NUM_COLUMNS
 from ..sharding.params import entries_of
@@ -226,7 +227,7 @@ def describe_plan(model: nn.Module, root: DeviceMesh, unfold: bool) -> dict[str,
             # Of the gradients of copies, once.
             "first_step_bytes": 32 * plan.num_names if size > 1 and max(num_copies, default=1) > 1 else 0,
         },
-        "steps": [step_cost(plan, case.name, case.rule.measures(case.rule.defaults).values()) for case in RULES],
+        "steps": [step_cost(plan, case.name, case.rule) for case in RULES],
         "unknown": unknown,
     }
 
@@ -255,13 +256,34 @@ def numel_of(cuts: Sequence[Intervals]) -> int:
     return math.prod(sum(high - low for low, high in intervals) for intervals in cuts)
 
 
-def step_cost(plan: distwd.Plan, name: str, asks: Any) -> dict[str, Any]:
-    """The collectives of a step with one rule, counted: everything runs but the sending."""
-    requests = [Request(ask.parsed, [], ask.scope) for ask in dict.fromkeys(asks)]
+def step_cost(plan: distwd.Plan, name: str, rule: distwd.Rule) -> dict[str, Any]:
+    """The collectives of a step with one rule, counted: everything runs but the sending.
+
+    first_step_bytes: of one collective more, in the first step, to see that no kept number begins as 0.
+    """
+    settings = rule.defaults
+    asks: list[Ask] = list(dict.fromkeys(rule.measures(settings).values()))
+    keeps = rule.keeps(settings)
+    if rule.is_norm_rule:
+        # All its norms are made of these.
+        asks = [StepProducts((), settings["scope"])]
+    requests = [Request(ask.parsed, [], ask.scope) for ask in asks]
+    count = parse_metric("l0")
+    # Whether there is a gradient anywhere, for each number that is kept.
+    requests += [Request(count, [], ask.scope) for ask in asks[:1] if keeps and ask.scope in OWN]
     with Wire() as wire:
         if requests:
             measure(plan, requests)
-    return {"rule": name, "collectives": len(wire.calls), "bytes": wire.num_bytes}
+    begins = [begin.scope for key in rule.nonzero if isinstance(begin := keeps.get(key), distwd.Measure)]
+    with Wire() as first:
+        if begins:
+            measure(plan, [Request(count, [], scope) for scope in dict.fromkeys(begins)])
+    return {
+        "rule": name,
+        "collectives": len(wire.calls),
+        "bytes": wire.num_bytes,
+        "first_step_bytes": first.num_bytes,
+    }
 
 
 def report(result: dict[str, Any]) -> str:
@@ -285,6 +307,12 @@ def report(result: dict[str, Any]) -> str:
             "once, in the first step, to compare the gradients of copies: 1 all-reduce of "
             f"{exchange['first_step_bytes']:,} bytes"
         )
+    lines += [
+        f"once, in the first step, to see that no norm is 0: 1 all-reduce of {step['first_step_bytes']:,} bytes "
+        f"({step['rule']})"
+        for step in result["steps"]
+        if step["first_step_bytes"]
+    ]
     rows = [("in each step", "collectives", "bytes per rank")]
     rows += [(step["rule"], str(step["collectives"]), f"{step['bytes']:,}") for step in result["steps"]]
     lines += ["", *text_table(rows), "", "not known without running it:"]

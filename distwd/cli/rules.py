@@ -80,5 +80,14 @@ RULES = (
         distwd.RelativeWeightDecay(0.05, metric="l2", scope="matrix"),
         1,
     ),
+    RuleCase("NormControl(0.1), ratio 0.5", distwd.NormControl(0.1, 0.5), 1),
+    RuleCase("Hyperball, radius initial", distwd.Hyperball(), 1),
+    RuleCase("RadialBrake(0.5, 0.8)", distwd.RadialBrake(0.5, 0.8), 1),
+    # The bound comes from the first step, so from the second on something is taken off.
+    RuleCase(
+        "ConstrainedWeightDecay: half the initial mean square",
+        distwd.ConstrainedWeightDecay("initial", factor=0.5, after=1, rate=0.5),
+        1,
+    ),
 )
 WAYS = ("chain", "attach")
