@@ -210,7 +210,8 @@ def _norms(tensor: Tensor) -> Tensor:
     """The norm of a parameter, or of each matrix of a stack."""
     if tensor.dim() < 3:
         return _whole(torch.linalg.vector_norm(tensor))
-    return torch.linalg.vector_norm(tensor, dim=(-2, -1), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=(-2, -1), keepdim=True)
+    return norms
 
 
 def _whole(number: Tensor) -> Tensor:
