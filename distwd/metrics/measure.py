@@ -343,17 +343,20 @@ def take(request: Request, slots: Slots, workspace: Workspace, into: Taken) -> N
         scale_key = id(scale) if isinstance(scale, Tensor) else scale
         factors = scale.unbind() if isinstance(scale, Tensor) and scale.dim() else None
         number = numbers.setdefault(wanted, len(numbers))
+        # Once for all: with slots of their own, parameters come one by one.
+        counted = slots.counted(source, range(len(source.positions)))
         for key, places in slots.owned_among(source.positions, scope).items():
             into.num_seen[key] += len(places)
-            lists = slots.counted(source, places)
             num_rows = slots.num_cells[key] if scope == "matrix" else 1
-            if factors is None and (len(places) > 1 or not lists[0][0].numel()):
+            if factors is None and (len(places) > 1 or not counted[0][places[0]].numel()):
+                lists = [[some[place] for place in places] for some in counted]
                 values = local_statistics(lists[0], wanted, workspace, *lists[1:])
                 into.parts.append(([key], {statistic: value.view(1) for statistic, value in values.items()}, scale))
                 continue
             # Small tensors with a slot or a factor of their own: those of one length are measured together, as rows of a
             # matrix. One by one, scope="tensor" would start several kernels for every bias.
-            for place, *some in zip(places, *lists, strict=True):
+            for place in places:
+                some = [one[place] for one in counted]
                 if size := some[0].numel():
                     dtypes = tuple(one.dtype for one in some)
                     kind = (some[0].device, dtypes, size, scale_key, number, factors is not None, num_rows)

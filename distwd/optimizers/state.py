@@ -62,10 +62,10 @@ def borrow_state(states: dict[Tensor, State], param: Tensor, suffix: str, as_loc
     Returns the very dict in `states` if it can serve as it is, else a new one with the same tensors.
     """
     state = states.get(param, {})
-    # Many optimizers begin their state while it is empty, so numbers that rules keep must not lie in it.
-    has_kept = any(map(is_kept_key, state))
-    if not suffix and not has_kept and not (as_local and isinstance(param, DTensor)):
-        return state
+    if not suffix and not (as_local and isinstance(param, DTensor)):
+        # Many optimizers begin their state while it is empty, so numbers that rules keep must not lie in it.
+        own_state = {key: value for key, value in state.items() if not is_kept_key(key)}
+        return own_state if len(own_state) < len(state) else state
     return {
         own: local_like(value, param) if as_local and isinstance(value, DTensor) else value
         for key, value in state.items()
