@@ -187,7 +187,7 @@ def by_hand_update(named: Named) -> Way:
 def by_hand_hyperball(named: Named) -> Way:
     """Step, see how far each matrix went, turn it by that direction from where it was, and give it its first norm back.
 
-    Three norms of each matrix: of the parameter as it begins (once), of its update and of what has become of it.
+    Norms of each matrix: of the parameter as it begins (once), of its update, and of what has become of it.
     """
     params = [param for _, param in named]
     optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
