@@ -212,8 +212,8 @@ def local_gradients() -> Iterator[None]:
         numbers = measure(plan, requests, **kwargs)
         if len(requests) > 1 and requests[-1].metric.name == "l0":
             here = torch.zeros_like(numbers[-1])
-            for source in requests[-1].sources:
-                here[[plan.name_ids[position] for position in source.positions]] = 1.0
+            for owned, *_ in requests[-1].taken.parts:
+                here[[plan.name_ids[position] for position in owned]] = 1.0
             numbers[-1] = here
         return numbers
 

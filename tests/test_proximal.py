@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distwd import LR, Adam, CautiousWeightDecay, Chain, RelativeWeightDecay, WeightDecay, Wrap, attach, decay_weights_
+from distwd import (
+    LR,
+    Adam,
+    CautiousWeightDecay,
+    Chain,
+    RelativeWeightDecay,
+    Rule,
+    WeightDecay,
+    Wrap,
+    attach,
+    decay_weights_,
+)
 from distwd.kernels import formulas
 from distwd.kernels.apply import apply_
 from distwd.kernels.blocks import Workspace
@@ -117,7 +128,7 @@ def test_attached_equals_the_chain_at_that_place(kind, other, coupling, cls):
     parts = [ADAM, *decays, LR_PART] if coupling == "lr" else [ADAM, LR_PART, *decays]
     params = parameters()
     optimizer = cls(grouped(params), lr=0.01, weight_decay=0)
-    attach(optimizer, *(one for one in transforms_of(parts) if hasattr(one, "term")), coupling=coupling)
+    attach(optimizer, *(one for one in transforms_of(parts) if isinstance(one, Rule)), coupling=coupling)
     assert_close(train(optimizer, params), expected(parts), 1e-6)
 
 

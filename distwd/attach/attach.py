@@ -238,6 +238,8 @@ class Attachment(ShowsRunner):
         self._doubled: set[int] = set()
         self._num_known = 0
         self._write_keys()
+        # What was read before the groups had our keys shows no decay of ours.
+        self._runner.params.forget()
         self._create_kept()
 
         # Hooks last: an optimizer that was refused is as it was.

@@ -230,8 +230,8 @@ class ParamList:
         return Params(groups, self._entries, active)
 
     def forget(self) -> None:
-        """Take the groups that are shown next for all there are. After a change was refused, the user may undo it."""
-        self._all = ()
+        """Read everything anew next time. After a change was refused, the user may undo it; keys of groups may be new."""
+        self._all, self._ids = (), ([], [])
 
     def _with_names(self, groups: Groups) -> Groups:
         """The groups, with `param_names` where the names of all members are known, and without where not.
