@@ -99,6 +99,21 @@ EVERY = LAYOUTS | MARKED
 LARGE: dict[str, Layout] = {"hsdp_tp": Layout(8, wraps.hsdp_tp)}  # only a few laws run there
 
 
+def groups_of(held: Mapping[str, nn.Parameter], is_flat: bool) -> list[dict[str, Any]]:
+    """Two groups, but where parameters have been joined to flat ones."""
+    if is_flat:
+        return [{"params": list(held.items())}]
+    first = list(SHAPES)[:5]
+    groups: list[dict[str, Any]] = [
+        {"params": [(name, param) for name, param in held.items() if name in first]},
+        {"params": [(name, param) for name, param in held.items() if name not in first]},
+    ]
+    for group in groups:
+        # torch refuses a group without names beside one with names, and takes an empty one for that.
+        group |= {} if group["params"] else {"param_names": []}
+    return groups
+
+
 def place(layout: str, whole: Whole) -> Held:
     return (EVERY | LARGE)[layout].place(whole)
 

@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 import distwd
 from distwd import LR, Adam, Chain, Hyperball, Rule, attach
 from tests import chains, layouts, runs, wire
-from tests.layouts import EVERY, FLAT, LAYOUTS, SHAPES, Net, whole_model
+from tests.layouts import EVERY, FLAT, LAYOUTS, SHAPES, Net, groups_of, whole_model
 from tests.norm_rules import PHASES, SENTENCES, Norm, NormOracle, rule_of
 from tests.oracle import LrPart
 from tests.runs import PARAMS_SEED, differing, grads_of
@@ -46,19 +45,6 @@ class Seen:
     kept: dict[str, dict[str, torch.Tensor]]
     phases: int
     counts: list[int] = field(default_factory=list)
-
-
-def groups_of(layout: str, held: Mapping[str, nn.Parameter]) -> list[dict]:
-    if layout in FLAT:
-        return [{"params": list(held.items())}]
-    first = NAMES[:5]
-    groups: list[dict] = [
-        {"params": [(name, param) for name, param in held.items() if name in first]},
-        {"params": [(name, param) for name, param in held.items() if name not in first]},
-    ]
-    for group in groups:
-        group |= {} if group["params"] else {"param_names": []}
-    return groups
 
 
 def make(way: str, sentence: str, groups: list[dict], marks: dict | None = None) -> tuple[Any, Any]:
@@ -92,7 +78,7 @@ def train(layout: str, cases: list[tuple[str, str]], mutant=nullcontext) -> dict
         for name, param in held.items():
             layouts.local_of(param).copy_(start[name])
             param.grad = None
-        optimizer, decay = make(way, sentence, groups_of(layout, held), held.marks)
+        optimizer, decay = make(way, sentence, groups_of(held, layout in FLAT), held.marks)
         seen = found[way, sentence] = Seen({}, {}, 0)
         with mutant():
             for step in range(STEPS):
@@ -234,7 +220,7 @@ def job(layout: str, sentence: str, way: str, seed: int) -> tuple[Any, Any, Any]
     net = Net(whole_model(seed))
     LAYOUTS[layout].wrap(net)
     held = dict(net.named_parameters())
-    return net, held, make(way, sentence, groups_of(layout, held))[0]
+    return net, held, make(way, sentence, groups_of(held, layout in FLAT))[0]
 
 
 def saved(layout: str, folder: str) -> dict:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 import distwd
 from distwd import LR, Adam, Chain, Wrap, attach
 from tests import layouts, runs, wire
-from tests.layouts import EVERY, FLAT, LAYOUTS, SHAPES, Net, whole_model
+from tests.layouts import EVERY, FLAT, LAYOUTS, SHAPES, Net, groups_of, whole_model
 from tests.own_rules import COUPLING, KEPT, MEASURES_NOTHING, PLACES, RULES, SCOPES, kept_of, rule_of
 from tests.runs import PARAMS_SEED, differing
 
@@ -48,21 +48,6 @@ class Seen:
     kept: dict[str, dict[str, float]]
     coefficients: list[dict[Any, float]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-
-
-def groups_of(layout: str, held: Mapping[str, nn.Parameter]) -> list[dict]:
-    """Two groups, but where parameters have been joined to flat ones."""
-    if layout in FLAT:
-        return [{"params": list(held.items())}]
-    first = NAMES[:5]
-    groups: list[dict] = [
-        {"params": [(name, param) for name, param in held.items() if name in first]},
-        {"params": [(name, param) for name, param in held.items() if name not in first]},
-    ]
-    for group in groups:
-        # torch refuses a group without names beside one with names, and takes an empty one for that.
-        group |= {} if group["params"] else {"param_names": []}
-    return groups
 
 
 def make(way: str, rule: str, groups: list[dict], marks: dict | None = None) -> tuple[Any, Any]:
@@ -99,7 +84,7 @@ def train_all(layout: str, cases: list[tuple[str, str]], mutant=nullcontext) -> 
         for name, param in held.items():
             layouts.local_of(param).copy_(start[name])
             param.grad = None
-        optimizer, decay = make(way, rule, groups_of(layout, held), held.marks)
+        optimizer, decay = make(way, rule, groups_of(held, layout in FLAT), held.marks)
         seen = found[way, rule] = Seen({}, 0, {})
         with mutant():
             for step in range(3):
@@ -259,7 +244,7 @@ class Job:
         self.net = Net(whole_model(seed, dtype))
         LAYOUTS[layout].wrap(self.net)
         self.held = dict(self.net.named_parameters())
-        groups = groups_of(layout, self.held)
+        groups = groups_of(self.held, layout in FLAT)
         rules = self.rules()
         if carrier == "chain":
             self.optimizer: torch.optim.Optimizer = Chain(groups, Adam(foreach=False), *rules, LR(0.01))
@@ -522,7 +507,7 @@ def test_a_number_that_moves_with_the_gradients_of_its_rank_would_be_seen(worlds
 
 def without_reads(layout: str, rule: str, way: str) -> None:
     held = layouts.place(layout, whole_model(PARAMS_SEED))
-    optimizer, _ = make(way, rule, groups_of(layout, held), held.marks)
+    optimizer, _ = make(way, rule, groups_of(held, layout in FLAT), held.marks)
     runs.feed(layout, held, 0)
     optimizer.step()
     for step in (1, 2):

@@ -243,6 +243,22 @@ class Batch:
         pending = self.pending
         us = pending.tensors if pending.minus is None else differences(pending.tensors, pending.minus)
         out = [torch.empty_like(u) for u in us]
+        self._add_terms(us, out)
+        return out
+
+    def materialize(self) -> None:
+        """Make the pending update plain tensors, with scale, sign and terms in them."""
+        self.pending.subtract_now()
+        pending = self.pending
+        # Gradients and parameters are not ours to write to.
+        out = pending.tensors if pending.is_owned else [torch.empty_like(u) for u in pending.tensors]
+        self._add_terms(pending.tensors, out)
+        self.is_absorbed = self.is_absorbed or bool(self.terms)
+        self.pending, self.terms = PendingUpdate(out, is_owned=True), []
+
+    def _add_terms(self, us: list[Tensor], out: list[Tensor]) -> None:
+        """out ← the update, of which `us` are the tensors less what is subtracted from them, with the terms in it."""
+        pending = self.pending
         add_terms(
             us,
             self.params,
@@ -253,26 +269,6 @@ class Batch:
             workspace=self.workspace,
             num_cells=self.num_cells,
         )
-        return out
-
-    def materialize(self) -> None:
-        """Make the pending update plain tensors, with scale, sign and terms in them."""
-        self.pending.subtract_now()
-        pending = self.pending
-        # Gradients and parameters are not ours to write to.
-        out = pending.tensors if pending.is_owned else [torch.empty_like(u) for u in pending.tensors]
-        add_terms(
-            pending.tensors,
-            self.params,
-            self.terms,
-            pending.factor,
-            out,
-            pending.mask,
-            workspace=self.workspace,
-            num_cells=self.num_cells,
-        )
-        self.is_absorbed = self.is_absorbed or bool(self.terms)
-        self.pending, self.terms = PendingUpdate(out, is_owned=True), []
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
