@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import multiprocessing
 import multiprocessing.connection
-import os
 import pickle
-import tempfile
 import time
 import traceback
 import warnings
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.releases import TORCH, OldTorch
 
@@ -52,13 +52,14 @@ class World:
         self.ranks = ranks
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-        # Each pool meets at a file of its own, so any number of pytest workers can run side by side.
-        self._meeting = tempfile.TemporaryDirectory()
-        store = os.path.join(self._meeting.name, "store")
+        # Each pool meets at a port of its own, so any number of pytest workers can run side by side.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(max(ranks, 1)):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, store, wire_timeout, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, ranks, self._store.port, wire_timeout, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -130,7 +131,6 @@ class World:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
-        self._meeting.cleanup()
 
 
 class Worlds:
@@ -152,12 +152,14 @@ class Worlds:
         self._open.clear()
 
 
-def _serve(rank: int, ranks: int, store: str, wire_timeout: float, pipe: multiprocessing.connection.Connection) -> None:
+def _serve(rank: int, ranks: int, port: int, wire_timeout: float, pipe: multiprocessing.connection.Connection) -> None:
     """The life of one rank: join the group, answer calls, leave together."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # torch's own objects are not looked at again: neither by the garbage collector nor in the search for DDP models.
+    gc.freeze()
     # What distwd warns of is a failure here, as it is in the pytest process.
     warnings.filterwarnings("error", module=r"distwd(\.|$)")
     if TORCH < (2, 10):
@@ -165,7 +167,7 @@ def _serve(rank: int, ranks: int, store: str, wire_timeout: float, pipe: multipr
         warnings.filterwarnings("ignore", message="Deallocating Tensor that still has live PyObject references")
     if ranks:
         wait = datetime.timedelta(seconds=wire_timeout)
-        meeting = dist.FileStore(store, ranks)
+        meeting = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks, timeout=wait)
     while True:
         try:
