@@ -1,4 +1,4 @@
-"""Draw what each rule does to one matrix over 200 noisy steps: the pictures of docs/pages/rules.
+"""Draw what each rule does to one matrix over 200 noisy steps: the pictures of docs/pages/reference/rules.
 
     python launch/norm_pictures.py                                        writes docs/pages/pictures/norm-*.png
     python launch/norm_pictures.py --steps 50 --out runs/pictures         fewer steps, elsewhere

@@ -39,7 +39,7 @@ class DeepSpeed:
         return padded(whole).chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
 
     def mark_padding(self) -> None:
-        """What docs/pages/layout.md asks for, so that the padding counts for nothing."""
+        """What docs/pages/guides/layout.md asks for, so that the padding counts for nothing."""
         for piece, names in zip(self.pieces, self.groups, strict=True):
             numel, begin = len(flat(whole_model(0), names)), dist.get_rank() * len(piece)
             piece._shard_numel_padded = min(max(begin + len(piece) - numel, 0), len(piece))

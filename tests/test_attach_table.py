@@ -1,4 +1,4 @@
-"""The table of optimizers in docs/pages/attach.md is what was seen: an optimizer with a rule attached works where it works alone."""
+"""The table of optimizers in docs/pages/guides/attach.md is what was seen: an optimizer with a rule attached works where it works alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.releases import needs_torch
 pytestmark = needs_torch(
     "2.13", "the table is of newer releases; before, DTensor knows fewer operations, and Muon is missing"
 )
-PAGE = Path(__file__).parent.parent / "docs/pages/attach.md"
+PAGE = Path(__file__).parent.parent / "docs/pages/guides/attach.md"
 NAMES = [
     "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 ]  # fmt: skip

@@ -163,7 +163,7 @@ def test_a_model_or_mesh_that_cannot_be_planned_is_said(capsys, arguments, words
 
 def test_a_config_of_transformers_is_planned_as_the_page_shows(tmp_path):
     pytest.importorskip("transformers")
-    page = (ROOT / "docs/pages/command-line.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/pages/reference/command-line.md").read_text(encoding="utf-8")
     (config,) = re.findall(r'^```json title="config.json"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL)
     (shown,) = re.findall(r'^```text title="plan"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL)
     (arguments,) = re.findall(r"^python -m distwd (plan --model config.json.*)$", page, re.MULTILINE)

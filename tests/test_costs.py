@@ -152,7 +152,7 @@ def test_the_number_of_kernels_does_not_depend_on_the_number_of_parameters(way, 
 
 @by_way
 def test_rates_by_tensor_are_a_kernel_for_each(way):
-    """As docs/pages/gpus.md says: torch has no kernel that multiplies each tensor of a list by a number of its own."""
+    """As docs/pages/guides/gpus.md says: torch has no kernel that multiplies each tensor of a list by a number of its own."""
     few, many = (kernels(way, "per tensor", count).names for count in (5, 25))
     assert len(many) - len(few) == 20
 

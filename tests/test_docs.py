@@ -63,8 +63,10 @@ def test_every_recipe_is_shown_as_it_stands():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_is_in_the_api_reference_once(name):
-    entries = re.findall(r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/api.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert entries.count(name) == 1, f"docs/pages/api.md needs one line '::: distwd.{name}'"
+    entries = re.findall(
+        r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/reference/api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert entries.count(name) == 1, f"docs/pages/reference/api.md needs one line '::: distwd.{name}'"
 
 
 def test_the_api_reference_names_nothing_that_is_gone():
@@ -127,7 +129,7 @@ def test_an_example_runs(block):
 
 PROGRAMS = [b for b in PYTHON if b.title]
 # On these pages they run on ranks that are there already, which costs a twentieth; elsewhere as a user starts them.
-ON_RANKS = [b for b in PROGRAMS if b.page.parent.name == "parallelisms" or b.page.name == "plan-errors.md"]
+ON_RANKS = [b for b in PROGRAMS if b.page.parent.name == "parallelisms" or b.page.name == "errors.md"]
 
 
 # Runs a program to its end, and no further. Where a DeviceMesh keeps a gloo group's threads alive beyond destroy_process_group,
@@ -173,13 +175,13 @@ def test_a_program_prints_what_its_page_shows(worlds, block):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_path_in_the_text_exists(page):
-    """`launch/test.sh`, `distwd/sharding/`, docs/pages/laws.md: what the text points at is there."""
+    """`launch/test.sh`, `distwd/sharding/`, docs/pages/reference/laws.md: what the text points at is there."""
     paths = re.findall(r"(?<![\w/.-])((?:launch|docs|tests|distwd)/[\w./-]*\w/?)", page.read_text(encoding="utf-8"))
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_the_architecture_page_has_a_line_for_every_module():
-    tree = blocks_of(ROOT / "docs/pages/house.md")[0].code
+    tree = blocks_of(ROOT / "docs/pages/project/architecture.md")[0].code
     shown, room = set(), ""
     for indent, name, slash in re.findall(r"^( +)(\w+(?:\.py)?)(/?)", tree, re.MULTILINE):
         if slash:
@@ -238,8 +240,8 @@ MESSAGES = sorted({(path.relative_to(ROOT).as_posix(), text) for path in REFUSIN
 
 @pytest.mark.parametrize(("file", "message"), MESSAGES)
 def test_a_refusal_has_its_entry_on_the_page(file, message):
-    page = (ROOT / "docs/pages/plan-errors.md").read_text(encoding="utf-8")
-    assert message in page, f"docs/pages/plan-errors.md says nothing of this error in {file}"
+    page = (ROOT / "docs/pages/reference/errors.md").read_text(encoding="utf-8")
+    assert message in page, f"docs/pages/reference/errors.md says nothing of this error in {file}"
 
 
 def test_the_refusals_are_found():

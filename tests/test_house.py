@@ -15,7 +15,9 @@ import distwd
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "distwd"
 FILES = sorted(PACKAGE.rglob("*.py"))
-DOCUMENTED = re.findall(r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+DOCUMENTED = re.findall(
+    r"^::: distwd\.(\w+)$", (ROOT / "docs/pages/reference/api.md").read_text(encoding="utf-8"), re.MULTILINE
+)
 
 # The law of imports. A room imports only from rooms of lines above its own; two rooms of one line do not know each other.
 LAYERS = [
@@ -68,7 +70,7 @@ def units_imported(path: Path) -> set[str]:
 
 def level_of(unit: str) -> int:
     found = [level for level, units in enumerate(LAYERS) if unit in units]
-    assert found, f"distwd/{unit} has no place in LAYERS; give it one, and docs/pages/house.md a line"
+    assert found, f"distwd/{unit} has no place in LAYERS; give it one, and docs/pages/project/architecture.md a line"
     return found[0]
 
 

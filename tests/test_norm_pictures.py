@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="launch/norm_pictures.py needs matplotlib: pip install -e '.[demo]'")
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = re.compile(r"!\[[^\]]+\]\(\.\./pictures/(norm-[\w-]+\.png)\)")
+SHOWN = re.compile(r"!\[[^\]]+\]\((?:\.\./)+pictures/(norm-[\w-]+\.png)\)")
 
 
 def test_the_pictures_are_those_that_the_pages_show(tmp_path):
@@ -22,7 +22,7 @@ def test_the_pictures_are_those_that_the_pages_show(tmp_path):
     assert done.returncode == 0, done.stderr
     drawn = {file.name for file in tmp_path.iterdir()}
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
-    pages = (ROOT / "docs" / "pages" / "rules").glob("*.md")
+    pages = (ROOT / "docs" / "pages" / "reference" / "rules").glob("*.md")
     assert drawn == {name for page in pages for name in SHOWN.findall(page.read_text(encoding="utf-8"))}
     kept = {file.name: file.stat().st_size for file in (ROOT / "docs" / "pages" / "pictures").glob("norm-*.png")}
     assert kept.keys() == drawn

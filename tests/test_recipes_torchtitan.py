@@ -128,7 +128,7 @@ def test_a_hidden_step_of_one_optimizer_leaves_no_trace_in_the_next_steps(titan,
 
 
 def test_a_checkpoint_from_before_decay_names_the_setting_it_lacks(titan):
-    """The container asks for every setting of its groups before any hook of ours is called; see docs/pages/recipes.md."""
+    """The container asks for every setting of its groups before any hook of ours is called; see docs/pages/guides/frameworks.md."""
     model = torch.nn.Linear(4, 2)
     old = copy.deepcopy(container_of(titan, model).state_dict())
     container = container_of(titan, model)

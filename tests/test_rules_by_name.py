@@ -1,4 +1,4 @@
-"""The recipes of docs/pages/rules/names.md, run as they stand there, against slow loops in float64 on whole tensors."""
+"""The recipes of docs/pages/reference/rules/names.md, run as they stand there, against slow loops in float64 on whole tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import distwd
 from tests.test_docs import PUBLIC, Model
 
-PAGE = Path(__file__).parent.parent / "docs" / "pages" / "rules" / "names.md"
+PAGE = Path(__file__).parent.parent / "docs" / "pages" / "reference" / "rules" / "names.md"
 RECIPE = re.compile(r"^## (\w+)\n[^#]*?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = dict(RECIPE.findall(PAGE.read_text(encoding="utf-8")))
 NUM_STEPS, LR = 5, 1e-2
