@@ -343,6 +343,28 @@ def test_zeros_of_a_group_that_is_switched_on_later_are_refused(way):
     torch.testing.assert_close(zeros.detach().norm(), torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("way", ["chain", "attach"])
+@pytest.mark.parametrize("scope", ["matrix", "tensor"])
+def test_zeros_that_were_frozen_in_the_first_step_are_refused_when_they_are_trained(way, scope):
+    w, zeros = nn.Parameter(torch.tensor([3.0, -4.0])), nn.Parameter(torch.zeros(2), requires_grad=False)
+    named = [("w", w), ("zeros", zeros)]
+    if way == "chain":
+        optimizer = Chain(named, Adam(), Hyperball(scope=scope), LR(0.1))
+    else:
+        optimizer = torch.optim.AdamW(named, lr=0.1, weight_decay=0)
+        attach(optimizer, Hyperball(scope=scope))
+    run(optimizer, [[torch.ones(2)]] * 2, [w])
+    before = w.detach().clone()
+    zeros.requires_grad_(True)
+    for _ in range(2):
+        with pytest.raises(PlanError, match=r"zeros: all zeros .* radius=None"):
+            run(optimizer, [[torch.ones(2), torch.ones(2)]], [w, zeros])
+    assert equal([before], [w])
+    zeros.data.fill_(1.0)
+    run(optimizer, [[torch.ones(2), torch.ones(2)]] * 2, [w, zeros])
+    torch.testing.assert_close(zeros.detach().norm(), torch.tensor(2.0).sqrt())
+
+
 def test_zeros_have_a_gain_of_1_and_a_rate_of_0():
     found = step(NormControl(0.5, radius=2.0), RadialBrake(0.5), LR(0.1), p=(0.0, 0.0), u=(0.0, 0.0))
     assert found.tolist() == [0.0, 0.0]
@@ -443,7 +465,8 @@ class Measuring(Rule):
         (lambda: TwoKinds(), "TwoKinds overrides `coefficient`"),
         (lambda: Measuring(), "Measuring overrides `measures`"),
         (lambda: TrustRatio(target="grad"), "no target='grad'"),
-        (lambda: TrustRatio(scope="all"), "scope='all' is not known"),
+        (lambda: TrustRatio(scope="all"), "TrustRatio: scope='all' has no meaning .* use scope='group'"),
+        (lambda: Hyperball(scope="tensors"), "scope='tensors' is not known"),
         # Places.
         (lambda: Chain([w()], Hyperball(), Adam(), LR(0.1)), "Hyperball .* stands before Adam"),
         (lambda: Chain([w()], RadialBrake(), Adam(), LR(0.1)), "RadialBrake .* stands before Adam"),

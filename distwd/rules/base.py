@@ -106,8 +106,13 @@ class Rule(Transform):
             )
         check_ord(settings.get("ord", 2))
         if self.is_norm_rule:
-            # Groups have learning rates and rules of their own, so one factor of all of them would be none of the step's.
-            check_choice("scope", settings.get("scope", "tensor"), SCOPES[1:])
+            scope = settings.get("scope", "tensor")
+            if scope == "all":
+                raise ValueError(
+                    f"{type(self).__name__}: scope='all' has no meaning for a rule that scales the step, since param groups have "
+                    "learning rates, and rules that are off, of their own; use scope='group', and one group"
+                )
+            check_choice("scope", scope, SCOPES[1:])
 
     def coefficient(
         self, settings: Mapping[str, Any], measured: Mapping[str, Tensor], kept: Mapping[str, Tensor]

@@ -72,7 +72,7 @@ class Hyperball(Rule):
     that stand before the rule are part of the step, and pulls behind it are added afterwards. unit(0) is 0.
     radius: R, in units of ‖θ‖: a number > 0 · "initial": the norm as the first real step begins, kept in the optimizer's
         state (`radius`, float32), so nothing drifts · None: off.
-    scope: what has one norm, as in `NormControl`.
+    scope: what has one norm: "matrix", as in `NormControl`, "tensor" or "group".
     Both are keys of the param groups. θ: any float dtype and sharding. One all-reduce, shared with other rules.
     Raises ValueError for any value not named here, and for another place; PlanError in the first step, by name, for
     parameters that begin as zeros and would stay so.
@@ -126,7 +126,7 @@ class RadialBrake(Rule):
     off is not braked. Pulls behind the rule are added afterwards.
     outward: s where the norm grows, ≥ 0, a number or a 0-d tensor. inward: s where it shrinks. 1 and 1 are off; 0 and 0 keep
         the norm.
-    scope: what has one norm, as in `NormControl`.
+    scope: as in `Hyperball`.
     All are keys of the param groups. θ: any float dtype and sharding. One all-reduce, shared with other rules.
     Raises ValueError for any value not named here, and before an optimizer.
     Source: NVIDIA's Emerging-Optimizers.
@@ -169,7 +169,7 @@ class ConstrainedWeightDecay(Rule):
         (`smoothing`) is compared with that before; from the fourth time on, where 0.01 < growth < growth before.
         κ acts from the next step on; until then nothing is written. None: the rule is off.
     factor, rate (μ): ≥ 0. after: a whole number ≥ 0, of steps that count. every: a whole number ≥ 1, of steps. smoothing: in [0, 1).
-    scope: what has one mean and one λ, as in `NormControl`.
+    scope: what has one mean and one λ, as in `Hyperball`.
     All are keys of the param groups. θ: any float dtype and sharding. One all-reduce, shared with other rules.
     Raises ValueError for any value not named here, and before an optimizer.
     Source: Franke et al., arXiv 2311.09058 (CPR, AdamCPR); there λ is not limited, and beyond ½ flips signs.

@@ -23,7 +23,7 @@ from .coefficients import Coefficients, check_coefficient
 from .norms import NormRules, check_places
 from .phases import Schedule
 from .rounding import Rounding
-from .start import check_start
+from .start import Zeros, check_start, check_unfrozen
 from .state import Anchors, KeptNumbers, Wanted
 from .step import Step, Tally
 from .transform import BoundTransform, GroupSettings
@@ -79,6 +79,7 @@ class StepRunner:
         self._started_with: Plan | None = None  # of which plan a real step has begun
         self._started_settings: Mapping[tuple[int, int], GroupSettings] = {}  # with which settings it has
         self._started: frozenset[tuple[int, int]] = frozenset()  # rules and groups whose kept numbers can begin
+        self._frozen_zeros: Zeros = {}  # parameters whose kept numbers could not begin if they were trained
         self._norms = NormRules((), {}, 0, shows_bare_update)  # of the same settings
         self._computing: set[int] = set()  # indices of transforms that compute a coefficient
         self.keeps_state = False  # whether any rule keeps numbers or anchors, by the settings of this step
@@ -192,6 +193,8 @@ class StepRunner:
             self.anchors.begin(self.now, self._anchored, found_inf, own)
         plan, settings = self.plans.plan, self._settings
         is_known = plan is self._started_with
+        if is_known and self._frozen_zeros:
+            self._frozen_zeros = check_unfrozen(self._frozen_zeros, self.now, settings)
         if plan is None or (is_known and settings is self._started_settings):
             return
         # A group may switch a rule on in any step; all ranks see that alike.
@@ -204,10 +207,11 @@ class StepRunner:
             and not (now := settings[bound.index, index]).is_off
             and any(isinstance(now.keeps.get(name), Measure) for name in bound.transform.nonzero)
         ]
+        zeros = dict(self._frozen_zeros) if is_known else {}
         if rules:
-            check_start(plan, self.kept, self.now, rules)
+            zeros |= check_start(plan, self.kept, self.now, rules)
         self._started = started | {(bound.index, index) for bound, index, _ in rules}
-        self._started_with, self._started_settings = plan, settings
+        self._started_with, self._started_settings, self._frozen_zeros = plan, settings, zeros
 
     def read(self) -> Params:
         """The parameters, groups and settings as they are now; what a step goes by until they are read again."""
