@@ -52,12 +52,34 @@ def attached(net: nn.Module, cls: Callable[..., torch.optim.Optimizer], **settin
     return optimizer
 
 
+def norm_rules() -> list[distwd.Rule]:
+    """Anchors, radii by matrix, a running mean, and a search that is under way when the run is saved."""
+    return [
+        distwd.WeightDecay(0.01, toward="initial"),
+        distwd.RelativeWeightDecay(0.1, norm_input="grad", metric="l2", per="params", smoothing=0.5),
+        distwd.Hyperball(),
+        distwd.ConstrainedWeightDecay(every=1, rate=0.1),
+    ]
+
+
+def keeping_chain(net: nn.Module) -> torch.optim.Optimizer:
+    return distwd.Chain(groups_of(net), distwd.Adam(foreach=False), *norm_rules(), distwd.LR(0.01))
+
+
+def attached_and_keeping(net: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(groups_of(net), lr=0.01, foreach=False, weight_decay=0.0)
+    distwd.attach(optimizer, *norm_rules())
+    return optimizer
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "chain": chain,
     "stateless chain": stateless_chain,
     "attached to AdamW": functools.partial(attached, cls=torch.optim.AdamW, weight_decay=0.0),
     "attached to SGD": functools.partial(attached, cls=torch.optim.SGD),
     "attached to momentum": functools.partial(attached, cls=torch.optim.SGD, momentum=0.9),
+    "chain that keeps": keeping_chain,
+    "attached and keeping": attached_and_keeping,
 }
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
