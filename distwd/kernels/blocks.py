@@ -22,6 +22,7 @@ _CPU_LEAST = 1 << 18  # in all
 _CPU_CACHE = 1 << 21  # bytes of a core's second-level cache that hold the block of a thread and its float64 copy
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
+_KEPT_BLOCKS = 8  # the largest temporary that is kept
 # From here on a tensor on a GPU is compiled. By no means from a block on: what is compiled needs no block, and most shards are
 # smaller.
 _GPU_COMPILED = 1 << 16
@@ -241,8 +242,9 @@ class Workspace(Ops):
         if buffer is None or buffer.numel() < numel:
             with torch.inference_mode(False):  # or no other mode could ever write to it
                 buffer = torch.empty(numel, device=device, dtype=dtype)
-            # A tensor that is not contiguous comes whole, however large: that much is not kept.
-            if numel <= block_size(device):
+            # A tensor that is not contiguous comes whole, however large: that much is not kept. (Products lay the vectors of a
+            # block side by side.)
+            if numel <= _KEPT_BLOCKS * block_size(device):
                 self._kept[number, device, dtype] = buffer
         return buffer[:numel]
 

@@ -18,7 +18,7 @@ from .stochastic import LOW
 # A compiled sum reads a tensor in so many stretches at once: with one it waits for memory most of the time. (From eight on
 # torch would take them for a dimension of a loop, and read one after the other.)
 STRETCHES = 4
-_DOT = 1 << 14  # elements of a product that are added up one after the other
+_STRETCH = 1 << 14  # elements of a product that are added up one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,21 +324,32 @@ def _products(ops: Ops, vectors: Vectors, num_rows: int, lists: Sequence[list[Te
         us, mask = lists[write.us], write.mask_of(ops, lists)
         found.append(us if vectors.minus is None else difference(ops, us, lists[vectors.minus]))
         found += [decay(ops, kind, 1.0, thetas, mask, lists) for kind in write.kinds]
-    wide, flat = wide_dtype(like.device), []
+    wide, num = wide_dtype(like.device), sum(piece.numel() for piece in thetas)
+    if isinstance(ops, Workspace) and like.device.type == "cpu":
+        # Side by side, so that one product of matrices reads each vector once.
+        xs = ops.empty(len(found) * num, like.device, wide).view(len(found), num)
+        for x, pieces in zip(xs, found, strict=True):
+            x.copy_(_joined(ops, pieces) if len(pieces) > 1 else pieces[0].reshape(-1))
+        gram = _gram(xs.view(len(found), num_rows, -1))
+        return [gram[:, one, two] for two in range(len(found)) for one in range(two + 1)]
+    flat = []
     for pieces in found:
         x = _joined(ops, pieces) if isinstance(ops, Workspace) and len(pieces) > 1 else pieces[0]
         # float64 before anything is multiplied: squares of float32 would overflow, vanish, and round.
         x = x if x.dtype == wide else ops.copies([x], wide)[0]
         flat.append(x.reshape(1, STRETCHES, -1) if ops is TRACED else x.reshape(num_rows, -1))
-    values = []
-    for place, two in enumerate(flat):
-        for one in flat[: place + 1]:
-            if ops is TRACED:
-                values.append(ops.mul([one], [two])[0].sum(1).sum(-1))
-            elif num_rows == 1 and like.device.type == "cpu":
-                # Without a temporary. `dot` adds up as it comes, so it is given short stretches; their sum goes by halves.
-                parts = [torch.dot(*both) for both in zip(one[0].split(_DOT), two[0].split(_DOT), strict=True)]
-                values.append((parts[0] if len(parts) == 1 else torch.stack(parts).sum()).view(1))
-            else:
-                values.append(ops.mul([one], [two])[0].sum(1))
-    return values
+    products = [ops.mul([one], [two])[0].sum(1) for place, two in enumerate(flat) for one in flat[: place + 1]]
+    return [product.sum(-1) for product in products] if ops is TRACED else products
+
+
+def _gram(vectors: Tensor) -> Tensor:
+    """All products of some vectors, by rows: [vectors, rows, n] -> [rows, vectors, vectors]."""
+    num, num_rows, numel = vectors.shape
+    by_row = vectors.transpose(0, 1)
+    # A product of matrices adds up as it comes, so it is given short stretches; their sum goes by halves.
+    whole = numel // _STRETCH * _STRETCH
+    if whole == 0 or numel == _STRETCH:
+        return torch.bmm(by_row, by_row.mT)
+    stretches = by_row[..., :whole].unflatten(-1, (-1, _STRETCH)).transpose(1, 2).reshape(-1, num, _STRETCH)
+    found = torch.bmm(stretches, stretches.mT).view(num_rows, -1, num, num).sum(1)
+    return found if whole == numel else found + torch.bmm(by_row[..., whole:], by_row[..., whole:].mT)
