@@ -56,6 +56,13 @@ def test_every_fence_is_read():
     assert fences == 2 * len(BLOCKS)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_has_at_most_76_columns(page):
+    """So wide is a page of the site on a screen of 1300 pixels. What a program prints is as wide as it is, and wraps there."""
+    code = [line for block in blocks_of(page) if block.language != "text" for line in block.code.split("\n")]
+    assert [line for line in code if len(line) > 76] == []
+
+
 def test_every_recipe_is_shown_as_it_stands():
     shown = {match[1] for block in BLOCKS if (match := SNIPPET.fullmatch(block.code))}
     assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "recipes").glob("*.py")}
