@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distwd import attach
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "launch" / "recipes"
 
@@ -43,6 +45,22 @@ def small() -> ModuleType:
         module = sys.modules["recipes_small"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules["recipes_small"]
+
+
+def grouped(model: nn.Module, key: str) -> list[dict[str, Any]]:
+    """Matrices with a decay of 0.1 under this key, and norms and biases without, as the recipes' frameworks do it."""
+    named = list(model.named_parameters())
+    spared = [(name, param) for name, param in named if "norm" in name or "bias" in name]
+    others = [(name, param) for name, param in named if "norm" not in name and "bias" not in name]
+    return [{"params": others, key: 0.1}, {"params": spared, key: 0.0}]
+
+
+def adamw(model: nn.Module, rule: Any, coupling: str = "lr") -> torch.optim.AdamW:
+    """AdamW with this rule attached; None: without decay."""
+    optimizer = torch.optim.AdamW(grouped(model, "distwd_weight_decay"), lr=1e-2, weight_decay=0)
+    if rule is not None:
+        attach(optimizer, rule, coupling=coupling)
+    return optimizer
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from distwd import LR, Adam, Chain, RelativeWeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay
 from tests import recipes
 from tests.layouts import mesh_of
 from tests.runs import differing
@@ -21,11 +21,9 @@ def by_hand(decay: str) -> dict[str, torch.Tensor]:
         fully_shard(block, mesh=mesh_of(2, names=("dp",)))
     fully_shard(model, mesh=mesh_of(2, names=("dp",)))
     if decay == "chain":
-        optimizer = Chain(model.named_parameters(), Adam(), RelativeWeightDecay(0.1), LR(1e-2))
+        optimizer = Chain(recipes.grouped(model, "weight_decay"), Adam(), RelativeWeightDecay(), LR(1e-2))
     else:
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0)
-        if decay != "none":
-            attach(optimizer, RelativeWeightDecay(0.1))
+        optimizer = recipes.adamw(model, None if decay == "none" else RelativeWeightDecay())
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=4)
     batches = small.read_sequences(96).view(6, 2, 2, 4, -1)[:, :, dist.get_rank()]
     for step in batches:

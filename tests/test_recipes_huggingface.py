@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distwd import LR, Adam, Chain, RelativeWeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay
 from tests import recipes
 from tests.layouts import mesh_of
 from tests.runs import differing
@@ -38,11 +38,9 @@ def by_hand(kind: str, decay: str) -> dict[str, torch.Tensor]:
     model = llama()
     forward = wrapped(model, kind)
     if decay == "chain":
-        optimizer = Chain(model.named_parameters(), Adam(), RelativeWeightDecay(0.1), LR(1e-2))
+        optimizer = Chain(recipes.grouped(model, "weight_decay"), Adam(), RelativeWeightDecay(), LR(1e-2))
     else:
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0)
-        if decay == "attach":
-            attach(optimizer, RelativeWeightDecay(0.1))
+        optimizer = recipes.adamw(model, RelativeWeightDecay() if decay == "attach" else None)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2 if step < 2 else (6 - step) / 4)
     rank, ranks = (dist.get_rank(), 2) if RANKS[kind] else (0, 1)
     batches = recipes.small().read_sequences(96).view(STEPS, 2, ranks, 8 // ranks, -1)[:, :, rank]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DistributedSampler
 
-from distwd import LR, Adam, Chain, RelativeWeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay
 from tests import recipes
 from tests.layouts import mesh_of
 from tests.runs import differing
@@ -27,18 +27,18 @@ def by_hand(decay: str, rule, program: str) -> dict[str, torch.Tensor]:
         fully_shard(block, mesh=mesh_of(2, names=("dp",)))
     fully_shard(model, mesh=mesh_of(2, names=("dp",)))
     if decay == "chain":
-        optimizer = Chain(model.named_parameters(), Adam(), rule, LR(1e-2))
+        optimizer = Chain(recipes.grouped(model, "weight_decay"), Adam(), rule, LR(1e-2))
     else:
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0)
-        if rule is not None:
-            attach(optimizer, rule, coupling="gradient" if "gradient" in decay else "lr")
+        optimizer = recipes.adamw(model, rule, "gradient" if "gradient" in decay else "lr")
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=4)
     for step in batches_of(program, small):
         for number, text in enumerate(step):
             # The Trainer reduces the gradients of every micro-batch.
             model.set_requires_gradient_sync(number == 1 or program == "lightning_trainer.py")
             (model(text) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # Lightning clips the parameters of the optimizer, in the order of its groups.
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

@@ -34,7 +34,9 @@ def by_hand(decays: bool) -> dict[str, torch.Tensor]:
     settings = {"lr": 1e-2, "weight_decay": 0.0, "foreach": True}
     optimizers = [torch.optim.Adam(vectors, **settings), torch.optim.AdamW(matrices, **settings)]
     if decays:
-        attach(optimizers, RelativeWeightDecay(0.1))
+        for optimizer, decay in zip(optimizers, (0.0, 0.1), strict=True):
+            optimizer.param_groups[0]["distwd_weight_decay"] = decay
+        attach(optimizers, RelativeWeightDecay())
     for text in small.read_sequences(96).view(6, 2, 8, -1)[:, dist.get_rank()]:
         model(text).backward()
         for optimizer in optimizers:

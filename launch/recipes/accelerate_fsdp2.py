@@ -17,9 +17,25 @@ from small import Block, ByteModel, leave, read_sequences
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from distwd import LR, Adam, Chain, RelativeWeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay, attach, param_groups
 
 MICRO_BATCHES, STEPS = 2, 6
+
+
+# --8<-- [start:groups]
+def make_adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """As most training scripts do it: no decay for norms and biases."""
+    named = list(model.named_parameters())
+    spared = [(n, p) for n, p in named if "bias" in n or "norm" in n]
+    others = [(n, p) for n, p in named if "bias" not in n and "norm" not in n]
+    groups = [
+        {"params": others, "weight_decay": 0.1},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+# --8<-- [end:groups]
 
 
 def main(out: Path, decay: str, resume: bool) -> None:
@@ -35,21 +51,21 @@ def main(out: Path, decay: str, resume: bool) -> None:
         gradient_accumulation_steps=MICRO_BATCHES,
     )
     model: torch.nn.Module = ByteModel()
-    rule = RelativeWeightDecay(0.1)
+    rule = RelativeWeightDecay()
     if decay == "chain":
-        optimizer: torch.optim.Optimizer = Chain(model.named_parameters(), Adam(), rule, LR(1e-2))
+        optimizer: torch.optim.Optimizer = Chain(param_groups(model, 0.1), Adam(), rule, LR(1e-2))
     else:
-        # Its own weight_decay is 0. Names given here survive `prepare`, which puts sharded tensors into the optimizer.
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0)
+        # Names given here survive `prepare`, which puts sharded tensors into the optimizer.
+        optimizer = make_adamw(model)
     if decay == "attach":
-        attach(optimizer, rule)
+        attach(optimizer, rule, take_over=True)
     data = TensorDataset(read_sequences(2 * 4 * MICRO_BATCHES * STEPS))
     loader = DataLoader(data, batch_size=4)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=4)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     if decay == "attach after prepare":
         # What `prepare` returns is a wrapper without step hooks; the optimizer itself is inside.
-        attach(optimizer.optimizer, rule)  # type: ignore[attr-defined]
+        attach(optimizer.optimizer, rule, take_over=True)  # type: ignore[attr-defined]
 
     done = 0
     if resume:

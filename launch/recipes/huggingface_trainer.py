@@ -19,24 +19,37 @@ from small import leave, read_sequences
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from distwd import LR, Adam, Chain, RelativeWeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay, attach, param_groups
 
 STEPS = 6
 
 
+# --8<-- [start:attach]
 class DecayingTrainer(Trainer):
-    """`create_optimizer` is called by every kind of run. (`optimizers=(optimizer, None)` works too, but not under FSDP.)"""
-
-    decay = "attach"
+    """Every kind of run calls `create_optimizer`."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        named = (model or self.model).named_parameters()  # type: ignore[union-attr]
-        if self.decay == "chain":
-            self.optimizer = Chain(named, Adam(), RelativeWeightDecay(0.1), LR(self.args.learning_rate))
-        else:
-            self.optimizer = torch.optim.AdamW(named, lr=self.args.learning_rate, weight_decay=0)
-            attach(self.optimizer, RelativeWeightDecay(0.1))
+        optimizer = super().create_optimizer(model)
+        # The Trainer's groups stay: no decay for norms and biases, and
+        # args.weight_decay for all others, which is λ from here on.
+        named = (model or self.model).named_parameters()
+        rule = RelativeWeightDecay()
+        attach(optimizer, rule, named_parameters=named, take_over=True)
+        return optimizer
+
+
+# --8<-- [end:attach]
+# --8<-- [start:chain]
+class ChainTrainer(Trainer):
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        groups = param_groups(model or self.model, self.args.weight_decay)
+        lr = LR(self.args.learning_rate)
+        self.optimizer = Chain(groups, Adam(), RelativeWeightDecay(), lr)
         return self.optimizer
+
+
+# --8<-- [end:chain]
+TRAINERS: dict[str, type[Trainer]] = {"attach": DecayingTrainer, "chain": ChainTrainer}
 
 
 def main(out: Path, decay: str, fsdp: bool, resume: bool) -> None:
@@ -49,7 +62,8 @@ def main(out: Path, decay: str, fsdp: bool, resume: bool) -> None:
         per_device_train_batch_size=8 // ranks,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
-        weight_decay=0,  # the Trainer's own; unused with an optimizer of ours
+        weight_decay=0.1,
+        optim="adamw_torch",  # the default is fused, whose bits depend on where a tensor is cut
         max_grad_norm=1.0,
         lr_scheduler_type="linear",
         warmup_steps=2,
@@ -72,8 +86,7 @@ def main(out: Path, decay: str, fsdp: bool, resume: bool) -> None:
     config.bos_token_id = config.eos_token_id = None
     model = LlamaForCausalLM(config)
     data = [{"input_ids": text, "labels": text} for text in read_sequences(8 * 2 * STEPS)]
-    trainer = DecayingTrainer(model, arguments, train_dataset=data)
-    trainer.decay = decay
+    trainer = TRAINERS[decay](model, arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{STEPS // 2}") if resume else None)
 
     named = trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters()
@@ -85,7 +98,7 @@ def main(out: Path, decay: str, fsdp: bool, resume: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for what is saved")
-    parser.add_argument("--decay", choices=["chain", "attach"], default="attach")
+    parser.add_argument("--decay", choices=TRAINERS, default="attach")
     parser.add_argument("--fsdp", action="store_true", help="shard with FSDP2 (under torchrun)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint that a run before has saved")
     options = parser.parse_args()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from distwd import LR, Adam, Chain, RelativeWeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay, attach, param_groups
 
 MICRO_BATCHES, STEPS = 2, 6
 
@@ -36,15 +37,24 @@ def main(out: Path, decay: str, resume: bool) -> None:
     fabric = Fabric(devices=int(os.environ["LOCAL_WORLD_SIZE"]), strategy=strategy)
     fabric.launch()
     model = fabric.setup_module(ByteModel())
-    rule = RelativeWeightDecay(0.1)
+    # --8<-- [start:optimizer]
+    # Sharded by now. Norms and biases do not decay.
+    groups = param_groups(model.module, 0.1)
+    rule = RelativeWeightDecay()
     if decay == "chain":
-        optimizer: torch.optim.Optimizer = Chain(model.named_parameters(), Adam(), rule, LR(1e-2))
+        optimizer: Any = Chain(groups, Adam(), rule, LR(1e-2))
     else:
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0)
-        # Before `setup_optimizers`, or afterwards to its `.optimizer`: what it returns is a wrapper without step hooks.
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        # Before `setup_optimizers`, which returns a wrapper without step
+        # hooks; or afterwards to the optimizer in its `.optimizer`.
         attach(optimizer, rule)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=4)
+    scheduler = torch.optim.lr_scheduler.LinearLR(
+        optimizer,
+        start_factor=0.1,
+        total_iters=4,
+    )
     optimizer = fabric.setup_optimizers(optimizer)
+    # --8<-- [end:optimizer]
 
     # Of a scheduler, Fabric saves with this strategy the whole object and loads nothing; its state is plain data.
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler.state_dict(), "step": 0}

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from distwd import LR, Adam, Chain, RelativeWeightDecay, attach
+from distwd import LR, Adam, Chain, RelativeWeightDecay, attach, param_groups
 
 MICRO_BATCHES, STEPS, EPOCHS = 2, 3, 2  # steps per epoch
 
@@ -38,17 +38,32 @@ class Bytes(LightningModule):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
 
+    # --8<-- [start:optimizer]
     def configure_optimizers(self) -> Any:
-        named = self.model.named_parameters()
+        # Sharded by now. Norms and biases do not decay.
+        groups = param_groups(self.model, 0.1)
+        optimizer: torch.optim.Optimizer
         if self.decay == "chain":
-            optimizer: torch.optim.Optimizer = Chain(named, Adam(), RelativeWeightDecay(0.1), LR(1e-2))
+            optimizer = Chain(groups, Adam(), RelativeWeightDecay(), LR(1e-2))
         else:
-            # The Trainer computes the gradients inside `step`; attached decay waits for them, whatever it looks at.
-            optimizer = torch.optim.AdamW(named, lr=1e-2, weight_decay=0)
-            coupling = "gradient" if self.decay == "attach to the gradient" else "lr"
-            attach(optimizer, RelativeWeightDecay(0.1, norm_input="grad", metric="l2"), coupling=coupling)
-        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=4)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            # The Trainer computes the gradients inside `step`;
+            # attached decay waits for them, whatever it looks at.
+            optimizer = torch.optim.AdamW(groups, lr=1e-2)
+            in_gradient = self.decay == "attach to the gradient"
+            attach(
+                optimizer,
+                RelativeWeightDecay(norm_input="grad", metric="l2"),
+                coupling="gradient" if in_gradient else "lr",
+            )
+        scheduler = torch.optim.lr_scheduler.LinearLR(
+            optimizer,
+            start_factor=0.1,
+            total_iters=4,
+        )
+        schedule = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # --8<-- [end:optimizer]
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         loss: torch.Tensor = self.model(batch[0])

@@ -56,10 +56,18 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 33), nn.Tanh(), nn.Linear(33, 1))
 
 
+# --8<-- [start:optimizer]
 def make_optimizer(model: nn.Module, weight_decay: float) -> distwd.Chain:
+    """In the worker's function, after `fully_shard`, where the group exists."""
     return distwd.Chain(
-        model.named_parameters(), distwd.Adam(foreach=True), distwd.RelativeWeightDecay(weight_decay), distwd.LR(0.01)
+        model.named_parameters(),
+        distwd.Adam(foreach=True),
+        distwd.RelativeWeightDecay(weight_decay),
+        distwd.LR(0.01),
     )
+
+
+# --8<-- [end:optimizer]
 
 
 def make_data() -> tuple[torch.Tensor, torch.Tensor]:

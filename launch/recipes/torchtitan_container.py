@@ -35,16 +35,29 @@ def main(out: Path, resume: bool) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    # Every optimizer's own weight_decay is 0: AdamW's default is not.
-    settings = {"lr": 1e-2, "weight_decay": 0.0}
+    # --8<-- [start:attach]
+    # The weight_decay of the configuration is λ; 0 stays 0.
     groups = [
-        ParamGroupConfig(pattern=r"norm|bias", optimizer_name="Adam", optimizer_kwargs=settings),
-        ParamGroupConfig(pattern=r".*", optimizer_name="AdamW", optimizer_kwargs=settings),
+        ParamGroupConfig(
+            pattern=r"norm|bias",
+            optimizer_name="Adam",
+            optimizer_kwargs={"lr": 1e-2, "weight_decay": 0.0},
+        ),
+        ParamGroupConfig(
+            pattern=r".*",
+            optimizer_name="AdamW",
+            optimizer_kwargs={"lr": 1e-2, "weight_decay": 0.1},
+        ),
     ]
-    config = OptimizersContainer.Config(param_groups=groups, implementation="foreach")
+    config = OptimizersContainer.Config(
+        param_groups=groups,
+        implementation="foreach",
+    )
     container = OptimizersContainer(config, model_parts=[model])
-    # Not to the container, which only calls the others, but to all of them together.
-    attachment = attach(list(container.optimizers), RelativeWeightDecay(0.1))
+    # The container only calls the others: attach to all of them together.
+    optimizers = list(container.optimizers)
+    attachment = attach(optimizers, RelativeWeightDecay(), take_over=True)
+    # --8<-- [end:attach]
 
     first = 0
     if resume:
