@@ -46,7 +46,9 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-SNIPPET = re.compile(r'--8<-- "([^"]+)"\n')  # mkdocs puts the file there; tests of its own run it
+# mkdocs puts the file there, or the part of it between two marks; tests of its own run it.
+SNIPPET = re.compile(r'--8<-- "([^":]+)(?::([\w-]+))?"\n')
+MARK = re.compile(r"^ *# --8<-- \[start:([\w-]+)\]$", re.MULTILINE)
 PYTHON = [block for block in BLOCKS if block.language == "python" and not SNIPPET.fullmatch(block.code)]
 
 
@@ -64,8 +66,15 @@ def test_code_has_at_most_76_columns(page):
 
 
 def test_every_recipe_is_shown_as_it_stands():
-    shown = {match[1] for block in BLOCKS if (match := SNIPPET.fullmatch(block.code))}
+    shown = {match[1] for block in BLOCKS if (match := SNIPPET.fullmatch(block.code)) and not match[2]}
     assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "recipes").glob("*.py")}
+
+
+def test_every_part_of_a_recipe_that_is_marked_is_shown():
+    parts = {(match[1], match[2]) for block in BLOCKS if (match := SNIPPET.fullmatch(block.code)) and match[2]}
+    recipes = (ROOT / "launch" / "recipes").glob("*.py")
+    marks = {(str(path.relative_to(ROOT)), name) for path in recipes for name in MARK.findall(path.read_text("utf-8"))}
+    assert parts == marks
 
 
 @pytest.mark.parametrize("name", PUBLIC)

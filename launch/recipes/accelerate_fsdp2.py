@@ -26,11 +26,12 @@ MICRO_BATCHES, STEPS = 2, 6
 def make_adamw(model: torch.nn.Module) -> torch.optim.AdamW:
     """As most training scripts do it: no decay for norms and biases."""
     named = list(model.named_parameters())
-    spared = [(n, p) for n, p in named if "bias" in n or "norm" in n]
-    others = [(n, p) for n, p in named if "bias" not in n and "norm" not in n]
+    is_vector = {n: "bias" in n or "norm" in n for n, _ in named}
+    matrices = [(n, p) for n, p in named if not is_vector[n]]
+    vectors = [(n, p) for n, p in named if is_vector[n]]
     groups = [
-        {"params": others, "weight_decay": 0.1},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=1e-2)
 

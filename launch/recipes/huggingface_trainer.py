@@ -29,11 +29,11 @@ class DecayingTrainer(Trainer):
     """Every kind of run calls `create_optimizer`."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        model = model or self.model
         optimizer = super().create_optimizer(model)
         # The Trainer's groups stay: no decay for norms and biases, and
         # args.weight_decay for all others, which is λ from here on.
-        named = (model or self.model).named_parameters()
-        rule = RelativeWeightDecay()
+        named, rule = model.named_parameters(), RelativeWeightDecay()
         attach(optimizer, rule, named_parameters=named, take_over=True)
         return optimizer
 
@@ -42,7 +42,8 @@ class DecayingTrainer(Trainer):
 # --8<-- [start:chain]
 class ChainTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        groups = param_groups(model or self.model, self.args.weight_decay)
+        model = model or self.model
+        groups = param_groups(model, self.args.weight_decay)
         lr = LR(self.args.learning_rate)
         self.optimizer = Chain(groups, Adam(), RelativeWeightDecay(), lr)
         return self.optimizer

@@ -58,7 +58,7 @@ def make_model() -> nn.Module:
 
 # --8<-- [start:optimizer]
 def make_optimizer(model: nn.Module, weight_decay: float) -> distwd.Chain:
-    """In the worker's function, after `fully_shard`, where the group exists."""
+    """Called in the worker, after `fully_shard`: the group exists there."""
     return distwd.Chain(
         model.named_parameters(),
         distwd.Adam(foreach=True),
