@@ -40,15 +40,15 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
     check_replicas: whether the bits of copies are compared (see `Plan.build`), and, by a first step that builds the
         plan, their gradients.
     rounding: how parameters in bf16 and fp16 are written: to the "nearest", or "stochastic": to the neighbour above
-        with the probability of the distance from the one below, so that small decays are not lost but right in the
-        mean. The noise is a hash of seed, number of the step, name (or position) of the parameter and place of the
+        with the probability of the distance from the one below, so that small decays are not lost: they are correct on
+        average. The noise is a hash of seed, number of the step, name (or position) of the parameter and place of the
         element in the whole tensor: the same on every replica, in every run and on any sharding. Its step is a key of
         the groups.
     seed: an integer, the same on every rank.
     track_unchanged: whether `stats()` shows for how many elements the decay made no difference. That costs computing
         what is written a second time.
     compile: whether to let torch.compile fuse what distwd itself computes on tensors of more than 32 K elements (on
-        GPUs 4 M): the first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs,
+        GPUs 64 K): the first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs,
         Triton on GPUs; ValueError where there is none. On CPUs the parameters get the same bits as without it.
 
     Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two

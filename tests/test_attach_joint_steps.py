@@ -86,8 +86,8 @@ def test_an_optimizer_that_a_scaler_skips_neither_decays_nor_moves_and_the_other
 
 
 UNDEFINED = {
-    "of the gradients": (RelativeWeightDecay(0.1, norm_input="grad"), "lr", True, "a number of the gradients"),
-    "of the update that is the gradient": (RelativeWeightDecay(0.1), "gradient", True, "a number of the gradients"),
+    "of the gradients": (RelativeWeightDecay(0.1, norm_input="grad"), "lr", True, "a metric of the gradients"),
+    "of the update that is the gradient": (RelativeWeightDecay(0.1), "gradient", True, "a metric of the gradients"),
     "of an update that may not come": (RelativeWeightDecay(0.1), "lr", False, "use fused optimizers"),
     "at once": (RelativeWeightDecay(0.1, 2, "params", "mad", "params_direct"), "lr", True, "a decay at once"),
 }

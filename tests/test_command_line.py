@@ -177,7 +177,7 @@ def test_a_config_of_transformers_is_planned_as_the_page_shows(tmp_path):
 def test_plan_under_torchrun_is_printed_once():
     done = start("plan", "--model", f"{HERE}:build", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("rank 0 of 2 speaks for") == 1
+    assert done.stdout.count("rank 0 of 2 owns") == 1
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------

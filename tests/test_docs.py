@@ -239,7 +239,9 @@ def messages_of(path: Path) -> set[str]:
         texts = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant) and id(n) not in parts]
         found += map(template_of, texts)
         found = [
-            text for text in found if re.search(r"have changed|^copies of|^the pieces|^ranks mean|have no names", text)
+            text
+            for text in found
+            if re.search(r"have changed|^copies of|^the pieces|^the same name|have no names", text)
         ]
     return {text for text in map(problem_of, found) if " " in text.replace("…", "").strip()}
 

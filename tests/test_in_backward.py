@@ -58,7 +58,7 @@ def test_a_relative_rule_is_refused_inside_of_backward(kind, name):
     """One attachment per parameter would silently take each parameter for the whole model."""
     net = model()
     in_backward(net, kind(RELATIVE[name]))
-    with pytest.raises(ValueError, match=r"RelativeWeightDecay needs a number .* inside backward\(\)"):
+    with pytest.raises(ValueError, match=r"RelativeWeightDecay needs a metric .* inside backward\(\)"):
         loss_of(net).backward()
     assert differing({n: p.detach() for n, p in net.named_parameters()}, whole_model(7)) == []
 

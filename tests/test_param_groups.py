@@ -187,8 +187,8 @@ REFUSED = {
     "a negative decay in a rule": (0.1, [("*", {"weight_decay": -1.0})], r"weight_decay of rules\[0\]=-1.0"),
     "a rule that is no pair": (0.1, ["*.bias"], r"rules\[0\] must be a pair"),
     "one rule without its list": (0.1, ("*.bias", {}), r"rules\[0\] must be a pair"),
-    "a type that is no module": (0.1, [(int, {})], "says no parameters"),
-    "an empty tuple of types": (0.1, [((), {})], "says no parameters"),
+    "a type that is no module": (0.1, [(int, {})], "selects no parameters"),
+    "an empty tuple of types": (0.1, [((), {})], "selects no parameters"),
     "parameters in a rule": (0.1, [("*", {"params": []})], "'params', which is no hyperparameter"),
 }
 

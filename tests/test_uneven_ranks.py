@@ -45,7 +45,7 @@ def test_a_number_over_ranks_is_refused_inside_of_join_on_every_rank(worlds, kin
     for steps, error in worlds.run(2, uneven, kind, "relative", False, is_planned):
         assert steps == 0
         assert error.startswith(
-            "ValueError: RelativeWeightDecay needs a number over all ranks, and inside DDP's join()"
+            "ValueError: RelativeWeightDecay needs a metric over all ranks, and inside DDP's join()"
         )
         assert "throw_on_early_termination=True" in error
 

@@ -279,7 +279,7 @@ def refuse_under_scaler(
     is_unheard = needs_updates and not all(_torch.applies_grad_scaler(each) for each in optimizers)
     if of_gradients or at_once or is_unheard:
         what = (
-            "a number of the gradients" if of_gradients else "a decay at once" if at_once else "a number of the updates"
+            "a metric of the gradients" if of_gradients else "a decay at once" if at_once else "a number of the updates"
         )
         way_out = " (or use fused optimizers)" if is_unheard and not of_gradients and not at_once else ""
         raise ValueError(

@@ -294,7 +294,7 @@ def report(result: dict[str, Any]) -> str:
         f"on {result['mesh']} ({result['ranks']} rank{'s' * (result['ranks'] > 1)})",
         "",
         result["table"],
-        f"the ranks speak for {min(owned):,} to {max(owned):,} elements each",
+        f"the ranks own {min(owned):,} to {max(owned):,} elements each",
         "",
     ]
     if result["ranks"] > 1:

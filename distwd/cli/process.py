@@ -68,7 +68,7 @@ def num_cores() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all, from what torchrun has said: before there is a process group, too."""
+    """Whether this process writes for all, from what torchrun has said: before there is a process group, too."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -173,7 +173,7 @@ class GroupRule:
             text = str(getattr(selector, "__name__", type(selector).__name__))
         else:
             raise ValueError(
-                f"rules[{index}]: {selector!r} says no parameters; use a glob of names, a torch.nn.Module type (or a tuple of "
+                f"rules[{index}]: {selector!r} selects no parameters; use a glob of names, a torch.nn.Module type (or a tuple of "
                 "them), or a predicate(name, param)"
             )
         return cls(selector, dict(settings), f"rules[{index}]: {text}")
@@ -249,7 +249,7 @@ def _agree_on_keys(matches: Matches, error: Exception | None, world: World) -> l
         raise error
     for rank, (text, *_) in enumerate(gathered):
         if text:
-            raise ValueError(f"rank {rank} refuses: {text}")
+            raise ValueError(f"rank {rank} has found: {text}")
     for _, theirs, *_ in gathered:
         if theirs != summaries:
             raise ValueError(f"ranks have different rules, such as {theirs} and {summaries}")

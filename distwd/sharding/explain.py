@@ -75,7 +75,13 @@ def explain(found: OwnerTable, reports: Sequence[Sequence[PieceReport]]) -> str:
     reports: for each rank, what it holds of the parameters in question.
     """
     sections = [
-        _section(found.mismatched, reports, "ranks mean different tensors by one name", _meaning, _MISMATCH_FIX),
+        _section(
+            found.mismatched,
+            reports,
+            "the same name stands for different tensors on different ranks",
+            _meaning,
+            _MISMATCH_FIX,
+        ),
         _section(found.uncovered, reports, "the pieces do not cover the whole tensor exactly once", _cut, _COVER_FIX),
         _section(found.drifted, reports, "copies of one piece have different bits", _copy, _DRIFT_FIX),
     ]

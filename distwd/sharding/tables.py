@@ -65,7 +65,7 @@ def plan_table(
         rows = [_PLAN_HEAD, *((_folded(same), *map(str, key[1:])) for key, same in alike.items())]
     # The sum over all ranks of this number is the last number: what a user can check.
     num_owned = sum(piece.numel for piece, own in zip(pieces, owned, strict=True) if own)
-    last = f"rank {world.rank} of {world.size} speaks for {num_owned:,} of {numel:,} elements"
+    last = f"rank {world.rank} of {world.size} owns {num_owned:,} of {numel:,} elements"
     return "\n".join([*text_table(rows), last])
 
 

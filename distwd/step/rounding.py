@@ -187,8 +187,8 @@ def warn_if_lost(what: str, rate: float, dtype: torch.dtype) -> bool:
     name = str(dtype).removeprefix("torch.")
     warn_user(
         f"{what}: the decay takes {rate:.3g} of a {name} parameter per step, less than half a step between {name} numbers "
-        f"({half_a_step:.3g} of the parameter): on its own it is rounded away every time, and beside an update it counts only "
-        "where the update carries the parameter past a border. rounding='stochastic' keeps it in the mean; float32 parameters keep it."
+        f"({half_a_step:.3g} of the parameter): on its own it is rounded away every time; rounded together with an update, part "
+        "of it survives. rounding='stochastic' keeps it on average; float32 parameters keep it."
     )
     return True
 

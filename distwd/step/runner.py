@@ -408,7 +408,7 @@ _NO_GRADIENT = (
     "(fully_shard), moved or replaced after the optimizer was made, make the optimizer after that; else call backward() before step()"
 )
 IN_BACKWARD = (
-    "{label} needs a number over parameters, but the optimizer steps inside backward(), one parameter at a time: the others' "
+    "{label} needs a metric over all parameters, but the optimizer steps inside backward(), one parameter at a time: the others' "
     "gradients are not there yet, and ranks need not come to it in one order; step after backward(), or use an absolute rule"
 )
 _IN_PARTS = (
@@ -416,11 +416,11 @@ _IN_PARTS = (
     "never sees the whole model: give it scope='group' (or 'tensor'), or put all parameters into one group"
 )
 _JOINING = (
-    "{label} needs a number over all ranks, and inside DDP's join() a rank without batches takes part in DDP's collectives only: "
+    "{label} needs a metric over all ranks, and inside DDP's join() a rank without batches takes part in DDP's collectives only: "
     "use join(throw_on_early_termination=True), stop all ranks after the same number of steps, or use an absolute rule"
 )
 _PIECE_BY_PIECE = (
-    "{label} needs a number over parameters, but DeepSpeed's ZeRO-3 shows the optimizer one piece after the other; use ZeRO-1 or 2, "
+    "{label} needs a metric over all parameters, but DeepSpeed's ZeRO-3 shows the optimizer one piece after the other; use ZeRO-1 or 2, "
     "FSDP2, or an absolute rule"
 )
 
