@@ -75,7 +75,7 @@ def attach(
         then on; so exclusions that somebody else has made stay. `remove()` gives it back.
 
     Parameters: any float dtype and sharding that the optimizer itself can step.
-    Returns the `Attachment`, whose `remove()` takes the decay off again.
+    Returns the `Attachment`, whose `remove()` removes the decay again.
     Raises ValueError if the optimizer decays already or has no step hooks (a wrapper: attach to what it wraps);
     PlanError at the first step as `Chain`.
     Source: the couplings are those of torch.optim.Adam, torch.optim.AdamW and Loshchilov & Hutter, arXiv 1711.05101.
@@ -127,7 +127,7 @@ class Attachment(ShowsRunner):
     phases: collectives per step.
     stats(): the last numbers of its rules.
     print(attachment): what is decayed, by how much and by which rule.
-    remove(): takes the decay off again.
+    remove(): removes the decay again.
 
     >>> import torch
     >>> from distwd import RelativeWeightDecay, attach
@@ -260,7 +260,7 @@ class Attachment(ShowsRunner):
             ]
 
     def remove(self) -> None:
-        """Take the decay off: hooks, group keys, and whatever was changed for the length of a step."""
+        """Remove the decay: hooks, group keys, and whatever was changed for the length of a step."""
         self._restore()
         for handle in self._handles:
             handle.remove()

@@ -334,7 +334,7 @@ class InverseTimeWeightDecay(WeightDecayScheduler):
 class CorrectedWeightDecay(WeightDecayScheduler):
     """Weight decay tied to the learning rate:  λ_t = λ₀·η_t/η_max ("corrected"), λ₀/η_max ("independent") or λ₀·η_t ("squared").
 
-    What a step then takes off depends on where the rule stands:
+    What a step then removes depends on where the rule stands:
         scaled by η (AdamW; between optimizer and `LR`; coupling="lr"): corrected (η²/η_max)·λ₀θ, as AdamC;
         independent (η/η_max)·λ₀θ; squared η²·λ₀θ, as PaLM with λ₀ = 1.
         not scaled by η (behind `LR`; coupling="none"): corrected (η/η_max)·λ₀θ, which is the independent decay there;

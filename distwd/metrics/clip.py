@@ -37,7 +37,7 @@ def clip_grad_norm_(
     layout: Layout | None = None,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Scale gradients down to a norm of the whole model, in place:  g ← g·min(1, max_norm / (‖g‖ + 10⁻⁶)).
+    """Scale gradients down to a norm over the whole model, in place:  g ← g·min(1, max_norm / (‖g‖ + 10⁻⁶)).
 
     params: the parameters whose gradients are clipped: tensors, (name, tensor) pairs, group dicts, or one tensor; any
         meshes, float dtypes and shapes. With a plan they are the plan's, in its order. Those without a gradient are left

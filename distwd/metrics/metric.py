@@ -98,7 +98,7 @@ def _norm(p: float) -> Metric:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number that a rule asks for:  metric of the tensors `of`, one per `scope`.
+    """A metric that a rule asks for:  metric of the tensors `of`, one per `scope`.
 
     of: "update", "grad", "params" or "second_moment" (v̂ of Adam and its like), the tensors it is taken of; as
         `norm_input` of `RelativeWeightDecay`.

@@ -97,13 +97,13 @@ class Plan:
         check_replicas: compare the bits of all copies of a piece (one read of the parameters).
 
         A collective call: every rank of `group` must make it. Two all-gathers.
-        Raises PlanError, on every rank alike, if a tensor cannot be used, if ranks mean different shapes or dtypes by
-        one name, if the pieces of a name do not cover it exactly once, or if copies differ.
+        Raises PlanError, on every rank alike, if a tensor cannot be used, if one name has different shapes or dtypes on
+        different ranks, if the pieces of a name do not cover it exactly once, or if copies differ.
         """
         return build_plan(entries_of(params), group, layout, check_replicas)
 
     def metric(self, tensors: Sequence[Tensor | None], metric: str | float = "mad") -> Tensor:
-        """A number about all elements of `tensors`, one for each of the plan's parameters (their gradients, say).
+        """One metric over all elements of `tensors`, one tensor for each of the plan's parameters (their gradients, say).
 
         tensors: DTensors or local tensors, of the parameters' local shapes; None counts as zeros.
         metric: as in `global_metric`.
@@ -348,7 +348,7 @@ def global_metric(
     layout: Layout | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """A number about all elements of `tensors`, each counted once however they are sharded:  mean|x|, ‖x‖_p, ...
+    """One metric over all elements of `tensors`, each counted once however they are sharded:  mean|x|, ‖x‖_p, ...
 
     tensors: DTensors, plain tensors or a mix, on any meshes; or (name, tensor) pairs. Float dtypes, any shapes.
     metric: "mad" (mean |x|), "std", "var" (both with N-1), "sum", "rms", "l0" (non-zeros), "l1", "l2", "l3", "l4",

@@ -21,17 +21,17 @@ class Wrap(Transform):
     """A torch optimizer as a transform:  u ← what the optimizer would subtract from p for the gradient u, at lr 1.
 
     optimizer_class: a subclass of torch.optim.Optimizer.
-    kwargs: its arguments but `lr` (that is `LR`'s) and `weight_decay` (a rule's, at its own place in the chain). Each
+    kwargs: its arguments, except `lr` (that is `LR`'s) and `weight_decay` (a rule's, at its own place in the chain). Each
         becomes a key of the chain's param groups.
 
     u, p: any float dtype and sharding that the class itself can step.
     Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the
     local shards, whatever the meshes; any other runs on the parameters themselves, as it would alone, one inner group
     for each mesh. Where nothing later in the chain needs the update, an elementwise optimizer steps the parameters
-    directly. Optimizers that need a closure (LBFGS) come first in a chain, but for rules with target="closure". State
+    directly. Optimizers that need a closure (LBFGS) come first in a chain; only rules with target="closure" may stand before them. State
     lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's: "exp_avg_1"); what it
     notes in its param groups (a count of steps, Prodigy's d) in the chain's groups.
-    Raises ValueError for `lr`, for a non-zero `weight_decay`, and for arguments that the class refuses.
+    Raises ValueError for `lr`, for a non-zero `weight_decay`, and for arguments that the class does not accept.
     Source: torch.optim; the form is torchzero's `Wrap`.
 
     >>> import torch

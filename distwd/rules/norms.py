@@ -122,8 +122,8 @@ class Hyperball(Rule):
 class RadialBrake(Rule):
     """Slow down how fast norms change:  ‖θ‖ ← ‖θ₋‖ + s·(‖θ̃‖ − ‖θ₋‖),  the direction is that of θ̃.
 
-    θ̃ is the step as assembled before the rule's place, and θ₋ the parameter less the pulls among that: so what decay takes
-    off is not braked. Pulls behind the rule are added afterwards.
+    θ̃ is the step as assembled before the rule's place, and θ₋ the parameter after the pulls among that: the brake does not act on
+    what decay removes. Pulls behind the rule are added afterwards.
     outward: s where the norm grows, ≥ 0, a number or a 0-d tensor. inward: s where it shrinks. 1 and 1 are off; 0 and 0 keep
         the norm.
     scope: as in `Hyperball`.
@@ -159,7 +159,7 @@ class RadialBrake(Rule):
 
 
 class ConstrainedWeightDecay(Rule):
-    """Decay as much as a bound of the mean square needs:  λ ← min(½, max(0, λ + μ·(mean θ̃² − κ)));  θ ← (1 − 2λ)·θ̃.
+    """Decay as much as it takes to keep the mean square below a bound:  λ ← min(½, max(0, λ + μ·(mean θ̃² − κ)));  θ ← (1 − 2λ)·θ̃.
 
     θ̃ is the step as assembled before the rule's place; λ is the new one, kept for each parameter (`multiplier`). The decay is
     not scaled by the learning rate. Pulls behind the rule are added afterwards.

@@ -15,7 +15,7 @@ from .base import Rule
 
 
 class RelativeWeightDecay(Rule):
-    """Decay in proportion to a number about the whole model:  u ← u + c·sign(p)·|p|^(ord−1),  c = λ·M(x).
+    """Decay in proportion to a metric over the whole model:  u ← u + c·sign(p)·|p|^(ord−1),  c = λ·M(x).
 
     With a ratio, a power and a running mean:  c = λ·(M(norm_input)/M(per))^power,  c̄ ← s·c̄ + (1−s)·c from c̄ = 0; c̄ decays.
 
@@ -30,7 +30,7 @@ class RelativeWeightDecay(Rule):
     metric: "mad" (mean |x|), "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf", or a number p; see
         `global_metric`.
     cautious: decay only where update·p > 0, as `CautiousWeightDecay`.
-    scope: one number over "all" parameters of the optimizer, one per param "group", one per "tensor", or one per "matrix":
+    scope: one metric over "all" parameters of the optimizer, one per param "group", one per "tensor", or one per "matrix":
         the last two dimensions of a parameter, so stacked experts [E, m, n] have E. The cost is one all-reduce in any case.
     per: what the metric is divided by: the same metric of another input, or None for 1. Where it is 0, c is 0.
     power: a finite number. Where a power < 0 would divide by 0, c is 0.
