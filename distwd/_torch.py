@@ -17,23 +17,38 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental import _config
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
+    from typing_extensions import TypeIs
+
 # --- DTensor --------------------------------------------------------------------------------------------------------
 
-# Waits for: a public class for the placement that FSDP2 over TP writes; DTensor.placements returns it already.
-StridedShard = _StridedShard
+
+def is_dtensor(value: object) -> TypeIs[DTensor]:
+    """Whether a value is a DTensor."""
+    # (Nothing private, but to import DTensor takes half a second, and whoever has none should not wait for it. Where it has
+    # not been imported nothing is one.)
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def is_strided_shard(placement: Placement) -> bool:
+    """Whether a placement is the one that FSDP2 over TP writes."""
+    # Waits for: a public class; DTensor.placements returns it already.
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return isinstance(placement, _StridedShard)
 
 
 def layout_spec(tensor: DTensor) -> Any:
@@ -172,7 +187,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
     # The attribute is read anew in every step and never cached, so a parameter may be given other storage at any time.
     # Waits for: a DTensor.to_local() that neither dispatches nor records autograd; it costs more than the arithmetic on
     # small shards.
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = tensor._local_tensor if is_dtensor(tensor) else tensor
     # A redistributed DTensor can hold an AsyncCollectiveTensor, which still waits for its collective.
     wait = getattr(local, "wait", None)
     return local if wait is None else wait()

@@ -40,7 +40,10 @@ def test_spec(sharded):
 
 
 def test_strided_shard():
-    assert _torch.StridedShard(1, split_factor=2).split_factor == 2
+    strided = torch.distributed.tensor.placement_types._StridedShard(1, split_factor=2)
+    assert strided.split_factor == 2
+    assert _torch.is_strided_shard(strided)
+    assert not _torch.is_strided_shard(Shard(1))
 
 
 def test_device_types(group):

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .._torch import layout_spec
+from .._torch import is_dtensor, layout_spec
 from ..errors import CollectiveError, PlanError
 from ..kernels.blocks import Workspace
 from ..sharding.build import BuildArgs, build
@@ -223,7 +222,7 @@ def build_plan(
 def _stamp(tensor: Tensor) -> Any:
     """What must not change as long as a plan is to hold."""
     # A DTensor keeps its spec object as long as nothing changes, so a comparison is one of identity.
-    return layout_spec(tensor) if isinstance(tensor, DTensor) else (tensor.shape, tensor.dtype)
+    return layout_spec(tensor) if is_dtensor(tensor) else (tensor.shape, tensor.dtype)
 
 
 # --- a plan over time ----------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .._torch import local_tensor
+from .._torch import is_dtensor, local_tensor
 from ..checks import warn_user
 from ..errors import PlanError
 from ..kernels.sums import wide_dtype
@@ -100,7 +99,7 @@ def _gradient(param: Tensor, numel: int) -> Tensor | None:
     """The local gradient without padding, flat; None if there is none that can be compared."""
     grad = param.grad
     # To redistribute it would be a collective that only some ranks start.
-    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
         return None
     local = None if grad is None else local_tensor(grad)
     return None if local is None or local.layout is not torch.strided else local.reshape(-1)[:numel]

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .. import _torch
-from .._torch import local_tensor
+from .._torch import is_dtensor, local_tensor
 from ..kernels.apply import differences
 from ..step.step import Batch, PendingUpdate
 from .base import GradientOptimizer, InnerOptimizer
@@ -42,7 +41,7 @@ class FullParamOptimizer(GradientOptimizer):
             # torch's foreach kernels refuse a list of DTensors on two meshes, or of DTensors and plain tensors.
             by_mesh: dict[Any, list[Tensor]] = {}
             for param in batch.whole:
-                by_mesh.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
+                by_mesh.setdefault(param.device_mesh if is_dtensor(param) else None, []).append(param)
             for params in by_mesh.values():
                 groups.append(self._group(batch.group, params, **self._noted(batch.group)))
                 lent.append((batch.group, dict(groups[-1])))

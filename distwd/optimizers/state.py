@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .. import _torch
-from .._torch import local_tensor
+from .._torch import is_dtensor, local_tensor
 from ..kernels.sums import wide_dtype
 from ..metrics.measure import Source
 from ..sharding.collectives import local_like
@@ -62,12 +61,12 @@ def borrow_state(states: dict[Tensor, State], param: Tensor, suffix: str, as_loc
     Returns the very dict in `states` if it can serve as it is, else a new one with the same tensors.
     """
     state = states.get(param, {})
-    if not suffix and not (as_local and isinstance(param, DTensor)):
+    if not suffix and not (as_local and is_dtensor(param)):
         # Many optimizers begin their state while it is empty, so numbers that rules keep must not lie in it.
         own_state = {key: value for key, value in state.items() if not is_kept_key(key)}
         return own_state if len(own_state) < len(state) else state
     return {
-        own: local_like(value, param) if as_local and isinstance(value, DTensor) else value
+        own: local_like(value, param) if as_local and is_dtensor(value) else value
         for key, value in state.items()
         if (own := own_key(key, suffix)) is not None
     }
@@ -94,9 +93,9 @@ def commit_state(states: dict[Tensor, State], param: Tensor, borrowed: State, su
         # A tensor of the local shard's shape is a shard of the whole state: as a DTensor, checkpoints see it whole.
         is_shard = (
             key not in _COUNTERS
-            and isinstance(param, DTensor)
+            and is_dtensor(param)
             and isinstance(value, Tensor)
-            and not isinstance(value, DTensor)
+            and not is_dtensor(value)
             and value.shape == local_tensor(param).shape
         )
         state[stored] = like_whole(value, param) if is_shard else value
@@ -104,8 +103,10 @@ def commit_state(states: dict[Tensor, State], param: Tensor, borrowed: State, su
 
 def like_whole(local: Tensor, param: Tensor) -> Tensor:
     """`local` as the same kind of tensor that `param` is: a DTensor with its placements, or itself."""
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return local
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .._torch import ORDINARY, local_tensor, plain_tensors
+from .._torch import ORDINARY, is_dtensor, local_tensor, plain_tensors
 from ..errors import CollectiveError, PlanError
 from .world import World
 
@@ -74,7 +73,7 @@ def local_like(tensor: Tensor, param: Tensor) -> Tensor:
     """
     if type(tensor) in ORDINARY:
         return tensor
-    if isinstance(tensor, DTensor) and isinstance(param, DTensor) and tensor.placements != param.placements:
+    if is_dtensor(tensor) and is_dtensor(param) and tensor.placements != param.placements:
         tensor = tensor.redistribute(placements=param.placements)
     return local_tensor(tensor)
 

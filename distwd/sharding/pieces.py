@@ -11,22 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor.placement_types import Placement
 
-from .._torch import ORDINARY, StridedShard, is_flat_param, is_in_fsdp1, local_tensor, padding_of_shard
+from .._torch import ORDINARY, is_dtensor, is_flat_param, is_in_fsdp1, is_strided_shard, local_tensor, padding_of_shard
 from .layout import Mark, Sharded
 from .params import NamedParam, check_has_shape
 from .world import World
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 Intervals = tuple[tuple[int, int], ...]  # ascending [start, stop) intervals of indices
 Meshes = dict[DeviceMesh, tuple[int, ...]]  # the ranks of each mesh, flat
-Axis = tuple[Placement, int, int]  # of a mesh: what it does to the tensor, its number of ranks, which of them this is
+Axis = tuple[Any, int, int]  # of a mesh: what it does to the tensor, its number of ranks, which of them this is
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
     shape, local = tuple(tensor.shape), tuple(local_tensor(tensor).shape)
     whole = tuple(((0, size),) for size in shape)
     piece = Piece(name, shape, tensor.dtype, whole, local, "plain", (), num_stacked=max(len(shape) - 2, 0))
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         meshes = {} if meshes is None else meshes
         mesh = tensor.device_mesh
         cuts = cuts_at(tensor, mesh.get_coordinate(), local)
@@ -107,13 +109,10 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
         if mesh not in meshes:
             meshes[mesh] = tuple(mesh.mesh.flatten().tolist())
         # As torch abbreviates them: S(0), R, SS(0,2).
+        all_placements: Sequence[Any] = tensor.placements
         placements = [
-            f"SS({p.dim},{p.split_factor})"
-            if isinstance(p, StridedShard)
-            else f"S({p.dim})"
-            if isinstance(p, Shard)
-            else "R"
-            for p in tensor.placements
+            f"SS({p.dim},{p.split_factor})" if is_strided_shard(p) else f"S({p.dim})" if p.is_shard() else "R"
+            for p in all_placements
         ]
         piece = replace(piece, cuts=cuts, placements=", ".join(placements), mesh=meshes[mesh])
     if not isinstance(mark, Sharded):
@@ -141,7 +140,7 @@ def describe(name: str, tensor: Tensor, mark: Mark | None = None, meshes: Meshes
 def stack_here(tensor: Tensor) -> tuple[int, ...]:
     """How many indices of each dimension but the last two are here, of a DTensor or a plain tensor as it is."""
     num_stacked = max(tensor.dim() - 2, 0)
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tuple(tensor.shape[:num_stacked])
     # Not the shape of the local tensor: that of an empty one may be any.
     return tuple(
@@ -154,7 +153,7 @@ def stack_here(tensor: Tensor) -> tuple[int, ...]:
 
 def check_matrices(name: str, tensor: Tensor, mark: Mark | None) -> None:
     """Raise ValueError for a plain tensor that does not tell which matrices its elements are of."""
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         return
     others = "scope='matrix' needs a number for each matrix of it"
     if is_flat_param(tensor):
@@ -230,7 +229,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} has dtype {tensor.dtype}; only floating-point tensors can be decayed or measured; leave it out"
         )
-    if isinstance(tensor, DTensor) and any(isinstance(p, Partial) for p in tensor.placements):
+    if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements):
         raise ValueError(
             f"{name} has a Partial placement {tensor.placements}: its numbers are pending sums; "
             "call redistribute(placements=...) with Shard or Replicate first"
@@ -254,7 +253,7 @@ def cuts_at(
     # torch cuts from the first mesh axis to the last, each cutting what the one before has left.
     axes = list(zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True))
     as_written = _cut_along(axes, tuple(tensor.shape))
-    if not any(isinstance(placement, StridedShard) for placement in tensor.placements):
+    if not any(is_strided_shard(placement) for placement in tensor.placements):
         return as_written
     # FSDP2 over TP cuts last along its first axis, and writes that as a _StridedShard. Where TP's pieces are uneven,
     # the two are not the same; then the local tensor's shape decides which it is. That the whole is covered is checked
@@ -267,12 +266,12 @@ def _cut_along(axes: Iterable[Axis], shape: tuple[int, ...]) -> tuple[Intervals,
     """Cut a whole along each mesh axis in turn, in the order given."""
     cuts: list[Intervals] = [((0, size),) for size in shape]
     for placement, num_chunks, index in axes:
-        if isinstance(placement, StridedShard):
+        if is_strided_shard(placement):
             # Cuts each of `split_factor` parts by itself, and takes the same chunk of all.
             num_parts = int(placement.split_factor)
             parts = (_chunk(cuts[placement.dim], num_parts, number) for number in range(num_parts))
             cuts[placement.dim] = _join(_chunk(part, num_chunks, index) for part in parts)
-        elif isinstance(placement, Shard):
+        elif placement.is_shard():
             cuts[placement.dim] = _chunk(cuts[placement.dim], num_chunks, index)
     return tuple(cuts)
 
@@ -283,15 +282,17 @@ def _as_fsdp_cuts(axes: Sequence[Axis]) -> list[Axis]:
     A _StridedShard(dim, k) comes after the axes that cut `dim` into k pieces; there it is an ordinary Shard. A
     _StridedShard for which no such axes are found keeps its place.
     """
+    from torch.distributed.tensor import Shard
+
     order: list[Axis] = []
     # From the last axis, which for FSDP2 over TP is TP and cuts first.
     for axis in reversed(axes):
         placement, num_chunks, index = axis
         place, cut = 0, axis
-        if isinstance(placement, StridedShard):
+        if is_strided_shard(placement):
             num_pieces = 1
             for after, (other, chunks, _) in enumerate(order, start=1):
-                if isinstance(other, Shard) and other.dim == placement.dim:
+                if other.is_shard() and other.dim == placement.dim:
                     num_pieces *= chunks
                     if num_pieces == placement.split_factor:
                         place, cut = after, (Shard(placement.dim), num_chunks, index)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .._torch import is_fake, layout_spec
+from .._torch import is_dtensor, is_fake, layout_spec
 from ..checks import check_choice, warn_user
 from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW, GlobalIndices, RandomBits
@@ -119,7 +118,7 @@ class Rounding:
         """Which places of the whole a parameter holds; kept for as long as it is cut the same way."""
         tensor = entry.tensor
         # Compared by identity first: it is most often the very spec of the last step, and comparing two takes long.
-        cut = layout_spec(tensor) if isinstance(tensor, DTensor) else tensor.shape
+        cut = layout_spec(tensor) if is_dtensor(tensor) else tensor.shape
         kept = self._indices.get(position)
         if kept is None or kept[0] is not entry or (kept[1] is not cut and kept[1] != cut):
             found = find_mark(entry.name, tensor, self._layout)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .._torch import StridedShard, local_tensor
+from .._torch import is_dtensor, is_strided_shard, local_tensor
 from ..checks import warn_user
 from ..kernels.sums import wide_dtype
 from ..metrics.metric import Measure
@@ -20,8 +19,6 @@ from .step import Batch
 from .transform import BoundTransform, GroupSettings, Transform
 
 State = dict[str, Any]
-
-SHARDS = (Shard, StridedShard)  # the second is no subclass of the first in every release
 
 PREFIX = "distwd_"  # of the keys of kept numbers in an optimizer's state
 # Counts the steps of numbers that begin as a metric. It tells that they have begun; no value of theirs could.
@@ -233,10 +230,13 @@ def numbers_like(param: Tensor, begins: float, by_matrix: bool) -> Tensor:
     if not by_matrix or not num_stacked:
         return torch.full((), begins, dtype=torch.float32, device=device)
     local = torch.full(stack_here(param), begins, dtype=torch.float32, device=device)
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return local
+    from torch.distributed.tensor import DTensor, Replicate
+
     # Where the matrices themselves are cut, the ranks that hold parts of them have copies of their numbers.
-    placements = [p if isinstance(p, SHARDS) and p.dim < num_stacked else Replicate() for p in param.placements]
+    cuts: Sequence[Any] = param.placements
+    placements = [p if (p.is_shard() or is_strided_shard(p)) and p.dim < num_stacked else Replicate() for p in cuts]
     shape = param.shape[:num_stacked]
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(num_stacked))
     return DTensor.from_local(local, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -503,15 +503,15 @@ def _misfit(param: Tensor, given: Any) -> str | None:
         return f"is {what}; pass a dense tensor of floating point numbers"
     if given.shape != param.shape:
         return f"has shape {tuple(given.shape)}, and the parameter {tuple(param.shape)}; pass a tensor of that shape"
-    if isinstance(param, DTensor):
-        if not isinstance(given, DTensor):
+    if is_dtensor(param):
+        if not is_dtensor(given):
             return (
                 f"is a plain tensor, and the parameter is cut as {param.placements}; cut it alike, with "
                 "torch.distributed.tensor.distribute_tensor(tensor, param.device_mesh, param.placements)"
             )
         if given.device_mesh != param.device_mesh or given.placements != param.placements:
             return f"is cut as {given.placements}, and the parameter as {param.placements}; redistribute it"
-    elif isinstance(given, DTensor):
+    elif is_dtensor(given):
         return "is a DTensor, and the parameter a plain tensor; pass its local tensor"
     if local_tensor(given).device != local_tensor(param).device:
         return f"lies on {local_tensor(given).device}, and the parameter on {local_tensor(param).device}; move it there"
