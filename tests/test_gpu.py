@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import distwd
+from distwd._torch import local_tensor
 from distwd.metrics.measure import reduce_statistics
 from distwd.metrics.metric import parse_metric
 from distwd.sharding.world import World
-from tests import runs
+from tests import runs, test_gpu_waits
 from tests.chains import CHAINS, transforms_of
 from tests.layouts import whole_model
 from tests.runs import PARAMS_SEED
@@ -34,13 +37,8 @@ def on(device: str, chain_name: str, watch: bool = False, **adam) -> dict[str, t
     for step in range(3):
         for name, grad in runs.grads_of(step, torch.float64).items():
             params[name].grad = grad.to(device)
-        torch.cuda.synchronize()
-        if watch and step:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waits() if watch and step else nullcontext():
             chain.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     return {name: param.detach().cpu() for name, param in params.items()}
 
 
@@ -48,6 +46,27 @@ def on(device: str, chain_name: str, watch: bool = False, **adam) -> dict[str, t
 @pytest.mark.parametrize("settings", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
 def test_a_step_never_waits_for_the_device(chain_name, settings):
     on("cuda", chain_name, watch=True, **settings)
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rule", test_gpu_waits.RULES)
+def test_no_rule_waits_for_the_device_in_any_situation(rule):
+    waits = []
+    for way, situation, dtype in test_gpu_waits.cases_of(rule):
+        try:
+            test_gpu_waits.step_on_a_card(rule, way, situation, dtype, no_waits)
+        except RuntimeError as error:
+            waits.append(f"{way}, {situation}, {dtype}: {error}")
+    assert waits == []
 
 
 @pytest.mark.parametrize("chain_name", CHAINS)
@@ -96,12 +115,22 @@ def test_noise_never_waits_for_the_device():
     chain = distwd.Chain([param], distwd.Adam(), distwd.WeightDecay(0.1), distwd.LR(1e-3), rounding="stochastic")
     for step in range(3):
         param.grad = torch.zeros_like(param)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
+        with no_waits() if step else nullcontext():
             chain.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_noise_of_shards_is_that_of_the_whole(one_rank):
+    one_rank("cpu:gloo,cuda:nccl")
+    ends = []
+    for is_sharded in (False, True):
+        model = torch.nn.ParameterDict(
+            {name.replace(".", "_"): value.cuda() for name, value in whole_model(PARAMS_SEED, torch.bfloat16).items()}
+        )
+        if is_sharded:
+            fully_shard(model)
+        distwd.decay_weights_(list(model.named_parameters()), 1e-3, rounding="stochastic", seed=1)
+        ends.append({name: local_tensor(param).detach().cpu() for name, param in model.named_parameters()})
+    assert runs.differing(*ends) == []
 
 
 def test_noise_in_a_graph_is_refused():
@@ -197,6 +226,9 @@ RULES = {
     "absolute": lambda: distwd.WeightDecay(0.1),
     "of updates": lambda: distwd.RelativeWeightDecay(0.1),
     "of parameters": lambda: distwd.RelativeWeightDecay(0.01, norm_input="params"),
+    "std of gradients": lambda: distwd.RelativeWeightDecay(0.01, norm_input="grad", metric="std"),
+    "by tensor": lambda: distwd.RelativeWeightDecay(0.1, scope="tensor"),
+    "to a norm": lambda: distwd.NormControl(0.1),
     "cautious": lambda: distwd.CautiousWeightDecay(0.1),
 }
 

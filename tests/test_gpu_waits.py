@@ -6,6 +6,8 @@ On CUDA tensors that are fake (tests/fake_cuda.py), so that it is seen without a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import pytest
@@ -30,7 +32,7 @@ SHAPES = {"p0": (4, 4), "p1": (4,), "p2": (2, 4, 4), "p3": (4, 4), "p4": (300, 3
 
 
 def anchors(λ):
-    return WeightDecay(λ, toward={name: torch.empty(shape, device="cuda") for name, shape in SHAPES.items()})
+    return WeightDecay(λ, toward={name: torch.rand(shape, device="cuda") for name, shape in SHAPES.items()})
 
 
 RULES = {
@@ -132,11 +134,19 @@ def fits(rule: str, way: str, situation: str) -> bool:
     return not (situation == "GradScaler" and "foreign" in way)  # only fused optimizers are handed the scale
 
 
-def step_on_a_card(rule: str, way: str, situation: str, dtype: torch.dtype) -> None:
-    """Three steps, and a fourth that must not wait."""
-    params = {
-        name: torch.nn.Parameter(torch.empty(shape, device="cuda", dtype=dtype)) for name, shape in SHAPES.items()
-    }
+def cases_of(rule: str) -> Iterator[tuple[str, str, torch.dtype]]:
+    """Every situation, each in another way and dtype: over all rules each way meets each situation."""
+    number = list(RULES).index(rule)
+    for place, situation in enumerate(SITUATIONS):
+        ways = itertools.islice(itertools.cycle(WAYS), 3 * number + place, None)
+        yield next(way for way in ways if fits(rule, way, situation)), situation, DTYPES[(number + place) % len(DTYPES)]
+
+
+def step_on_a_card(
+    rule: str, way: str, situation: str, dtype: torch.dtype, watch: Callable[[], AbstractContextManager] = NoWaits
+) -> None:
+    """Three steps, and a fourth that must not wait, within `watch`."""
+    params = {name: torch.nn.Parameter(torch.rand(shape, device="cuda").to(dtype)) for name, shape in SHAPES.items()}
     named = list(params.items())
     is_grouped = "groups" in situation
     optimizer = WAYS[way]([{"params": named[:2]}, {"params": named[2:]}] if is_grouped else named, RULES[rule](0.1))
@@ -144,7 +154,7 @@ def step_on_a_card(rule: str, way: str, situation: str, dtype: torch.dtype) -> N
         # Which are missing changes, as with experts that no token has come to.
         missing = {"missing gradients": {1, number + 1}, "missing groups": {0, 1}}.get(situation, set())
         for place, param in enumerate(params.values()):
-            param.grad = None if place in missing else torch.empty_like(param)
+            param.grad = None if place in missing else torch.rand_like(param)
         if number == 1 and " on the " in situation:
             what, device = situation.split(" on the ")
             key = (
@@ -161,7 +171,7 @@ def step_on_a_card(rule: str, way: str, situation: str, dtype: torch.dtype) -> N
         if number < 3:
             optimizer.step()
         else:
-            with NoWaits():
+            with watch():
                 optimizer.step()
 
 
@@ -179,12 +189,8 @@ def card(monkeypatch):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_on_a_card_waits_for_nothing(card, rule):
-    """Every situation, each in another way and dtype: over all rules each way meets each situation."""
-    number, waits = list(RULES).index(rule), []
-    for place, situation in enumerate(SITUATIONS):
-        ways = itertools.islice(itertools.cycle(WAYS), 3 * number + place, None)
-        way = next(way for way in ways if fits(rule, way, situation))
-        dtype = DTYPES[(number + place) % len(DTYPES)]
+    waits = []
+    for way, situation, dtype in cases_of(rule):
         try:
             step_on_a_card(rule, way, situation, dtype)
         except (Waits, DataDependentOutputException) as error:
