@@ -49,7 +49,8 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 # mkdocs puts the file there, or the part of it between two marks; tests of its own run it.
 SNIPPET = re.compile(r'--8<-- "([^":]+)(?::([\w-]+))?"\n')
 MARK = re.compile(r"^ *# --8<-- \[start:([\w-]+)\]$", re.MULTILINE)
-PYTHON = [block for block in BLOCKS if block.language == "python" and not SNIPPET.fullmatch(block.code)]
+TUTORIAL = ROOT / "docs/pages/start/tutorial.md"  # its blocks are run in their order, by a test of their own
+PYTHON = [b for b in BLOCKS if b.language == "python" and b.page != TUTORIAL and not SNIPPET.fullmatch(b.code)]
 
 
 def test_every_fence_is_read():
@@ -169,6 +170,49 @@ def test_a_program_runs_under_torchrun(block, tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
+
+
+def edited(text: str, diff: str) -> str:
+    """The file after what a reader does by hand with a block of a diff: the old lines, which stand there once, become the new."""
+    lines = diff.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    assert text.count(old) == 1, f"stands {text.count(old)} times in the file:\n{old}"
+    return text.replace(old, "".join(line[1:] for line in lines if line[0] in " +"))
+
+
+def test_the_tutorial_prints_what_it_shows(tmp_path):
+    """Every block in order, as a reader goes: a file, edits of it, commands, and what they print, to three digits."""
+    (tmp_path / "to_its_end.py").write_text(TO_ITS_END, encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PATH": path}
+    printed: list[str] = []
+    shown: list[str] = []
+    for block in blocks_of(TUTORIAL):
+        if block.language == "python":
+            (tmp_path / block.title).write_text(block.code, encoding="utf-8")
+        elif block.language == "diff":
+            file = tmp_path / block.title
+            file.write_text(edited(file.read_text(encoding="utf-8"), block.code), encoding="utf-8")
+        elif block.language == "bash":
+            command = re.sub(r"^(torchrun .*)(?=train\.py$)", r"\1to_its_end.py ", block.code, flags=re.MULTILINE)
+            ended = subprocess.run(
+                ["bash", "-e", "-c", command],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+            assert ended.returncode == 0, f"{block}: {ended.stderr}"
+            printed.append(ended.stdout)
+        else:
+            shown.append(block.code)
+    number = re.compile(r"\d+\.\d+")
+    assert [number.sub("…", text) for text in printed] == [number.sub("…", text) for text in shown]
+    for text, model in zip(printed, shown, strict=True):
+        numbers, wanted = ([float(one) for one in number.findall(part)] for part in (text, model))
+        assert numbers == pytest.approx(wanted, rel=1e-2, abs=2e-6), text
+    assert printed[0] == printed[1]  # AdamW and the chain, in every digit
 
 
 def printed_by(code: str) -> str:
