@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,12 @@ from .optimizers.wrap import Wrap
 from .sharding.layout import Layout
 from .sharding.params import NamedParam, ParamList, normalised_groups
 from .step.coefficients import check_coefficient
-from .step.rounding import Rounding
+from .step.rounding import Rounding, RoundingMode
 from .step.runner import ShowsRunner, StepRunner, step_method
 from .step.state import kept_in, restore_kept
 from .step.transform import Transform, bind, with_current_values, with_exclusions
+
+Loss = TypeVar("Loss")
 
 
 class Chain(ShowsRunner, torch.optim.Optimizer):
@@ -78,7 +80,7 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
         group: dist.ProcessGroup | None = None,
         layout: Layout | None = None,
         check_replicas: bool = True,
-        rounding: str = "nearest",
+        rounding: RoundingMode = "nearest",
         seed: int = 0,
         track_unchanged: bool = False,
         compile: bool = False,
@@ -204,6 +206,12 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
         return "\n".join(["Chain(", *words, ")", self._runner.audit()])
 
     # --- what distwd adds --------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @step_method
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -143,7 +143,22 @@ def test_decay_is_attached_before_accelerate_prepares():
     assert all(param.ndim == 1 for param in groups[1]["params"])
 
 
+def test_the_padding_of_deepspeed_counts_for_nothing():
+    """Adam's first update is ±1 for each element that has a gradient, and 0 for padding."""
+    pieces = [torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.0])), torch.nn.Parameter(torch.tensor([1.0, 4.0]))]
+    inner = torch.optim.AdamW([{"params": [piece]} for piece in pieces], lr=1e-3, weight_decay=0)
+    zero = types.SimpleNamespace(optimizer=inner, single_partition_of_fp32_groups=pieces, groups_padding=[1, 0])
+    space = names_at_hand() | {"engine": types.SimpleNamespace(optimizer=zero), "group": None}
+    (code,) = blocks("layout.md", "py")
+    run(code, space)
+    for piece in pieces:
+        piece.grad = piece.detach().sign()
+    inner.step()
+    metric = space["attachment"].stats()["RelativeWeightDecay"]["metric"]
+    assert [number.item() for number in metric.values()] == pytest.approx([1.0, 1.0])
+
+
 def test_every_line_that_is_only_shown_is_run_here():
     """A block ```py is left out by tests/test_docs.py; each one of the guides has a test above."""
     pages = {block.page.name for block in BLOCKS if block.language == "py"}
-    assert pages == {"logging.md", "layer-decay.md", "resume.md", "frameworks.md"}
+    assert pages == {"logging.md", "layer-decay.md", "resume.md", "frameworks.md", "layout.md"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from ..rules.base import Rule
 from ..sharding.layout import Layout
 from ..sharding.params import ParamList, is_for_both
 from ..step.rounding import KEY as ROUNDING_KEY
-from ..step.rounding import Rounding
+from ..step.rounding import Rounding, RoundingMode
 from ..step.runner import ShowsRunner, StepRunner, step_method
 from ..step.state import State, kept_in, restore_kept
 from ..step.step import Step
@@ -31,18 +31,19 @@ from .capture import UpdateCapture
 from .joint import KEY, JointStep, Overrides, attachments_on, refuse_under_scaler, unused_keys, write_keys
 from .validate import check_groups, list_names, list_optimizers, needs_update, validate_optimizers
 
-COUPLINGS = ("lr", "gradient", "none")
+Coupling = Literal["lr", "gradient", "none"]
+COUPLINGS: tuple[str, ...] = get_args(Coupling)
 
 
 def attach(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     *decays: Rule,
-    coupling: str = "lr",
+    coupling: Coupling = "lr",
     group: dist.ProcessGroup | None = None,
     layout: Layout | None = None,
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     check_replicas: bool = True,
-    rounding: str = "nearest",
+    rounding: RoundingMode = "nearest",
     seed: int = 0,
     track_unchanged: bool = False,
     compile: bool = False,

@@ -6,14 +6,15 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_nonnegative, plain_number
 
-FORMS = ("corrected", "independent", "squared")
+Form = Literal["corrected", "independent", "squared"]
+FORMS: tuple[str, ...] = get_args(Form)
 
 _KEY = re.compile(r"(distwd_)?weight_decay(_\d+)?")
 _BASE = "initial_"  # as lr_scheduler's "initial_lr"
@@ -371,7 +372,7 @@ class CorrectedWeightDecay(WeightDecayScheduler):
         lr_max: float | Sequence[float] | None = None,
         last_epoch: int = -1,
         *,
-        form: str = "corrected",
+        form: Form = "corrected",
         keys: Sequence[str] | None = None,
     ) -> None:
         check_choice("form", form, FORMS)

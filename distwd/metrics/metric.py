@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from torch import Tensor
 from ..checks import check_choice, plain_number
 from ..kernels.sums import ABS, COUNT, MAX, MIN, RESTING, SQUARE, SUM, Statistic, products_of
 
-# What a metric may be taken of, and over which parameters.
-SOURCES = ("update", "grad", "params", "second_moment")
+# What a metric may be taken of, and over which parameters: as types, for type checkers, and as tuples, for checks.
+Source = Literal["update", "grad", "params", "second_moment"]
+SOURCES: tuple[str, ...] = get_args(Source)
 # From the coarsest to the finest; a "matrix" is the last two dimensions of a tensor.
-SCOPES = ("all", "group", "tensor", "matrix")
+Scope = Literal["all", "group", "tensor", "matrix"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+MetricName = Literal["mad", "std", "var", "sum", "rms", "l0", "l1", "l2", "l3", "l4", "linf"]
 
 Statistics = Mapping[Statistic, Tensor]
 
@@ -113,9 +117,9 @@ class Measure:
     True
     """
 
-    of: str
-    metric: str | float = field(compare=False)
-    scope: str = "tensor"
+    of: Source
+    metric: MetricName | float = field(compare=False)
+    scope: Scope = "tensor"
     parsed: Metric = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from ..sharding.pieces import Piece
 from ..sharding.tables import plan_table
 from ..sharding.world import World, check_group
 from .measure import Request, measure, sources_of
-from .metric import parse_metric
+from .metric import MetricName, parse_metric
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +101,7 @@ class Plan:
         """
         return build_plan(entries_of(params), group, layout, check_replicas)
 
-    def metric(self, tensors: Sequence[Tensor | None], metric: str | float = "mad") -> Tensor:
+    def metric(self, tensors: Sequence[Tensor | None], metric: MetricName | float = "mad") -> Tensor:
         """One metric over all elements of `tensors`, one tensor for each of the plan's parameters (their gradients, say).
 
         tensors: DTensors or local tensors, of the parameters' local shapes; None counts as zeros.
@@ -341,7 +341,7 @@ class PlanCache:
 
 def global_metric(
     tensors: Iterable[Tensor | tuple[str, Tensor]],
-    metric: str | float = "mad",
+    metric: MetricName | float = "mad",
     *,
     group: dist.ProcessGroup | None = None,
     layout: Layout | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -15,7 +15,8 @@ from ..metrics.metric import SCOPES, Measure
 from ..step.step import Batch, Step, zero_where
 from ..step.transform import BoundTransform, Transform
 
-TARGETS = ("update", "grad", "params_direct", "closure")
+Target = Literal["update", "grad", "params_direct", "closure"]
+TARGETS: tuple[str, ...] = get_args(Target)
 # Keys that torch and transforms take for the group's own, whoever has brought them.
 _KEYS_OF_OPTIMIZERS = frozenset({"params", "param_names", "lr", "maximize"})
 _GROWTH = ("params_difference", "update_difference")
@@ -64,7 +65,7 @@ class Rule(Transform):
     measured_as: ClassVar[str] = "by"  # what `print(optimizer)` says before each metric
     silent: ClassVar[Mapping[str, Any]] = {}  # settings that `repr` leaves out where they have these values
 
-    def __init__(self, *, target: str = "update", **settings: Any) -> None:
+    def __init__(self, *, target: Target = "update", **settings: Any) -> None:
         if target in _GROWTH:
             raise ValueError(
                 f"target={target!r} would subtract the decay from the update, so weights would grow; "

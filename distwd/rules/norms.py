@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_nonnegative, plain_number
-from ..metrics.metric import SCOPES, Measure
+from ..metrics.metric import SCOPES, Measure, Scope
 from .base import Rule
 
 Settings = Mapping[str, Any]
@@ -42,8 +42,8 @@ class NormControl(Rule):
         weight_decay: float | Tensor,
         ratio: float | Tensor = 1.0,
         *,
-        radius: float | str = "initial",
-        scope: str = "matrix",
+        radius: float | Literal["initial"] = "initial",
+        scope: Scope = "matrix",
     ) -> None:
         super().__init__(weight_decay=weight_decay, ratio=ratio, radius=radius, scope=scope)
 
@@ -90,7 +90,7 @@ class Hyperball(Rule):
     needs_lr_behind: ClassVar[bool] = True
     nonzero: ClassVar[tuple[str, ...]] = ("radius",)
 
-    def __init__(self, radius: float | str | None = "initial", *, scope: str = "matrix") -> None:
+    def __init__(self, radius: float | Literal["initial"] | None = "initial", *, scope: Scope = "matrix") -> None:
         super().__init__(radius=radius, scope=scope)
 
     def check(self, settings: Settings) -> None:
@@ -141,7 +141,7 @@ class RadialBrake(Rule):
 
     off: ClassVar[Mapping[str, Any]] = {"outward": 1.0, "inward": 1.0}
 
-    def __init__(self, outward: float | Tensor = 0.5, inward: float | Tensor = 1.0, *, scope: str = "matrix") -> None:
+    def __init__(self, outward: float | Tensor = 0.5, inward: float | Tensor = 1.0, *, scope: Scope = "matrix") -> None:
         super().__init__(outward=outward, inward=inward, scope=scope)
 
     def check(self, settings: Settings) -> None:
@@ -188,14 +188,14 @@ class ConstrainedWeightDecay(Rule):
 
     def __init__(
         self,
-        bound: float | str | None = "inflection",
+        bound: float | Literal["initial", "inflection"] | None = "inflection",
         *,
         factor: float = 1.0,
         after: int = 0,
         rate: float = 1.0,
         every: int = 200,
         smoothing: float = 0.99,
-        scope: str = "matrix",
+        scope: Scope = "matrix",
     ) -> None:
         super().__init__(
             bound=bound, factor=factor, after=after, rate=rate, every=every, smoothing=smoothing, scope=scope

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, plain_number
-from ..metrics.metric import SCOPES, SOURCES, Measure, parse_metric
-from .base import Rule
+from ..metrics.metric import SCOPES, SOURCES, Measure, MetricName, Scope, Source, parse_metric
+from .base import Rule, Target
 
 
 class RelativeWeightDecay(Rule):
@@ -60,13 +60,13 @@ class RelativeWeightDecay(Rule):
         self,
         weight_decay: float | Tensor = 0.1,
         ord: float = 2,
-        norm_input: str = "update",
-        metric: str | float = "mad",
-        target: str = "update",
+        norm_input: Source = "update",
+        metric: MetricName | float = "mad",
+        target: Target = "update",
         *,
         cautious: bool = False,
-        scope: str = "all",
-        per: str | None = None,
+        scope: Scope = "all",
+        per: Source | None = None,
         power: float = 1.0,
         smoothing: float = 0.0,
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from ..kernels.formulas import DecayTerm
 from ..kernels.stochastic import LOW
 from ..sharding.params import entries_of
 from ..sharding.pieces import check_tensor
-from ..step.rounding import Rounding, rate_of, warn_if_lost
-from .base import Rule
+from ..step.rounding import Rounding, RoundingMode, rate_of, warn_if_lost
+from .base import Rule, Target
 
 
 class WeightDecay(Rule):
@@ -61,15 +61,15 @@ class WeightDecay(Rule):
         self,
         weight_decay: float | Tensor,
         ord: float = 2,
-        target: str = "update",
+        target: Target = "update",
         *,
-        toward: float | str | Mapping[str, Tensor] = 0.0,
+        toward: float | Literal["initial"] | Mapping[str, Tensor] = 0.0,
         cap: float | None = None,
         proximal: bool = False,
     ) -> None:
         self._set(target, toward, weight_decay=weight_decay, ord=ord, cap=cap, proximal=proximal)
 
-    def _set(self, target: str, toward: float | str | Mapping[str, Tensor], **settings: Any) -> None:
+    def _set(self, target: Target, toward: float | str | Mapping[str, Tensor], **settings: Any) -> None:
         # Param groups are saved with every checkpoint, and somebody's own tensors shall not be.
         if isinstance(toward, Mapping):
             self.given, toward = dict(toward), "given"
@@ -162,10 +162,10 @@ class CautiousWeightDecay(WeightDecay):
         self,
         weight_decay: float | Tensor,
         ord: float = 2,
-        target: str = "update",
+        target: Target = "update",
         *,
         inclusive: bool = False,
-        toward: float | str | Mapping[str, Tensor] = 0.0,
+        toward: float | Literal["initial"] | Mapping[str, Tensor] = 0.0,
     ) -> None:
         self._set(target, toward, weight_decay=weight_decay, ord=ord, inclusive=inclusive)
 
@@ -198,7 +198,7 @@ def decay_weights_(
     weight_decay: float | Tensor | Sequence[float | Tensor],
     ord: float = 2,
     *,
-    rounding: str = "nearest",
+    rounding: RoundingMode = "nearest",
     seed: int | None = None,
 ) -> None:
     """Decay parameters in place, now:  p ← p − λ·sign(p)·|p|^(ord−1).

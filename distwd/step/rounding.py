@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from ..sharding.params import NamedParam
 from ..sharding.pieces import Piece, describe
 from .step import Batch
 
-ROUNDINGS = ("nearest", "stochastic")
+RoundingMode = Literal["nearest", "stochastic"]
+ROUNDINGS: tuple[str, ...] = get_args(RoundingMode)
 KEY = "rounding_step"
 _MASK = (1 << 64) - 1
 _NUM_READS = 10  # steps in which a warm-up, or a GradScaler, may still keep every decay at 0
