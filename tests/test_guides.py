@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 import types
 
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import distwd
-from distwd import RelativeWeightDecay, attach
+from distwd import RelativeWeightDecay, attach, param_groups
 from tests import recipes
 from tests.test_attach_packages import package
 from tests.test_docs import BLOCKS, PUBLIC, Model
@@ -156,6 +157,27 @@ def test_the_padding_of_deepspeed_counts_for_nothing():
     inner.step()
     metric = space["attachment"].stats()["RelativeWeightDecay"]["metric"]
     assert [number.item() for number in metric.values()] == pytest.approx([1.0, 1.0])
+
+
+class WithExclusions(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid, self.lm_head = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 5)
+        self.pos = torch.nn.Parameter(torch.ones(3, 4))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos"}
+
+
+def test_the_usual_exclusions_exclude():
+    """The rules in the table of the page, together on one model."""
+    text = (recipes.ROOT / GUIDES / "param-groups.md").read_text(encoding="utf-8").split("## Usual exclusions")[1]
+    model = WithExclusions()
+    shown = re.findall(r"\| `(\(.*\))` \|$", text.split("\n## ")[0], re.MULTILINE)
+    groups = param_groups(model, 0.1, [eval(rule, {"torch": torch, "model": model}) for rule in shown])
+    decays = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    assert len(shown) == 3
+    assert [name for name, decay in decays.items() if decay] == ["mid.weight"]
 
 
 def test_every_line_that_is_only_shown_is_run_here():
