@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import distwd
 
-from .cli import plan, verify
+from .cli import bench, plan, verify
 from .cli.process import end_process
 
 
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module, name, help_ in (
         (plan, "plan", "who holds what of a model on a mesh, and what it costs, without running it"),
+        (bench, "bench", "what does a decay cost here, beside the step of AdamW and a training step?"),
         (verify, "verify", "does every layout decay as one process does, on the ranks that torchrun starts?"),
     ):
         # By the docstring, which says more than a line of help.

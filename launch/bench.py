@@ -11,6 +11,9 @@
 All cases are interleaved in one run: a round takes one step of each, in an order of its own, from a cold cache. A ratio is taken
 within a round; the table shows its median (and quartiles), and the ratio of the best times. Collectives and memory are counted, not
 computed. Gradients are fixed and shared; parameters and optimizer state are each case's own.
+
+What a decay costs beside a training step is told by `python -m distwd bench`, which needs nothing but torch. Here is what compares
+with others: decay by hand, torchzero, and, where they are installed, HeavyBall and NVIDIA's Emerging-Optimizers.
 """
 
 from __future__ import annotations
@@ -19,21 +22,23 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 try:
     import torch
-    from bench_cases import Shapes, equal_tensors, stacked_experts, transformer
+    from bench_cases import chosen, equal_tensors, has_large, stacked_experts
     from bench_numbers import HELD, measure_partial, measure_plan, measure_telling
-    from bench_ranks import Here, is_under_torchrun, lost_in_waiting, on_this_rank, run_on_ranks
-    from bench_report import draw, machine, num_cores, show
-    from bench_steps import measure_world
+    from bench_ranks import is_under_torchrun, on_this_rank, run_on_ranks
+    from bench_report import draw, machine_and_others, show
+
+    from distwd.cli.bench import transformer
+    from distwd.cli.process import num_cores
+    from distwd.cli.timing import Here, Record, Shapes, compare, lost_in_waiting
 except ModuleNotFoundError as error:
     sys.exit(f"bench.py: {error}; install what the program needs with: pip install -e '.[demo]'")
 
-Record = dict[str, Any]
 OURS = ("absolute", "relative params", "relative update")
 OTHERS = ("by hand, params", "torchzero, update")
 PARTS = ("steps", "partial", "plan", "telling")
@@ -81,18 +86,31 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def models(quick: bool) -> dict[str, Shapes]:
+def models(quick: bool, device: str) -> dict[str, Shapes]:
     if quick:
         return {
             "a small transformer, 16 tensors": transformer(32, layers=2),
             "20 tensors of 4 k": equal_tensors(20),
             "8 stacked experts": stacked_experts(8, 16),
         }
+    # A card steps 40 M elements in a third of a millisecond: less than Python takes.
+    large = {"40 M elements, 70 tensors": transformer(512)}
     return {
-        "40 M elements, 70 tensors": transformer(512),
+        **(large if device == "cpu" else {"0.25 B elements, 70 tensors": transformer(1280)}),
         "1000 tensors of 4 k": equal_tensors(1000),
         "256 stacked experts": stacked_experts(256, 128),
     }
+
+
+def measure_world(here: Here, models: Mapping[str, Shapes], rounds: int, words: Sequence[str]) -> list[Record]:
+    """One world, some models: every case's times, ratios, collectives and extra memory; on every rank alike."""
+    runs = []
+    for title, shapes in models.items():
+        here.say(f"{title}, on {here.size} rank{'s' if here.size > 1 else ''} ...")
+        setting = {"model": title, "tensors": len(shapes), "ranks": here.size, "threads": here.threads}
+        cases = chosen(words, has_large(shapes), here.device.type)
+        runs.append({**setting, "rounds": rounds, **compare(here, shapes, cases, rounds)})
+    return runs
 
 
 class Bench:
@@ -170,11 +188,16 @@ class Bench:
     def everything(self) -> Record:
         options = self.options
         self.let_threads_sleep()
-        results: Record = {"machine": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
+        results: Record = {
+            "machine": machine_and_others(torch.device(options.device)),
+            "options": {k: str(v) for k, v in vars(options).items()},
+        }
         worlds = self.worlds(options.ranks)
         if "steps" in options.parts:
             results["steps"] = [
-                run for ranks in worlds for run in self.steps(ranks, models(options.quick), options.cases)
+                run
+                for ranks in worlds
+                for run in self.steps(ranks, models(options.quick, options.device), options.cases)
             ]
         if options.curves:
             results["curves"] = self.curves()

@@ -1,4 +1,4 @@
-"""What `bench.py` times: models as lists of shapes, and each way to step them."""
+"""What `bench.py` times: models as lists of shapes, and each way to step them, with distwd and without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,29 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import distwd
+from distwd.cli.bench import DECAY, LR, adamw_step, attach_step, chain_step
+from distwd.cli.timing import BASELINE, Case, Named, Shapes, Way
 
-LR, DECAY = 1e-3, 0.1
-BASELINE = "AdamW fused"
-
-Named = list[tuple[str, torch.nn.Parameter]]
-Shapes = list[tuple[str, tuple[int, ...]]]
-# Takes a step; called again and again.
-Way = Callable[[], object]
-
-
-def transformer(width: int, layers: int = 11) -> Shapes:
-    """The parameters of a decoder, 6 tensors a layer and 4 beside them: 70 tensors, 39,988,736 elements for width 512."""
-    shapes: Shapes = [("embedding", (10 * width, width)), ("position", (width // 2, width))]
-    for i in range(layers):
-        matrices = {
-            "qkv": (3 * width, width),
-            "out": (width, width),
-            "up": (4 * width, width),
-            "down": (width, 4 * width),
-        }
-        shapes += [(f"{i}.{norm}", (width,)) for norm in ("norm_1", "norm_2")]
-        shapes += [(f"{i}.{name}", shape) for name, shape in matrices.items()]
-    return [*shapes, ("norm", (width,)), ("head", (10 * width, width))]
+NVIDIA = "emerging_optimizers"
 
 
 def stacked_experts(num: int, width: int) -> Shapes:
@@ -51,21 +31,6 @@ def equal_tensors(count: int, side: int = 64) -> Shapes:
     return [(f"{i}", (side, side)) for i in range(count)]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One way to take a step.
-
-    make: from named parameters to that way. goal: the ratio that is aimed at, to the time of the case `against`.
-    is_foreign: others' code, which is left out on a layout where it does not work.
-    """
-
-    name: str
-    make: Callable[[Named], Way]
-    goal: str = ""
-    against: str = BASELINE
-    is_foreign: bool = False
-
-
 def cases(large: bool = False, device: str = "cpu") -> list[Case]:
     """All ways that work here; the first is what the others are compared with.
 
@@ -75,67 +40,56 @@ def cases(large: bool = False, device: str = "cpu") -> list[Case]:
     relative = distwd.RelativeWeightDecay
     # What is decided before the optimizer has stepped, and what looks at its update.
     before, behind = ("≤ 1.6", "≤ 2.0") if large else ("≤ 1.5", "≤ 1.5")
-    found = [
-        Case(BASELINE, lambda named: _adamw(named, fused=True)),
-        Case("AdamW foreach", lambda named: _adamw(named, fused=False)),
-        Case("chain, no decay", lambda named: _chain(named)),
-        Case("absolute", lambda named: _chain(named, distwd.WeightDecay(DECAY)), "≤ 1.35"),
-        Case("relative params", lambda named: _chain(named, relative(DECAY, norm_input="params")), before),
-        Case("relative grad", lambda named: _chain(named, relative(DECAY, norm_input="grad")), before),
-        Case("relative update", lambda named: _chain(named, relative(DECAY, norm_input="update")), behind),
-        Case("cautious", lambda named: _chain(named, distwd.CautiousWeightDecay(DECAY)), behind),
-    ]
-    rules = {
-        "absolute": distwd.WeightDecay(DECAY),
-        "relative params": relative(DECAY, norm_input="params"),
-        "relative update": relative(DECAY, norm_input="update"),
-        "cautious": distwd.CautiousWeightDecay(DECAY),
+    rules: dict[str, tuple[distwd.Rule, str]] = {
+        "absolute": (distwd.WeightDecay(DECAY), "≤ 1.35"),
+        "relative params": (relative(DECAY, norm_input="params"), before),
+        "relative grad": (relative(DECAY, norm_input="grad"), before),
+        "relative update": (relative(DECAY, norm_input="update"), behind),
+        "cautious": (distwd.CautiousWeightDecay(DECAY), behind),
     }
-    goals = {case.name: case.goal for case in found}
-    for name, rule in rules.items():
-        found.append(Case(f"attach, {name}", partial(_attach, rule=rule), goals[name]))
-    for name, rule in rules.items() if large and _compiles(device) else ():
-        if name != "absolute":  # a product, or the host's own
-            found += [
-                Case(f"{name}, compiled", partial(_chain, rule=rule, compile=True), goals[name]),
-                Case(f"attach, {name}, compiled", partial(_attach, rule=rule, compile=True), goals[name]),
-            ]
+    found = [
+        Case(BASELINE, adamw_step),
+        Case("AdamW foreach", partial(adamw_step, fused=False)),
+        Case("chain, no decay", chain_step),
+    ]
+    found += [Case(name, partial(chain_step, rule=rule), goal) for name, (rule, goal) in rules.items()]
+    del rules["relative grad"]  # what differs from params shows in a chain
+    found += [Case(f"attach, {name}", partial(attach_step, rule=rule), goal) for name, (rule, goal) in rules.items()]
+    del rules["absolute"]  # a product, or the optimizer's own: nothing to compile
+    for name, (rule, goal) in rules.items() if large and _compiles(device) else ():
+        found += [
+            Case(f"{name}, compiled", partial(chain_step, rule=rule, compile=True), goal),
+            Case(f"attach, {name}, compiled", partial(attach_step, rule=rule, compile=True), goal),
+        ]
     for norm_input in ("params", "update"):
-        rule = relative(DECAY, norm_input=norm_input, scope="tensor")
-        name = f"relative {norm_input}"
-        found.append(Case(f"{name}, per tensor", partial(_chain, rule=rule), "≤ 1.3", name))
-    norm_rules = {
+        name, rule = f"relative {norm_input}", relative(DECAY, norm_input=norm_input, scope="tensor")
+        found.append(Case(f"{name}, per tensor", partial(chain_step, rule=rule), "≤ 1.3", name))
+    norm_rules: dict[str, distwd.Rule] = {
         "RadialBrake": distwd.RadialBrake(),
         "Hyperball": distwd.Hyperball(),
         "ConstrainedWeightDecay": distwd.ConstrainedWeightDecay(),
     }
     for name, norm_rule in norm_rules.items():
-        found.append(Case(name, partial(_chain, rule=norm_rule), "≤ 1.15", "relative update"))
+        found.append(Case(name, partial(chain_step, rule=norm_rule), "≤ 1.15", "relative update"))
     found += [
-        Case("NormControl", partial(_chain, rule=distwd.NormControl(DECAY)), "≤ 1.1", "relative params, per tensor"),
+        Case(
+            "NormControl", partial(chain_step, rule=distwd.NormControl(DECAY)), "≤ 1.1", "relative params, per tensor"
+        ),
         Case("by hand, Hyperball", by_hand_hyperball, "", "Hyperball"),
         Case("by hand, params", by_hand_params, "≥ 5", "relative params"),
         Case("by hand, update", by_hand_update, "≥ 5", "relative update"),
     ]
-    if importlib.util.find_spec("torchzero") is not None:
-        found.append(Case("torchzero, update", torchzero_update, "≥ 5", "relative update", is_foreign=True))
+    found += [
+        Case(name, make, goal, against, is_foreign=True)
+        for package, name, make, goal, against in (
+            ("torchzero", "torchzero, update", torchzero_update, "≥ 5", "relative update"),
+            ("heavyball", "HeavyBall, Hyperball", heavyball_hyperball, "", "Hyperball"),
+            (NVIDIA, "NVIDIA's hook, Hyperball", nvidia_hyperball, "", "Hyperball"),
+            (NVIDIA, "NVIDIA's hook, RadialBrake", nvidia_radial_brake, "", "RadialBrake"),
+        )
+        if importlib.util.find_spec(package) is not None
+    ]
     return found
-
-
-def _adamw(named: Named, fused: bool) -> Way:
-    kind = {"fused": True} if fused else {"foreach": True}
-    return torch.optim.AdamW(named, lr=LR, weight_decay=DECAY, **kind).step  # type: ignore[arg-type]
-
-
-def _chain(named: Named, rule: Any = None, compile: bool = False) -> Way:
-    rules = [] if rule is None else [rule]
-    return distwd.Chain(named, distwd.Adam(fused=True), *rules, distwd.LR(LR), compile=compile).step
-
-
-def _attach(named: Named, rule: Any, compile: bool = False) -> Way:
-    optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
-    distwd.attach(optimizer, rule, compile=compile)
-    return optimizer.step
 
 
 def _compiles(device: str) -> bool:
@@ -223,6 +177,56 @@ def torchzero_update(named: Named) -> Way:
     tz = importlib.import_module("torchzero")
     rule = tz.m.RelativeWeightDecay(DECAY, norm_input="update")
     step: Way = tz.Optimizer([param for _, param in named], tz.m.Adam(), rule, tz.m.LR(LR)).step
+    return step
+
+
+def heavyball_hyperball(named: Named) -> Way:
+    """HeavyBall's optimizer of that name: the gradient over the root of its second moment, without a first moment.
+
+    It keeps the norm of each whole tensor, of a stack too, and gathers the tensors that are sharded.
+    """
+    heavyball = importlib.import_module("heavyball")
+    params = [param for _, param in named]
+    # As it is by default it clears the gradients, which all cases share.
+    step: Way = heavyball.HyperBallAdamW(params, lr=LR, betas=(0.9, 0.999), consume_grad=False).step
+    return step
+
+
+def nvidia_hyperball(named: Named) -> Way:
+    """Emerging-Optimizers' hook around a step of AdamW, each matrix with a hook of its own, as radii differ."""
+    hook = importlib.import_module(f"{NVIDIA}.weight_update_hooks").HyperballHook
+    return _hooked(named, lambda norm: hook(norm))
+
+
+def nvidia_radial_brake(named: Named) -> Way:
+    """Emerging-Optimizers' hook around a step of AdamW."""
+    hook = importlib.import_module(f"{NVIDIA}.weight_update_hooks").RadialBrakeHook
+    return _hooked(named, lambda norm: hook())
+
+
+def _hooked(named: Named, make: Callable[[float], Any]) -> Way:
+    """Its optimizers call hooks with a parameter and its update, one matrix after the other; so it is done here with Adam's."""
+    params = [param for _, param in named]
+    optimizer = torch.optim.AdamW(named, lr=LR, weight_decay=0, fused=True)
+
+    def matrices(tensor: Tensor) -> Sequence[Tensor]:
+        return tensor.unbind() if tensor.dim() > 2 else [tensor]
+
+    with torch.no_grad():
+        hooks = [[make(float(_whole(one.norm()))) for one in matrices(param)] for param in params]
+
+    @torch.no_grad()
+    def step() -> None:
+        before = [param.clone() for param in params]
+        optimizer.step()
+        for old, new, own in zip(before, params, hooks, strict=True):
+            update = (old - new).div_(LR)
+            for hook, p, u, to in zip(own, matrices(old), matrices(update), matrices(new), strict=True):
+                state = hook.pre_weight_update_inplace(p, u)
+                p.add_(u, alpha=-LR)
+                hook.post_weight_update_inplace(p, state)
+                to.copy_(p)
+
     return step
 
 

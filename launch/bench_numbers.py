@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_ranks import Here
-from bench_steps import spread
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from distwd.cli.timing import Here, bytes_of, spread
 from distwd.kernels.blocks import Workspace
 from distwd.kernels.compile import check_compiler
 from distwd.kernels.sums import ABS, local_statistics
@@ -32,7 +31,7 @@ def measure_partial(here: Here, numel: int, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, run in ways.items():
-            times[way].append(here.seconds(run))
+            times[way].append(here.times(run)[0])
     return {
         "numel": numel,
         "seconds": {way: spread(own) for way, own in times.items()},
@@ -62,7 +61,7 @@ def measure_plan(here: Here, num_params: int, num_ranks: int, held: str = "cut")
     seconds = time.perf_counter() - start
     assert [*found.mismatched, *found.uncovered, *found.drifted] == [], "the made-up descriptions should make a plan"
     assert int(found.owned.sum()) == len(rows[0]), "the first rank is the lowest holder of all it holds"
-    _, peak = here.bytes_of(lambda: None, lambda: resolve(rows, 0))
+    _, peak = bytes_of(here.device, lambda: None, lambda: resolve(rows, 0))
     described = sum(part.numel() * part.element_size() for part in rows)
     return {
         "held": held,

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import BASELINE, Named, Shapes, cases, equal_tensors, transformer
+from bench_cases import cases, equal_tensors
 
 import distwd
+from distwd.cli.bench import transformer
+from distwd.cli.timing import BASELINE, Here, Named, Record, Shapes
 from distwd.kernels import blocks
 
-Record = dict[str, Any]
 # Case names of the benchmark. The compiled ones only where their tensors are large.
 STEPS = (
     "absolute",
@@ -44,8 +45,7 @@ class Card:
     def __init__(self, is_dry: bool) -> None:
         self.is_dry = is_dry
         self.device = torch.device("cpu" if is_dry else "cuda")
-        side = 8 if is_dry else 8192
-        self._matrix = torch.ones(side, side, device=self.device)
+        self.here = Here.alone(self.device, torch.get_num_threads(), side=8 if is_dry else None)
 
     def wait(self) -> None:
         if not self.is_dry:
@@ -54,28 +54,9 @@ class Card:
     def seconds(self, work: Callable[[], object], num: int) -> tuple[float, float]:
         """Of one call of `work`: (on the card, on the host), medians of 5 times `num` calls."""
         work()
-        on_card, on_host = [], []
-        for _ in range(1 if self.is_dry else 5):
-            self.wait()
-            begin = time.perf_counter()
-            if self.is_dry:
-                for _ in range(num):
-                    work()
-                on_card.append((time.perf_counter() - begin) / num)
-                on_host.append(on_card[-1])
-                continue
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # The card is kept busy (some 20 ms) until much is queued, or it would wait for the host and the events would time that.
-            self._matrix @ self._matrix
-            first.record()
-            begin = time.perf_counter()
-            for _ in range(num):
-                work()
-            on_host.append((time.perf_counter() - begin) / num)
-            last.record()
-            self.wait()
-            on_card.append(first.elapsed_time(last) / 1000 / num)
-        return statistics.median(on_card), statistics.median(on_host)
+        clocks = [self.here.times(work, num) for _ in range(1 if self.is_dry else 5)]
+        on_card, on_host = (statistics.median(seconds) for seconds in zip(*clocks, strict=True))
+        return on_card, on_host
 
     def named(self, shapes: Shapes) -> Named:
         """Parameters with gradients, the same numbers in every call."""

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distwd.cli import process
 from distwd.cli.process import end_process as end_process
-from distwd.cli.process import num_cores, pick_device
+from distwd.cli.process import pick_device, set_threads
 
 T = TypeVar("T")
 
@@ -146,17 +146,3 @@ def make_world(device: torch.device, mesh: DeviceMesh) -> World:
             length = mesh[axis].size()
             reader, num_readers = reader * length + mesh.get_local_rank(axis), num_readers * length
     return World(device, mesh, dist.get_rank(), dist.get_world_size(), reader, num_readers)
-
-
-def set_threads(threads: int | None) -> None:
-    """Share the cores among the ranks of this machine.
-
-    torchrun sets OMP_NUM_THREADS=1 where nobody did, which leaves most of a large machine idle;
-    more threads than cores is worse, as every small operation ends in a barrier of its threads.
-    """
-    if threads is None and os.environ.get("OMP_NUM_THREADS", "1") != "1":
-        return
-    if threads is None and "LOCAL_WORLD_SIZE" in os.environ:
-        threads = max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
-    if threads is not None:
-        torch.set_num_threads(threads)

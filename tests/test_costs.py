@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import pickle
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distwd
+from distwd.cli.timing import bytes_of
 from distwd.kernels.blocks import Workspace, block_size, blocks, is_large
 from tests.fake_cuda import fake_cuda
 
-ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 RULES = {
     "absolute": distwd.WeightDecay(0.1),
@@ -181,14 +179,7 @@ def test_what_is_compiled_on_a_gpu_is_smaller_than_a_block():
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bytes_of(monkeypatch):
-    """The benchmark's own record of what torch's allocator gives out: (left by `begin`, the most during `work`)."""
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    return importlib.import_module("bench_ranks")._cpu_bytes_of
-
-
-def extra_bytes(bytes_of, way: str, rule: str, count: int, numel: int, compile: bool = False) -> int:
+def extra_bytes(way: str, rule: str, count: int, numel: int, compile: bool = False) -> int:
     """At the peak of a step, beyond what fused AdamW keeps for the same parameters."""
 
     def measured(make) -> tuple[int, int]:
@@ -201,7 +192,7 @@ def extra_bytes(bytes_of, way: str, rule: str, count: int, numel: int, compile: 
             made[0]()
             made[0]()
 
-        return bytes_of(begin, lambda: made[0]())
+        return bytes_of(torch.device("cpu"), begin, lambda: made[0]())
 
     plain, _ = measured(lambda named: torch.optim.AdamW(named, lr=1e-3, fused=True).step)
     _, peak = measured(lambda named: stepper(way, rule, named, compile))
@@ -213,30 +204,30 @@ SHARD = 2 * 20 * MIB  # bytes of two parameters of 5 Mi elements
 
 @by_way
 @pytest.mark.parametrize("rule", ["absolute", "relative params", "relative grad", "per tensor"])
-def test_decay_without_an_update_needs_a_block_and_no_more(bytes_of, way, rule):
+def test_decay_without_an_update_needs_a_block_and_no_more(way, rule):
     """At most 64 MiB whatever the size of the shard, and by far less than the shard here."""
-    extra = extra_bytes(bytes_of, way, rule, 2, 5 * MIB)
+    extra = extra_bytes(way, rule, 2, 5 * MIB)
     assert extra <= min(64 * MIB, SHARD // 2)
     assert rule == "absolute" or extra >= 8 * min(block_size(torch.device("cpu")), 5 * MIB)  # the record sees blocks
 
 
 @by_way
 @pytest.mark.parametrize("rule", ["relative update", "cautious"])
-def test_decay_that_looks_at_the_update_needs_one_shard(bytes_of, way, rule):
-    extra = extra_bytes(bytes_of, way, rule, 2, 5 * MIB)
+def test_decay_that_looks_at_the_update_needs_one_shard(way, rule):
+    extra = extra_bytes(way, rule, 2, 5 * MIB)
     assert SHARD <= extra <= SHARD + SHARD // 2
 
 
 @by_way
 @pytest.mark.parametrize(("rule", "shards"), [("relative params", 0), ("relative update", 1)])
-def test_compiled_formulas_need_no_block(bytes_of, way, rule, shards):
+def test_compiled_formulas_need_no_block(way, rule, shards):
     """Not after a step under a dispatch mode either (as debuggers and profilers of torch are): torch does not compile there."""
     step = stepper(way, rule, named_params(2, 100_000), compile=True)
     step()
     with Launches() as seen:
         step()
     assert "aten::_foreach_mul_" in seen.names or "aten::abs_" in seen.names
-    extra = extra_bytes(bytes_of, way, rule, 2, 5 * MIB, compile=True)
+    extra = extra_bytes(way, rule, 2, 5 * MIB, compile=True)
     assert shards * SHARD <= extra <= shards * SHARD + MIB // 4
 
 

@@ -1,1 +1,1 @@
-"""The command line: `python -m distwd plan | verify`. It may import everything, and nothing imports it."""
+"""The command line: `python -m distwd bench | plan | verify`. It may import everything, and nothing imports it."""

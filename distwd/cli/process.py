@@ -67,6 +67,19 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+def set_threads(threads: int | None) -> int:
+    """Share the cores among the ranks of this machine. Returns the threads of each.
+
+    torchrun sets OMP_NUM_THREADS=1 where nobody did, which leaves most of a large machine idle;
+    more threads than cores is worse, as every small operation ends in a barrier of its threads.
+    """
+    if threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1" and "LOCAL_WORLD_SIZE" in os.environ:
+        threads = max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
 def is_first() -> bool:
     """Whether this process writes for all, from what torchrun has said: before there is a process group, too."""
     return os.environ.get("RANK", "0") == "0"
@@ -156,12 +169,11 @@ def end_process(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def versions() -> dict[str, Any]:
-    """What to report beside a number: versions, and the kind of machine."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def versions(device: torch.device) -> dict[str, Any]:
+    """What to report beside a number: versions, and what it was computed on."""
     return {
         "distwd": distwd.__version__,
         "torch": torch.version.__version__,
         "python": sys.version.split()[0],
-        "device": device,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }

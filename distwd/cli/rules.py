@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +91,13 @@ RULES = (
     ),
 )
 WAYS = ("chain", "attach")
+
+
+def rules_named(words: Sequence[str] | None) -> list[RuleCase]:
+    """The rules with one of `words` in their names, in any case of letters; all for None. Raises ValueError if none has."""
+    found = [rule for rule in RULES if any(word.lower() in rule.name.lower() for word in words or [""])]
+    if not found:
+        raise ValueError(
+            f"--rules {' '.join(words or [])}: no rule has this in its name: {[rule.name for rule in RULES]}"
+        )
+    return found

@@ -37,7 +37,7 @@ from ..sharding.ownership import checksums_of, stable_hash
 from ..sharding.tables import text_table
 from .layouts import Layout, Whole, layouts_of, made_up, shapes
 from .process import Ranks, join_ranks, pick_device, say, versions
-from .rules import RULES, WAYS, RuleCase
+from .rules import WAYS, RuleCase, rules_named
 from .wire import Wire
 
 NUM_STEPS, SAVED_AFTER = 5, 3
@@ -333,13 +333,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check every layout that the ranks here allow; 0 if all is equal, 1 if not, 2 if there is nothing to check."""
     begun = time.monotonic()
-    words = options.rules or [""]
-    rules = [rule for rule in RULES if any(word.lower() in rule.name.lower() for word in words)]
     try:
-        if not rules:
-            raise ValueError(
-                f"--rules {' '.join(words)}: no rule has this in its name: {[rule.name for rule in RULES]}"
-            )
+        rules = rules_named(options.rules)
         device = pick_device()
     except ValueError as error:
         print(f"distwd verify: error: {error}", file=sys.stderr, flush=True)  # on every rank: torchrun ends the others
@@ -380,7 +375,7 @@ def run(options: argparse.Namespace) -> int:
             "ranks": ranks.size,
             "machines": len(ranks.hosts),
             "backend": ranks.backend,
-            **versions(),
+            **versions(device),
             "cases": [case.name for case in cases],
             "layouts": [asdict(verdict) for verdict in verdicts],
             "left_out": left_out,
