@@ -36,7 +36,8 @@ def show(results: Record) -> None:
         for row in run["cases"]:
             if row["against"] != row["name"] and row["against"] != run["cases"][0]["name"]:
                 # What others are slow at is talking to other ranks.
-                goal = f" (goal {row['goal']})" if row["goal"].startswith("≤") or run["ranks"] > 1 else ""
+                is_aimed = row["goal"].startswith("≤") or (row["goal"] and run["ranks"] > 1)
+                goal = f" (goal {row['goal']})" if is_aimed else ""
                 say(f"  {row['name']}: {times_of(row['ratio_against'])} × {row['against']}{goal}")
         for name, reason in run["failed"].items():
             say(f"  {name} does not work here: {reason}")

@@ -167,6 +167,8 @@ def test_the_ways_to_be_compared_take_the_same_step(cases):
         ("by hand, update", "relative update"),
         ("by hand, Hyperball", "Hyperball"),
         ("torchzero, update", "relative update"),
+        ("NVIDIA's hook, Hyperball", "Hyperball"),
+        ("NVIDIA's hook, RadialBrake", "RadialBrake"),
     ):
         if one in result:
             torch.testing.assert_close(result[one], result[other], rtol=1e-5, atol=1e-7)
@@ -176,6 +178,102 @@ def test_the_ways_to_be_compared_take_the_same_step(cases):
 def test_the_first_model_is_the_one_that_is_described(cases):
     shapes = [shape for _, shape in transformer(512)]
     assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes)) == (70, 39_988_736)
+
+
+# --- how it measures ------------------------------------------------------------------------------------------------
+
+
+def adamw(named: timing.Named) -> timing.Way:
+    return torch.optim.AdamW(named, lr=0.1, fused=True).step
+
+
+SHAPES = [("w", (3, 4)), ("b", (2,))]
+CASES = [
+    timing.Case(timing.BASELINE, adamw),
+    timing.Case("slow", adamw),
+    timing.Case("other", adamw, "≤ 2", "slow"),
+]
+
+
+def test_ratios_shares_and_bytes_are_those_of_one_round(monkeypatch):
+    """From times that are given. Taken over medians instead of rounds, the ratios would be others."""
+    given = {
+        "copy": [1.0, 2.0, 1.0],
+        "forward and backward": [8.0, 16.0, 8.0],
+        timing.BASELINE: [2.0, 4.0, 2.0],
+        "slow": [3.0, 6.0, 5.0],
+        "other": [6.0, 6.0, 5.0],
+    }
+    seen = []
+
+    def in_turns(here, ways, rounds):
+        seen.append(set(ways))
+        return {name: [(seconds, seconds / 10) for seconds in given[name]] for name in ways}
+
+    monkeypatch.setattr(timing, "_in_turns", in_turns)
+    here = timing.Here.alone("cpu", torch.get_num_threads(), side=8)
+    found = timing.compare(here, SHAPES, CASES, 3, {"forward and backward": lambda: None})
+    assert seen == [set(given)]  # all of them in one run
+    _, slow, other = found["cases"]
+    assert slow["ratio"]["median"] == 1.5
+    assert slow["ratio"]["of_best"] == 1.5
+    assert other["ratio_against"]["median"] == 1.0
+    assert other["ratio_against"]["best"] == 1.0
+    assert slow["training"]["median"] == pytest.approx(0.1)  # (3 − 2) / (8 + 2), and (6 − 4) / (16 + 4)
+    assert (
+        slow["bytes_per_element"]["median"] == 2 * 8 * 8 * 4 / 14 * 3
+    )  # of a copy of [8, 8], by elements of the model
+    assert found["copy"] == 2 * 8 * 8 * 4
+    assert found["beside"]["forward and backward"]["median"] == 8.0
+    table = timing.steps_table({**found, "model": "a model", "ranks": 1, "threads": 1, "rounds": 3})
+    assert "+10.0 %" in table
+    assert "host ms" not in table  # a CPU has one clock
+
+
+def test_what_does_not_fit_the_memory_comes_in_several_runs(monkeypatch):
+    monkeypatch.setattr(timing.Here, "num_that_fit", lambda here, num_bytes: 1)
+    runs = []
+    in_turns = timing._in_turns
+    monkeypatch.setattr(
+        timing, "_in_turns", lambda here, ways, rounds: runs.append(set(ways)) or in_turns(here, ways, 1)
+    )
+    here = timing.Here.alone("cpu", torch.get_num_threads(), side=8)
+    found = timing.compare(here, SHAPES, CASES, 1)
+    # Each with the baseline, and with what it is compared with.
+    assert runs == [{"copy", timing.BASELINE, "slow"}, {"copy", timing.BASELINE, "slow", "other"}]
+    assert [row["name"] for row in found["cases"]] == [case.name for case in CASES]
+
+
+def test_memory_that_is_free_is_shared_by_the_ranks_of_a_machine(monkeypatch):
+    monkeypatch.setattr(timing.Path, "read_text", lambda path: "MemTotal: 9 kB\nMemAvailable:     80 kB\n")
+    here = timing.Here.alone("cpu", torch.get_num_threads(), side=8)
+    assert here.num_that_fit(1024) == 40
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert here.num_that_fit(1024) == 10
+
+
+def test_a_card_has_two_clocks_and_is_not_read_between_the_calls(monkeypatch):
+    """On a card that is made up: the events say 6 ms of three calls, the host is asked of itself."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    ticks = iter([10.0, 10.3])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    world = timing.World(None, 0, 1, (), torch.device("cuda"))
+    here = timing.Here(torch.device("cuda"), 1, None, world, torch.zeros(2, 2), calls=3)
+    assert here.times(lambda: order.append("work")) == pytest.approx((0.002, 0.1))
+    assert order == ["wait", "record", "work", "work", "work", "record", "wait"]
 
 
 # --- busy cores -------------------------------------------------------------------------------------------------------

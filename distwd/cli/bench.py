@@ -213,7 +213,7 @@ def run(options: argparse.Namespace) -> int:
     numel = sum(math.prod(shape) for _, shape in shapes)
     where = machine(device)
     notes = []
-    if device.type == "cpu" and (lost := lost_in_waiting(threads)) > 0.1:
+    if device.type == "cpu" and threads > 1 and (lost := lost_in_waiting(threads)) > 0.1:
         notes.append(
             f"other work keeps these cores busy (threads lost {lost:.0%} of the time in waiting for one another); set "
             "OMP_WAIT_POLICY=passive, or all steps take many times as long"
