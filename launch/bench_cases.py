@@ -184,13 +184,14 @@ def torchzero_update(named: Named) -> Way:
 def heavyball_hyperball(named: Named) -> Way:
     """HeavyBall's optimizer of that name: the gradient over the root of its second moment, without a first moment.
 
-    It keeps the norm of each whole tensor, of a stack too, and gathers the tensors that are sharded. It compiles its formulas.
+    It keeps the norm of each whole tensor, of a stack too, and gathers the tensors that are sharded. Its formulas are compiled,
+    as by its default, but for small tensors, where that takes a second for each of a thousand.
     """
     heavyball = importlib.import_module("heavyball")
     params = [param for _, param in named]
     # As it is by default it clears the gradients, which all cases share.
     optimizer = heavyball.HyperBallAdamW(params, lr=LR, betas=(0.9, 0.999), consume_grad=False)
-    mode = heavyball.utils.compile_mode
+    mode = heavyball.utils.compile_mode if has_large([(name, param.shape) for name, param in named]) else None
 
     def step() -> None:
         # Where collectives are counted, torch refuses to run code that is compiled as a whole graph.

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distwd import Plan, param_groups
 from distwd.__main__ import main
-from distwd.cli import layouts, plan
+from distwd.cli import bench, layouts, plan
 from distwd.cli.rules import RULES
 from distwd.cli.wire import Wire
 
@@ -259,3 +259,113 @@ def test_a_rank_that_fails_alone_says_so_and_ends_all(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAIL FSDP2, error, rank 1 alone: RuntimeError: out of memory" in done.stderr
     assert "OK" not in done.stdout
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+WRONG_PROMISE = """
+import sys
+from dataclasses import replace
+import distwd.cli.rules
+from distwd.__main__ import main
+from distwd.cli.process import end_process
+distwd.cli.rules.RULES = tuple(
+    replace(rule, num_collectives=2) if rule.name.startswith("NormControl") else rule for rule in distwd.cli.rules.RULES
+)
+end_process(main(sys.argv[1:]))
+"""
+SMALL = ("--size", "100K", "--tokens", "20", "--rounds", "2", "--threads", "1")
+
+
+def test_bench_times_rules_on_ranks_and_counts_what_they_promise(tmp_path):
+    """With one rule that promises what it does not keep: that row alone fails."""
+    (tmp_path / "wrong.py").write_text(WRONG_PROMISE)
+    arguments = ("bench", *SMALL, "--rules", "mad of update", "NormControl", "Cautious", "--json")
+    done = start(*arguments, ranks=2, program=(str(tmp_path / "wrong.py"),))
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert not said["ok"]
+    assert [text.split(":")[0] for text in said["faults"]] == [
+        f"FAIL NormControl(0.1), ratio 0.5 ({way})" for way in ("chain", "attach")
+    ]
+    counted = {row["name"]: row["collectives"] for row in said["cases"]}
+    assert counted.pop("AdamW fused") == counted.pop("chain, no decay") == 0
+    for name, number in counted.items():
+        assert number == (0 if name.startswith("CautiousWeightDecay(0.1)") else 1), name
+    assert len(counted) == 8  # RelativeWeightDecay by group is cautious, too
+    for row in said["cases"]:
+        assert 0 < row["seconds"]["best"] <= row["seconds"]["median"]
+        assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
+    assert set(said["beside"]) == {"copy", "forward and backward", "all-reduce"}
+    assert all(seconds["best"] > 0 for seconds in said["beside"].values())
+    assert (said["ranks"], said["tokens"], said["rounds"]) == (2, 16, 2)  # rows of 16 tokens
+    assert "10 cases on 95,136 elements" in done.stderr  # progress
+
+
+def test_bench_runs_as_one_process_and_prints_a_table(capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert main(["bench", *SMALL, "--rules", "l2 of params", "--ways", "attach"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    rows = [re.split(r"  +", line.strip()) for line in out.splitlines() if line.startswith("  ")]
+    assert rows[0] == [
+        "step",
+        "best ms",
+        "median ms",
+        "× AdamW fused",
+        "of best",
+        "bytes/element",
+        "training step",
+        "collectives",
+        "extra MiB",
+    ]
+    assert [row[0] for row in rows[1:4]] == [
+        "AdamW fused",
+        "chain, no decay",
+        "RelativeWeightDecay: l2 of params (attach)",
+    ]
+    assert rows[3][-2] == "0"  # one rank
+    assert "forward and backward: " in out
+    assert "all-reduce: " not in out
+    assert "OK: " in out
+    assert not dist.is_initialized()
+
+
+def test_the_model_of_a_bench_has_the_size_that_is_asked_for():
+    for numel in (100_000, 1_000_000, 10_000_000, 250_000_000):
+        shapes = bench.transformer_of(numel)
+        assert sum(torch.Size(shape).numel() for _, shape in shapes) == pytest.approx(numel, rel=0.1)
+    shapes = bench.transformer(32, layers=2)
+    model = bench.Decoder(shapes, torch.device("cpu"))
+    found = [(name.removeprefix("layers."), tuple(param.shape)) for name, param in model.named_parameters()]
+    assert sorted(found) == sorted(shapes)
+    model(torch.zeros(2, 9, dtype=torch.long)).backward()
+    assert all(param.grad is not None and param.grad.norm() > 0 for param in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rules", "nothing"], "no rule has this"),
+        (["--device", "cuda"], "finds no GPU here"),
+        (["--compile"], "torch.compile does not work here"),
+    ],
+)
+def test_what_cannot_be_timed_is_said(capsys, monkeypatch, arguments, words):
+    def no_compiler(*args: Any) -> None:
+        raise ValueError("compile=True: torch.compile does not work here")
+
+    monkeypatch.setattr("distwd.step.runner.check_compiler", no_compiler)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", *SMALL, *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "1e3", "10Q", "M", "nanM", "infB"])
+def test_a_number_that_is_none_is_said(capsys, text):
+    with pytest.raises(SystemExit):
+        main(["bench", "--size", text])
+    assert "is no number of at least 1" in capsys.readouterr().err

@@ -59,9 +59,12 @@ def transformer(width: int, layers: int = NUM_LAYERS) -> Shapes:
 
 
 def transformer_of(numel: int) -> Shapes:
-    """The `transformer` with the number of elements that is nearest to `numel`, of a width that whole heads of 32 fill."""
-    per_square = math.fsum(math.prod(shape) for _, shape in transformer(32)) / 32**2
-    return transformer(32 * max(1, round(math.sqrt(numel / per_square) / 32)))
+    """The `transformer` with about `numel` elements: as wide as with 11 layers, and as many layers as then fit best."""
+    around, layer = (sum(math.prod(shape) for _, shape in transformer(32, layers)) / 32**2 for layers in (0, 1))
+    layer -= around
+    # Heads of 32 fill the width.
+    width = 32 * max(1, round(math.sqrt(numel / (around + NUM_LAYERS * layer)) / 32))
+    return transformer(width, max(1, round((numel / width**2 - around) / layer)))
 
 
 class Layer(nn.Module):
@@ -158,7 +161,7 @@ def count(text: str) -> int:
     try:
         scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 0)
         number = int(float(text[:-1]) * scale if scale else int(text))
-    except ValueError:
+    except (ValueError, OverflowError):
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1, such as 8192, 250M or 0.25B")
