@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import distwd
+from distwd.__main__ import main
 from distwd._torch import local_tensor
 from distwd.metrics.measure import reduce_statistics
 from distwd.metrics.metric import parse_metric
@@ -271,3 +273,19 @@ def test_a_captured_step_uses_the_current_lr_and_weight_decay(way, name):
     captured, eager = stepped(way, name, True), stepped(way, name, False)
     for key in eager:
         torch.testing.assert_close(captured[key], eager[key], rtol=1e-6, atol=1e-7)
+
+
+def test_bench_times_a_card_with_two_clocks(capsys):
+    threads = torch.get_num_threads()
+    words = ["--size", "1M", "--tokens", "64", "--rounds", "2", "--rules", "l2 of params", "--ways", "attach", "--json"]
+    try:
+        assert main(["bench", "--device", "cuda", *words]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    said = json.loads(capsys.readouterr().out)
+    assert said["gpu"] == torch.cuda.get_device_name()
+    assert said["beside"]["forward and backward"]["best"] > 0
+    assert said["copy"] > 1e11
+    for row in said["cases"]:
+        assert row["seconds"]["best"] > 0
+        assert row["host_seconds"]["best"] > 0
