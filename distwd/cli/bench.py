@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import textwrap
 import time
@@ -28,7 +27,19 @@ import distwd
 
 from .process import join_ranks, pick_device, say, set_threads
 from .rules import WAYS, rules_named
-from .timing import BASELINE, Case, Here, Named, Shapes, Way, compare, lost_in_waiting, machine, steps_table
+from .timing import (
+    BASELINE,
+    Case,
+    Here,
+    Named,
+    Shapes,
+    Way,
+    compare,
+    load_averages,
+    lost_in_waiting,
+    machine,
+    steps_table,
+)
 
 LR, DECAY = 1e-3, 0.1
 NUM_LAYERS = 11
@@ -238,7 +249,7 @@ def run(options: argparse.Namespace) -> int:
             "machines": len(ranks.hosts),
             "backend": ranks.backend,
             **where,
-            "load_after": os.getloadavg(),
+            "load_after": load_averages(),
             "model": f"a transformer of {numel:,} elements in {len(shapes)} parameters",
             "elements": numel,
             "tokens": num_tokens,
@@ -261,8 +272,10 @@ def report(result: Mapping[str, Any]) -> str:
     where = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {num_machines} machine{'s' * (num_machines > 1)}"
     versions = f"distwd {result['distwd']}, torch {result['torch']}, python {result['python']}"
     hardware = result["gpu"] or f"{result['cores']} × {result['processor']}"
-    loads = f"load {result['load_before'][0]:.1f} before and {result['load_after'][0]:.1f} after"
-    lines = [f"{versions}, {where}, {result['backend']}", f"{hardware}, {loads}"]
+    for when in ("before", "after"):
+        if loads := result[f"load_{when}"]:
+            hardware += f", load {loads[0]:.1f} {when}"
+    lines = [f"{versions}, {where}, {result['backend']}", hardware]
     lines += [steps_table({**result, "model": f"{result['model']}, {result['tokens']} tokens a rank"})]
     lines += [textwrap.fill(text, 98) for text in (EXPLAINED, *result["notes"])]
     lines += result["faults"]

@@ -240,8 +240,13 @@ def machine(device: torch.device) -> Record:
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": num_cores(),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "load_before": os.getloadavg(),
+        "load_before": load_averages(),
     }
+
+
+def load_averages() -> tuple[float, ...]:
+    """Of the last 1, 5 and 15 minutes; empty where the system does not tell (Windows)."""
+    return os.getloadavg() if hasattr(os, "getloadavg") else ()
 
 
 # --- steps in turns ---------------------------------------------------------------------------------------------------
@@ -305,7 +310,11 @@ def compare(
         if len(runs) > 1:
             here.say(f"  {number + 1} of {len(runs)} runs, as not all fits the memory")
         ready: dict[str, _Ready] = {}
-        for case in (cases[0], *run.values()):
+        told = time.monotonic()
+        for done, case in enumerate((cases[0], *run.values())):
+            if time.monotonic() > told + 10:
+                told = time.monotonic()
+                here.say(f"  {done} of {len(run) + 1} have taken their first steps")
             outcome = _prepare(here, case, here.named(shapes, values, grads))
             if isinstance(outcome, str):
                 failed[case.name] = outcome
@@ -393,10 +402,14 @@ def _in_turns(here: Here, ways: Mapping[str, Way], rounds: int) -> dict[str, lis
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        told = time.monotonic()
+        for number in range(rounds):
             for name in order.sample(list(ways), len(ways)):
                 clocks[name].append(here.times(ways[name]))
             gc.collect()
+            if time.monotonic() > told + 10:
+                told = time.monotonic()
+                here.say(f"  {number + 1} of {rounds} rounds")
     finally:
         gc.enable()
     return {
