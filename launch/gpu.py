@@ -60,14 +60,7 @@ class Card:
 
     def named(self, shapes: Shapes) -> Named:
         """Parameters with gradients, the same numbers in every call."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        found: Named = []
-        for name, shape in shapes:
-            value, grad = (torch.randn(shape, device=self.device, generator=generator) for _ in range(2))
-            param = torch.nn.Parameter(value)
-            param.grad = grad
-            found.append((name, param))
-        return found
+        return self.here.named(shapes, self.here.shards(shapes, seed=2), self.here.shards(shapes, seed=1))
 
     def models(self) -> dict[str, Shapes]:
         if self.is_dry:
