@@ -136,6 +136,7 @@ def forward_and_backward(here: Here, shapes: Shapes, num_tokens: int) -> tuple[W
         with torch.autocast(here.device.type, torch.bfloat16, enabled=here.device.type == "cuda"):
             loss = model(tokens)
         loss.backward()
+        # As `zero_grad` does: the next backward pass makes its gradients anew.
         for param in model.parameters():
             param.grad = None
 
@@ -211,6 +212,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"distwd bench: error: {error}", file=sys.stderr, flush=True)  # on every rank: torchrun ends the others
         return 2
+    # torchrun allows one thread, which on a CPU would time another optimizer than the user's.
     threads = set_threads(options.threads)
     cases = [Case(BASELINE, adamw_step), Case("chain, no decay", chain_step)]
     promised = dict.fromkeys((case.name for case in cases), 0)

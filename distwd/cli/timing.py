@@ -129,6 +129,7 @@ class Here:
         is as long as the longer of the two.
         """
         calls = calls or self.calls
+        # In training, too, a backward pass lies between two steps, and leaves nothing of them in the cache.
         if self.device.type == "cpu":
             self.sweep.add_(1)
         if self.size > 1:
@@ -288,6 +289,7 @@ def compare(
     works: dict[str, Way] = {"copy": lambda: target.copy_(here.sweep), **(beside or {})}
     if here.size > 1:
         works["all-reduce"] = lambda: sum_over_ranks(numbers, here.world)
+    # The first call of a work allocates, and begins FSDP2.
     for work in works.values():
         work()
 
@@ -295,6 +297,7 @@ def compare(
     runs: list[dict[str, Case]] = [{}]
     limit = here.num_that_fit(_BYTES_HELD * numel)
     for case in cases[1:]:
+        # A ratio is of one round, so what a case is compared with has to be in the same run, and so on from there.
         needed = {}
         while case.name != base:
             needed[case.name] = case
@@ -390,6 +393,7 @@ def _prepare(here: Here, case: Case, named: Named) -> _Ready | str:
             raise
         return str(error).split("\n")[0]
     held_bytes, peak_bytes = (int(number) for number in here.worst([held, peak]))
+    # In a step of its own: a dispatch mode makes every operation slower, and keeps compiled code from running.
     with Wire() as wire:
         made[0]()
     return _Ready(case, made[0], held_bytes, peak_bytes, len(wire.calls))
@@ -399,6 +403,7 @@ def _in_turns(here: Here, ways: Mapping[str, Way], rounds: int) -> dict[str, lis
     """[rounds] seconds on the device and on the host, by name, of the slowest rank."""
     order = random.Random(0)
     clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    # A collection would hit one case or another, and take as long as a step.
     gc.collect()
     gc.disable()
     try:
