@@ -20,6 +20,7 @@ import pytest
 
 pytest.importorskip("mkdocs", reason="the site is built by mkdocs: pip install -e '.[docs]'")
 pytest.importorskip("mkdocstrings", reason="the site needs mkdocstrings: pip install -e '.[docs]'")
+pytest.importorskip("latex2mathml", reason="the site's formulas need latex2mathml: pip install -e '.[docs]'")
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
