@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Operand, Ops, Workspace, block_size, blocks, is_large, number_on, small_size
-from .compile import TOGETHER, TRACED, compiled
+from .compile import TOGETHER, TRACED, compiled, way_of
 from .formulas import ELEMENTARY_ORDS, DecayTerm, Mask, Numbers, Rate, Write, companion, update_, with_terms
 from .stochastic import LOW, RandomBits
 
@@ -53,7 +53,9 @@ def apply_(
     rest = [term for term in terms if not term.is_l2]
     # Not so for bf16 and fp16: a factor that is a tensor would be rounded to their 8 or 11 bits, at usual rates to 1.
     is_product = keep is not None and not rest and updates is None and params[0].dtype not in LOW
-    if is_product and _places(num_cells, [keep]) is None:
+    # Nor on GPUs where each tensor has a factor of its own: there is no operation for lists of those.
+    is_alone = isinstance(keep, Tensor) and keep.dim() > 0 and way_of(workspace, params[0].device) == "triton"
+    if is_product and not is_alone and _places(num_cells, [keep]) is None:
         # Memory is read once and no temporary is made: blocks would gain nothing.
         torch._foreach_mul_(params, _operand(keep, range(len(params)), params[0]))
         return
@@ -215,11 +217,23 @@ def _write_(
     # Nor are random bits, which go by the place in a tensor.
     adds_once = write.us is None or write.unit_scale is not None or write.spends_us or isinstance(numbers.scale, Tensor)
     is_exact = adds_once and all(kind.ord in ELEMENTARY_ORDS for kind in (*write.kinds, *write.proximal))
-    compiles = is_exact and random_bits is None and workspace.compiles
+    way = way_of(workspace, like.device) if is_exact else None
+    compiles = way == "compiler" and random_bits is None
     # p ← keep·p − u is so little work that the calls of small operations count, and blocks hold more tensors.
     few_operations = not (compiles or is_low or write.kinds or write.proximal)
     own_numbers = [numbers.keep, *numbers.rates, numbers.scale, *numbers.proximal]
     places, uncut = _places(num_cells, own_numbers), set[int]()
+    if way == "triton":
+        from . import triton  # not before, since it needs this module
+
+        rest = triton.write_(workspace, write, numbers, lists, num_cells, random_bits)
+        if not rest:
+            return
+        if len(rest) < len(lists[0]):
+            # What no kernel serves is written as if it were all there is; numbers stay where they are.
+            places = [(places or [(place, 1) for place in range(len(lists[0]))])[place] for place in rest]
+            random_bits = random_bits and random_bits.of_parts([(place, 0) for place in rest])
+            lists = [[some[place] for place in rest] for some in lists]
     if places is not None:
         # What is compiled takes large matrices one by one, and no stacks.
         small = small_size(like.device, few_operations, compiles)
@@ -237,7 +251,7 @@ def _write_(
         round_ = None
         if random_bits is not None:
             round_ = partial(random_bits.round_, workspace, positions, lists[0])
-        _write_block_(workspace, write, numbers, positions, pieces, places, round_)
+        write_block_(workspace, write, numbers, positions, pieces, places, round_)
 
 
 def _traced(
@@ -249,11 +263,11 @@ def _traced(
     proximal: list[Tensor],
     *pieces: list[Tensor],
 ) -> None:
-    """`_write_block_` of `num` large tensors, for the compiler. What comes before `num` is in the formula, the rest is given."""
-    _write_block_(TRACED, write, Numbers(keep, rates, scale, proximal), range(num), pieces)
+    """`write_block_` of `num` large tensors, for the compiler. What comes before `num` is in the formula, the rest is given."""
+    write_block_(TRACED, write, Numbers(keep, rates, scale, proximal), range(num), pieces)
 
 
-def _write_block_(
+def write_block_(
     ops: Ops,
     write: Write,
     numbers: Numbers,
@@ -275,12 +289,7 @@ def _write_block_(
         (round_ or ops.copy_)(pieces[0], wide[0])
     if write.spends_us and write.us is not None:
         # The next step wants zeros there, and here the block is still in the cache.
-        if ops is TRACED:
-            # Zeros that the compiler takes for something made of u: plain ones it would write in a second loop over memory.
-            for u in pieces[write.us]:
-                u.copy_(torch.gt(u, torch.inf))
-        else:
-            torch._foreach_zero_(pieces[write.us])
+        ops.clear_(pieces[write.us])
 
 
 def _operand(rate: Any, positions: Sequence[int], like: Tensor, places: Places | None = None) -> Any:

@@ -200,6 +200,12 @@ class Ops:
         """x in another dtype."""
         return [x.to(dtype, copy=True) for x in xs]
 
+    def clear_(self, xs: list[Tensor]) -> None:
+        """x ← 0."""
+        for x in xs:
+            # Zeros that the compiler takes for something made of x: plain ones it would write in a second loop over memory.
+            x.copy_(torch.gt(x, torch.inf))
+
     def run(
         self, one: Call, each: Call, in_place: bool, xs: list[Tensor], *ys: Operand, **settings: float
     ) -> list[Tensor]:
@@ -214,7 +220,7 @@ class Workspace(Ops):
     buffer of its dtype and device, and `begin_block` starts again with the first: within a block no two temporaries meet.
     Each optimizer has its own workspace. Streams, threads and CUDA graphs may meet in a buffer only where they would
     already meet in the parameters that are written, so nothing is guarded here.
-    compiles: whether formulas go through torch.compile where they can (see compile.py).
+    compiles: whether formulas are fused where they can be (see `compile.way_of`).
     """
 
     def __init__(self, compiles: bool = False) -> None:
@@ -222,10 +228,11 @@ class Workspace(Ops):
         self._kept: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._num_taken: dict[tuple[torch.device, torch.dtype], int] = {}
         self.ramps: dict[torch.device, Tensor] = {}  # of stochastic.py
+        self.tables: dict[Any, Any] = {}  # of triton.py
 
     @property
     def compiles(self) -> bool:
-        """Whether formulas go through torch.compile now."""
+        """Whether formulas are fused now."""
         # Under a dispatch mode (CommDebugMode, FlopCounterMode) torch would run them uncompiled, and never compile them again.
         return self._compiles and not is_in_dispatch_mode()
 
@@ -259,6 +266,10 @@ class Workspace(Ops):
             return new
         (x,) = xs
         return [self.empty(x.numel(), x.device, dtype).view(x.shape).copy_(x)]
+
+    def clear_(self, xs: list[Tensor]) -> None:
+        """x ← 0."""
+        torch._foreach_zero_(xs)
 
     def run(
         self, one: Call, each: Call, in_place: bool, xs: list[Tensor], *ys: Operand, **settings: float

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Ops, Workspace, block_size, blocks, is_large, small_size
-from .compile import TOGETHER, TRACED, compiled
+from .compile import TOGETHER, TRACED, compiled, way_of
 from .formulas import Write, decay, difference
 from .stochastic import LOW
 
@@ -139,15 +139,24 @@ def local_statistics(
     workspace = workspace or Workspace()
     wanted = wanted if isinstance(wanted, Vectors) else tuple(wanted)
     statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
-    if not any(others) and are_norms(tensors, statistics):
+    found: list[list[Tensor]] = [[] for _ in statistics]
+    measured = (tensors, *(other for other in others if other))
+    way = way_of(workspace, tensors[0].device) if tensors else None
+    if way == "triton":
+        from . import triton  # not before, since it needs this module
+
+        if triton.can_add(wanted):
+            kernels, rest = triton.add_up(workspace, wanted, measured)
+            found = [[part[statistic] for part in kernels] for statistic in statistics]
+            # What no kernel serves comes by blocks.
+            measured = tuple([some[place] for place in rest] for some in measured)
+    elif not any(others) and are_norms(tensors, statistics):
         by_dtype = defaultdict[torch.dtype, list[Tensor]](list)
         for tensor in tensors:
             by_dtype[tensor.dtype].append(tensor)
         norms = {one: [norms_of_each(some, one) for some in by_dtype.values()] for one in statistics}
         return {one: one.combine(torch.cat(values)) for one, values in norms.items()}
-    found: list[list[Tensor]] = [[] for _ in statistics]
-    compiles = workspace.compiles
-    measured = (tensors, *(other for other in others if other))
+    compiles = way == "compiler"
     # A sum is a few operations; but what is large the compiler does in one.
     for _, pieces in blocks(*measured, together=TOGETHER if compiles else 0, few_operations=not compiles):
         parts = []
@@ -191,15 +200,24 @@ def statistics_of_each(
     wanted = wanted if isinstance(wanted, Vectors) else tuple(wanted)
     statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
     lists = [tensors, *(other for other in others if other)]
-    if num_rows == 1 and not any(others) and are_norms(tensors, statistics):
+    way = way_of(workspace, device)
+    if way == "triton":
+        from . import triton  # not before, since it needs this module
+
+        if triton.can_add(wanted):
+            kernels, rest = triton.add_up(workspace, wanted, lists, num_rows)
+            if kernels and not rest:
+                return kernels[0]
+    elif num_rows == 1 and not any(others) and are_norms(tensors, statistics):
         return {statistic: norms_of_each(tensors, statistic) for statistic in statistics}
     found: list[list[Tensor]] = [[] for _ in statistics]
-    small = small_size(device, not workspace.compiles, workspace.compiles)
+    compiles = way == "compiler"
+    small = small_size(device, not compiles, compiles)
     if numel > small and num_rows > 1:
         # Rows of one large tensor lie beside each other already: as many as fill a block are measured at once, without a
         # copy. Rows that are large themselves come one by one, as tensors of their own would.
         size, length = block_size(device), numel // num_rows
-        step = max(1, size // length) if length <= small or not workspace.compiles else 1
+        step = max(1, size // length) if length <= small or not compiles else 1
         for each in zip(*lists, strict=True):
             matrices = [one.reshape(num_rows, length) for one in each]
             for start in range(0, num_rows, step):
@@ -311,11 +329,11 @@ def _joined(workspace: Workspace, pieces: list[Tensor]) -> Tensor:
     return x
 
 
-def _products(ops: Ops, vectors: Vectors, num_rows: int, lists: Sequence[list[Tensor]]) -> list[Tensor]:
-    """The product of each pair of vectors, [num_rows] each, of a block; a row is equally many elements."""
-    write, like = vectors.write, lists[0][0]
+def read_vectors(ops: Ops, vectors: Vectors, lists: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+    """The vectors of a block, in the dtype of the arithmetic."""
+    write = vectors.write
     # Directions have the bits that a step subtracts: of bf16 and fp16 they are taken in float32.
-    if like.dtype in LOW:
+    if lists[0][0].dtype in LOW:
         lists = [ops.copies(some, torch.float32) for some in lists]
     thetas = lists[write.ps]
     found = [thetas]
@@ -324,7 +342,13 @@ def _products(ops: Ops, vectors: Vectors, num_rows: int, lists: Sequence[list[Te
         us, mask = lists[write.us], write.mask_of(ops, lists)
         found.append(us if vectors.minus is None else difference(ops, us, lists[vectors.minus]))
         found += [decay(ops, kind, 1.0, thetas, mask, lists) for kind in write.kinds]
-    wide, num = wide_dtype(like.device), sum(piece.numel() for piece in thetas)
+    return found
+
+
+def _products(ops: Ops, vectors: Vectors, num_rows: int, lists: Sequence[list[Tensor]]) -> list[Tensor]:
+    """The product of each pair of vectors, [num_rows] each, of a block; a row is equally many elements."""
+    found, like = read_vectors(ops, vectors, lists), lists[0][0]
+    wide, num = wide_dtype(like.device), sum(piece.numel() for piece in found[0])
     if isinstance(ops, Workspace) and like.device.type == "cpu":
         # Side by side, so that one product of matrices reads each vector once.
         xs = ops.empty(len(found) * num, like.device, wide).view(len(found), num)

@@ -117,7 +117,11 @@ class StepRunner:
         if self._compiles:
             # Found out now, and not in the first step, after the model has been sharded and loaded.
             for device in {entry.tensor.device.type for entry in self.params.read().entries} - {"meta"}:
-                check_compiler(device)
+                if reason := check_compiler(device):
+                    warn_user(
+                        f"compile=True: {reason}; on {device} distwd steps operation by operation, with the same results but "
+                        "slower. Install triton beside torch, or leave compile out"
+                    )
 
     def audit(self) -> str:
         """What is decayed, by how much, and by which rule."""
