@@ -20,6 +20,7 @@ from distwd.kernels import compile as compiling
 from distwd.kernels.blocks import Workspace, blocks, is_large
 from distwd.kernels.sums import STRETCHES, local_statistics
 from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Statistic
+from tests.fake_cuda import fake_cuda
 from tests.releases import needs_torch
 
 pytestmark = needs_torch(
@@ -217,6 +218,27 @@ def test_without_a_compiler_it_is_refused_at_once(tmp_path):
             "compile=True: torch.compile does not work here, it needs a C++ compiler (gcc or clang) on cpu"
         )
         assert "or leave compile out" in line
+
+
+@pytest.mark.parametrize("make", ["chain", "attach"])
+def test_without_triton_gpus_step_operation_by_operation_and_that_is_told(make):
+    """Once, when the optimizer is made; not in its steps."""
+    compiling.why_no_triton.cache_clear()
+    compiling.check_compiler.cache_clear()
+    with fake_cuda(), mock.patch("importlib.util.find_spec", return_value=None):
+        named = [("p", torch.nn.Parameter(torch.ones(100_000, device="cuda")))]
+        named[0][1].grad = torch.ones(100_000, device="cuda")
+        with pytest.warns(
+            UserWarning, match="compile=True: Triton is not installed; on cuda distwd steps operation by operation"
+        ):
+            stepping, _ = optimizer(make, RULES["cautious"], named, compile=True)
+        stepping.step()
+        assert compiling.way_of(Workspace(True), torch.device("cuda")) is None  # a dispatch mode sees fake tensors
+    assert compiling.way_of(Workspace(True), torch.device("cuda")) is None
+    assert compiling.way_of(Workspace(True), torch.device("cpu")) == "compiler"
+    assert compiling.way_of(Workspace(False), torch.device("cpu")) is None
+    compiling.why_no_triton.cache_clear()
+    compiling.check_compiler.cache_clear()
 
 
 def test_moments_of_stretches_are_those_of_all_elements():

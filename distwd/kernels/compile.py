@@ -77,7 +77,12 @@ def why_no_triton(device_type: str) -> str:
         try:
             one = [torch.ones(8, device=device_type)]
             triton.add_up(Workspace(), (sums.ABS,), [one])
-        except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:  # as where there is no C compiler
+        except (
+            RuntimeError,
+            ImportError,
+            OSError,
+            subprocess.SubprocessError,
+        ) as error:  # as where there is no C compiler
             return f"Triton does not work: {str(error).strip().splitlines()[0]}"
     return ""
 

@@ -146,10 +146,10 @@ def local_statistics(
         from . import triton  # not before, since it needs this module
 
         if triton.can_add(wanted):
-            kernels, rest = triton.add_up(workspace, wanted, measured)
+            kernels, left = triton.add_up(workspace, wanted, measured)
             found = [[part[statistic] for part in kernels] for statistic in statistics]
             # What no kernel serves comes by blocks.
-            measured = tuple([some[place] for place in rest] for some in measured)
+            measured = tuple([some[place] for place in left] for some in measured)
     elif not any(others) and are_norms(tensors, statistics):
         by_dtype = defaultdict[torch.dtype, list[Tensor]](list)
         for tensor in tensors:
@@ -205,8 +205,8 @@ def statistics_of_each(
         from . import triton  # not before, since it needs this module
 
         if triton.can_add(wanted):
-            kernels, rest = triton.add_up(workspace, wanted, lists, num_rows)
-            if kernels and not rest:
+            kernels, left = triton.add_up(workspace, wanted, lists, num_rows)
+            if kernels and not left:
                 return kernels[0]
     elif num_rows == 1 and not any(others) and are_norms(tensors, statistics):
         return {statistic: norms_of_each(tensors, statistic) for statistic in statistics}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .apply import write_block_
-from .blocks import Call, Operand, Ops, Workspace
+from .blocks import Call, Ops, Workspace
 from .formulas import ELEMENTARY_ORDS, Numbers, Write, difference, power
 from .stochastic import _FIRST, _SECOND, _SPREAD, LOW, GlobalIndices, RandomBits, _signed
 from .sums import COUNT, SUM, Statistic, Vectors, read_vectors
@@ -37,8 +37,9 @@ from .sums import COUNT, SUM, Statistic, Vectors, read_vectors
 # tables does not count.
 _CHUNK = 1 << 14
 _BLOCK = 1 << 10
-# With many sums at once a thread would run out of registers.
-_BLOCK_OF_MANY, _MANY, _MOST_SUMS = 1 << 9, 4, 15
+_FEW_SUMS, _MOST_SUMS = 3, 15
+# No product is contracted with a sum: it would be rounded once, where operations round twice.
+WAYS = {"num_warps": 4, "enable_fp_fusion": False}
 # Places in a row, or in a matrix, are counted in 32 bits, with room for a chunk.
 _LONGEST = 1 << 30
 _MAX_KEPT = 64
@@ -54,8 +55,8 @@ _TEXTS = {
     "div": "{0} / {1}",  # but see `Listing.run`
     "abs": "tl.abs({0})",
     "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0)).to(tl.{dtype})",
-    "clamp_min": "tl.where(({0} < {1}) | ({1} != {1}), {1}, {0})",
-    "clamp_max": "tl.where(({0} > {1}) | ({1} != {1}), {1}, {0})",
+    "clamp_min": "tl.where({0} < {1}, {1}, tl.where({1} == {1}, {0}, {1}))",
+    "clamp_max": "tl.where({0} > {1}, {1}, tl.where({1} == {1}, {0}, {1}))",
 }
 
 
@@ -79,7 +80,7 @@ class Listing(Ops):
         self.lines.append(f"{name} = {text}")
         return Value(name, dtype)
 
-    def run(self, one: Call, each: Call, in_place: bool, xs: list[Any], *ys: Operand, **settings: float) -> list[Any]:
+    def run(self, one: Call, each: Call, in_place: bool, xs: list[Any], *ys: Any, **settings: float) -> list[Any]:
         """Write an operation down."""
         (x,) = xs
         name, operands = one.__name__.rstrip("_"), [x.name]
@@ -218,7 +219,11 @@ def text_of(body: Body, frame: Frame, *form: Any) -> str:
         lines += ["    matrix = start // length", "    passed = (start - matrix * length).to(tl.int32)"]
         lines += ["    length = length.to(tl.int32)", "    matrix += first"]
     if frame.is_random:
-        lines += ["    line = start // row", "    done = (start - line * row).to(tl.int32)", "    row = row.to(tl.int32)"]
+        lines += [
+            "    line = start // row",
+            "    done = (start - line * row).to(tl.int32)",
+            "    row = row.to(tl.int32)",
+        ]
         lines += ["    own_key = tl.load(keys + tensor)"]
     for number, (statistic, _) in enumerate(sums):
         zero = 'float("inf")' if statistic.identity == math.inf else "0.0"
@@ -298,7 +303,9 @@ class Table:
     is_captured: bool = False
 
 
-def table_of(workspace: Workspace, rows: Sequence[Sequence[int]], numels: Sequence[int], device: torch.device) -> Table | None:
+def table_of(
+    workspace: Workspace, rows: Sequence[Sequence[int]], numels: Sequence[int], device: torch.device
+) -> Table | None:
     """The table that says this; None where it is not there and cannot be sent, since a CUDA graph is being captured."""
     key = (device, _CHUNK, tuple(chain.from_iterable(rows)), tuple(numels))
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -325,14 +332,14 @@ def _sent(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
-def _by_dtypes(lists: Sequence[Sequence[Tensor]], are_equal: Callable[[tuple[torch.dtype, ...]], bool]) -> tuple[
-    dict[tuple[torch.dtype, ...], list[int]], list[int]
-]:
+def _by_dtypes(
+    lists: Sequence[Sequence[Tensor]], are_equal: Callable[[tuple[torch.dtype, ...]], bool]
+) -> tuple[dict[tuple[torch.dtype, ...], list[int]], list[int]]:
     """By the dtypes of each list the positions of what a kernel serves, and the positions of all else that is not empty.
 
     are_equal: whether tensors of these dtypes can meet without torch converting one of them, which would round.
     """
-    served, rest = defaultdict[tuple[torch.dtype, ...], list[int]](list), []
+    served, rest = defaultdict[tuple[torch.dtype, ...], list[int]](list), list[int]()
     for position, tensors in enumerate(zip(*lists, strict=True)):
         if not tensors[0].numel():
             continue
@@ -352,14 +359,18 @@ def _by_dtypes(lists: Sequence[Sequence[Tensor]], are_equal: Callable[[tuple[tor
     return served, rest
 
 
-def _launch(kernel: Any, table: Table, numbers: Sequence[Any], block: int) -> None:
+def block_of(num_sums: int) -> int:
+    """How many elements a program works on at once."""
+    # With many sums at once a thread would run out of registers.
+    return _BLOCK if num_sums <= _FEW_SUMS else _BLOCK // 2
+
+
+def _launch(kernel: Any, table: Table, numbers: Sequence[Any], num_sums: int = 0) -> None:
     """Start a program for each chunk."""
     device = table.rows.device
     # Triton starts on the current device, whatever the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(len(table.chunks),)](
-            table.rows, table.chunks, *numbers, CHUNK=_CHUNK, BLOCK=block, num_warps=4, enable_fp_fusion=False
-        )
+        kernel[(len(table.chunks),)](table.rows, table.chunks, *numbers, CHUNK=_CHUNK, BLOCK=block_of(num_sums), **WAYS)
 
 
 # --- writes ----------------------------------------------------------------------------------------------------------
@@ -406,12 +417,15 @@ def write_(
     computed = torch.float32 if is_low else like.dtype
     # Those that the formula converts itself.
     converted = {place for kind in (*write.kinds, *write.proximal) for place in (kind.anchors, kind.masked_by)}
+    converted -= {write.ps, write.us, write.mask_us, write.mask_minus}
 
     def are_equal(dtypes: tuple[torch.dtype, ...]) -> bool:
         return is_low or all(dtype == computed or place in converted for place, dtype in enumerate(dtypes))
 
     served, rest = _by_dtypes(lists, are_equal)
-    given = [one for one in (numbers.keep, *numbers.rates, numbers.scale, *numbers.proximal) if one is not None]
+    given: list[Any] = [
+        one for one in (numbers.keep, *numbers.rates, numbers.scale, *numbers.proximal) if one is not None
+    ]
     tensors = [
         one.contiguous() if isinstance(one, Tensor) else torch.full((), one, dtype=computed, device=like.device)
         for one in given
@@ -440,16 +454,17 @@ def write_(
                 row += places
             rows.append(row)
             chosen.append(position)
-        table = table_of(workspace, rows, [lists[0][position].numel() for position in chosen], like.device) if rows else None
+        numels = [lists[0][position].numel() for position in chosen]
+        table = table_of(workspace, rows, numels, like.device) if rows else None
         if table is None:
             rest += chosen
             continue
-        arguments = list(tensors)
+        arguments: list[Any] = list(tensors)
         if random_bits is not None:
             keys = torch.tensor([random_bits.keys[position] for position in chosen], dtype=torch.int64)
             arguments += [_sent(keys, like.device), _signed(random_bits.key)]
         kernel = kernel_of(_list_write, frame, write)
-        _launch(kernel, table, arguments, _BLOCK)
+        _launch(kernel, table, arguments)
         stored = [0, *([write.us] if write.spends_us and write.us is not None else [])]
         # So that autograd still notices what was overwritten before a backward pass that needs it.
         torch.autograd.graph.increment_version([lists[number][position] for number in stored for position in chosen])
@@ -493,7 +508,7 @@ def _list_sums(
     if isinstance(wanted, Vectors):
         flat = [listing.copies(one, wide) for one in read_vectors(listing, wanted, pieces)]
         pairs = [(one, two) for place, two in enumerate(flat) for one in flat[: place + 1]]
-        products = [listing.mul(one, two)[0] for one, two in pairs]
+        products: list[Any] = [listing.mul(one, two)[0] for one, two in pairs]
         return [], list(zip(wanted.statistics, products, strict=True))
     x = listing.copies(pieces[0] if len(pieces) == 1 else difference(listing, *pieces), wide)
     found = []
@@ -523,13 +538,12 @@ def add_up(
     num_rows: 0: one value of each statistic for all tensors of the same dtypes, 0-d; else so many for each tensor, in order,
         [tensors · num_rows], of tensors with equally many elements.
     """
-    is_low = lists[0][0].dtype in LOW
-    converted = {-1}
+    converted: set[int | None] = set()
     if isinstance(wanted, Vectors):
         converted = {place for kind in wanted.write.kinds for place in (kind.anchors, kind.masked_by)}
 
     def are_equal(dtypes: tuple[torch.dtype, ...]) -> bool:
-        return is_low or all(dtype == dtypes[0] or place in converted for place, dtype in enumerate(dtypes))
+        return dtypes[0] in LOW or all(dtype == dtypes[0] or place in converted for place, dtype in enumerate(dtypes))
 
     served, rest = _by_dtypes(lists, are_equal)
     statistics, parts = wanted.statistics if isinstance(wanted, Vectors) else wanted, []
@@ -539,7 +553,8 @@ def add_up(
             length = lists[0][position].numel() // max(num_rows, 1)
             addresses = [(one[position].data_ptr(), one[position].element_size() * length) for one in lists]
             rows += [
-                [*(address + number * size for address, size in addresses), length] for number in range(max(num_rows, 1))
+                [*(address + number * size for address, size in addresses), length]
+                for number in range(max(num_rows, 1))
             ]
             numels += [length] * max(num_rows, 1)
         table = table_of(workspace, rows, numels, device)
@@ -549,7 +564,7 @@ def add_up(
         num_chunks = len(table.chunks)
         sums = torch.empty((len(statistics), num_chunks), dtype=torch.float64, device=device)
         kernel = kernel_of(_list_sums, Frame(dtypes), wanted)
-        _launch(kernel, table, [sums, num_chunks], _BLOCK if len(statistics) < _MANY else _BLOCK_OF_MANY)
+        _launch(kernel, table, [sums, num_chunks], len(statistics))
         # One number of each chunk: added up by halves, in an order that depends on the shapes alone.
         by_row = sums.view(len(statistics), len(rows) if num_rows else 1, -1)
         values = [statistic.combine(some) for statistic, some in zip(statistics, by_row, strict=True)]
