@@ -13,9 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from distwd.kernels import triton as fused
 from distwd.kernels.formulas import TermKind, Write
@@ -47,6 +44,10 @@ TYPES = {"rows": "*i64", "chunks": "*i32", "keys": "*i64", "key": "i32", "sums":
 
 def compiled(body, frame, form) -> dict[str, object]:
     """Registers, bytes of stack, loads and stores by width, and products that were contracted with sums."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     kernel = fused.kernel_of(body, frame, form)
     number = "*fp64" if frame.dtypes[0] == F64 else "*fp32"
     signature = {name: "constexpr" if name.isupper() else TYPES.get(name, number) for name in kernel.arg_names}
