@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ WAYS = {"num_warps": 4, "enable_fp_fusion": False}
 # Places in a row, or in a matrix, are counted in 32 bits, with room for a chunk.
 _LONGEST = 1 << 30
 _MAX_KEPT = 64
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 # What lies in memory, and what it is in a kernel. bf16 is read and written as the upper half of a float32, so that it is
 # rounded the same way everywhere.
@@ -304,10 +305,10 @@ class Table:
 
 
 def table_of(
-    workspace: Workspace, rows: Sequence[Sequence[int]], numels: Sequence[int], device: torch.device
+    workspace: Workspace, rows: Sequence[tuple[int, ...]], numels: Sequence[int], device: torch.device
 ) -> Table | None:
     """The table that says this; None where it is not there and cannot be sent, since a CUDA graph is being captured."""
-    key = (device, _CHUNK, tuple(chain.from_iterable(rows)), tuple(numels))
+    key = (device, _CHUNK, tuple(rows), tuple(numels))
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     kept: Table | None = workspace.tables.get(key)
     if kept is None:
@@ -339,23 +340,30 @@ def _by_dtypes(
 
     are_equal: whether tensors of these dtypes can meet without torch converting one of them, which would round.
     """
-    served, rest = defaultdict[tuple[torch.dtype, ...], list[int]](list), list[int]()
-    for position, tensors in enumerate(zip(*lists, strict=True)):
-        if not tensors[0].numel():
-            continue
-        device = lists[0][0].device
+    device = lists[0][0].device
+
+    def is_plain(tensors: Sequence[Tensor]) -> bool:
         # An address is all that a kernel sees: so nothing that is more than its memory, row by row.
-        is_plain = all(
-            type(one) in (Tensor, torch.nn.Parameter)
-            and one.dtype in _STORED
-            and one.device == device
-            and one.is_contiguous()
-            and not one.is_neg()
-            and one.data_ptr()
-            for one in tensors
+        return (
+            set(map(type, tensors)) <= _PLAIN
+            and {one.dtype for one in tensors} <= _STORED.keys()
+            and {one.device for one in tensors} == {device}
+            and all(map(Tensor.is_contiguous, tensors))
+            and not any(map(Tensor.is_neg, tensors))
         )
+
+    positions = [position for position, numel in enumerate(map(Tensor.numel, lists[0])) if numel]
+    # Most often all are of one kind. Asked list by list: tensor by tensor it takes several times as long.
+    kinds = [{one.dtype for one in some} for some in lists]
+    if all(len(kind) == 1 for kind in kinds) and all(map(is_plain, lists)):
+        dtypes = tuple(dtype for (dtype,) in kinds)
+        if are_equal(dtypes):
+            return ({dtypes: positions} if positions else {}), []
+    served, rest = defaultdict[tuple[torch.dtype, ...], list[int]](list), list[int]()
+    for position in positions:
+        tensors = [some[position] for some in lists]
         dtypes = tuple(one.dtype for one in tensors)
-        (served[dtypes] if is_plain and are_equal(dtypes) else rest).append(position)
+        (served[dtypes] if is_plain(tensors) and are_equal(dtypes) else rest).append(position)
     return served, rest
 
 
@@ -436,26 +444,22 @@ def write_(
     for dtypes, positions in served.items():
         by_matrix = any(varies) and any(counts[position] > 1 for position in positions)
         frame = Frame(dtypes, varies, by_matrix, random_bits is not None)
-        rows, chosen = [], []
-        for position in positions:
-            tensor = lists[0][position]
-            row = [*(one[position].data_ptr() for one in lists), tensor.numel()]
-            row += [firsts[position]] if any(varies) else []
-            if by_matrix:
-                row.append(length := tensor.numel() // counts[position])
-                if length > _LONGEST:
-                    rest.append(position)
-                    continue
-            if random_bits is not None:
-                places = _even_rows(random_bits.global_indices[position])
-                if places is None:
-                    rest.append(position)
-                    continue
-                row += places
-            rows.append(row)
-            chosen.append(position)
-        numels = [lists[0][position].numel() for position in chosen]
-        table = table_of(workspace, rows, numels, like.device) if rows else None
+        chosen = positions
+        if by_matrix:
+            chosen = [one for one in chosen if lists[0][one].numel() // counts[one] <= _LONGEST]
+        places = []
+        if random_bits is not None:
+            found = {one: _even_rows(random_bits.global_indices[one]) for one in chosen}
+            places = [rows for rows in found.values() if rows is not None]
+            chosen = [one for one, rows in found.items() if rows is not None]
+        rest += set(positions).difference(chosen)
+        tensors_of = [[some[one] for one in chosen] for some in lists]
+        numels = list(map(Tensor.numel, tensors_of[0]))
+        columns = [*(list(map(Tensor.data_ptr, some)) for some in tensors_of), numels]
+        columns += [[firsts[one] for one in chosen]] if any(varies) else []
+        columns += [[numel // counts[one] for one, numel in zip(chosen, numels, strict=True)]] if by_matrix else []
+        columns += map(list, zip(*places, strict=True))
+        table = table_of(workspace, list(zip(*columns, strict=True)), numels, like.device) if chosen else None
         if table is None:
             rest += chosen
             continue
@@ -467,7 +471,7 @@ def write_(
         _launch(kernel, table, arguments)
         stored = [0, *([write.us] if write.spends_us and write.us is not None else [])]
         # So that autograd still notices what was overwritten before a backward pass that needs it.
-        torch.autograd.graph.increment_version([lists[number][position] for number in stored for position in chosen])
+        torch.autograd.graph.increment_version([one for number in stored for one in tensors_of[number]])
     return sorted(rest)
 
 
@@ -548,16 +552,19 @@ def add_up(
     served, rest = _by_dtypes(lists, are_equal)
     statistics, parts = wanted.statistics if isinstance(wanted, Vectors) else wanted, []
     for dtypes, positions in served.items():
-        rows, numels, device = [], [], lists[0][0].device
-        for position in positions:
-            length = lists[0][position].numel() // max(num_rows, 1)
-            addresses = [(one[position].data_ptr(), one[position].element_size() * length) for one in lists]
-            rows += [
-                [*(address + number * size for address, size in addresses), length]
-                for number in range(max(num_rows, 1))
+        tensors_of = [[some[one] for one in positions] for some in lists]
+        numels, device = list(map(Tensor.numel, tensors_of[0])), lists[0][0].device
+        columns = [*(list(map(Tensor.data_ptr, some)) for some in tensors_of), numels]
+        if num_rows > 1:
+            # Each row is a tensor of its own, behind the one before it.
+            length = numels[0] // num_rows
+            numels = [length] * (num_rows * len(positions))
+            columns = [
+                [address + number * length * dtype.itemsize for address in column for number in range(num_rows)]
+                for column, dtype in zip(columns, dtypes, strict=False)
             ]
-            numels += [length] * max(num_rows, 1)
-        table = table_of(workspace, rows, numels, device)
+            columns.append(numels)
+        table = table_of(workspace, list(zip(*columns, strict=True)), numels, device)
         if table is None:
             rest += positions
             continue
@@ -566,7 +573,7 @@ def add_up(
         kernel = kernel_of(_list_sums, Frame(dtypes), wanted)
         _launch(kernel, table, [sums, num_chunks], len(statistics))
         # One number of each chunk: added up by halves, in an order that depends on the shapes alone.
-        by_row = sums.view(len(statistics), len(rows) if num_rows else 1, -1)
+        by_row = sums.view(len(statistics), len(numels) if num_rows else 1, -1)
         values = [statistic.combine(some) for statistic, some in zip(statistics, by_row, strict=True)]
         parts.append({one: value if num_rows else value[0] for one, value in zip(statistics, values, strict=True)})
     return parts, sorted(rest)
