@@ -49,9 +49,10 @@ class Chain(ShowsRunner, torch.optim.Optimizer):
     seed: an integer, the same on every rank.
     track_unchanged: whether `stats()` shows for how many elements the decay made no difference. That costs computing
         what is written a second time.
-    compile: whether to let torch.compile fuse what distwd itself computes on tensors of more than 32 K elements (on
-        GPUs 64 K): the first step takes some seconds longer, all others less time. A C++ compiler is needed on CPUs,
-        Triton on GPUs; ValueError where there is none. On CPUs the parameters get the same bits as without it.
+    compile: whether to fuse what distwd itself computes: on CPUs by torch.compile, on tensors of more than 32 K elements,
+        on GPUs by kernels of Triton. The first step takes some seconds longer, all others less time; the parameters
+        get the same bits as without it. ValueError where there is no C++ compiler on a CPU; where Triton is missing on
+        a GPU, a warning, and steps without it.
 
     Every hyperparameter of a transform is a key of `param_groups`: `lr`, `betas`, `weight_decay`, ...; if two
     transforms bring the same key, the second's is `weight_decay_1`, and so on. Everything of torch.optim.Optimizer

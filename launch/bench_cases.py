@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -57,7 +58,7 @@ def cases(large: bool = False, device: str = "cpu") -> list[Case]:
     del rules["relative grad"]  # what differs from params shows in a chain
     found += [Case(f"attach, {name}", partial(attach_step, rule=rule), goal) for name, (rule, goal) in rules.items()]
     del rules["absolute"]  # a product, or the optimizer's own: nothing to compile
-    for name, (rule, goal) in rules.items() if large and _compiles(device) else ():
+    for name, (rule, goal) in rules.items() if (large or device == "cuda") and _compiles(device) else ():
         found += [
             Case(f"{name}, compiled", partial(chain_step, rule=rule, compile=True), goal),
             Case(f"attach, {name}, compiled", partial(attach_step, rule=rule, compile=True), goal),
@@ -95,8 +96,10 @@ def cases(large: bool = False, device: str = "cpu") -> list[Case]:
 
 def _compiles(device: str) -> bool:
     try:
-        distwd.Chain([torch.nn.Parameter(torch.ones(1, device=device))], distwd.LR(LR), compile=True)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # where Triton is missing, the ways would be uncompiled ones
+            distwd.Chain([torch.nn.Parameter(torch.ones(1, device=device))], distwd.LR(LR), compile=True)
+    except (ValueError, UserWarning) as error:
         print(f"left out: the compiled ways. {error}", file=sys.stderr)
         return False
     return True

@@ -44,10 +44,9 @@ def measure_partial(here: Here, numel: int, rounds: int) -> dict[str, Any]:
 
 def _has_compiler(device_type: str) -> bool:
     try:
-        check_compiler(device_type)
+        return not check_compiler(device_type)
     except ValueError:
         return False
-    return True
 
 
 def measure_plan(here: Here, num_params: int, num_ranks: int, held: str = "cut") -> dict[str, Any]:

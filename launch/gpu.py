@@ -27,7 +27,7 @@ from distwd.cli.bench import transformer
 from distwd.cli.timing import BASELINE, Here, Named, Record, Shapes
 from distwd.kernels import blocks
 
-# Case names of the benchmark. The compiled ones only where their tensors are large.
+# Case names of the benchmark. The compiled ones on a CPU only where tensors are large.
 STEPS = (
     "absolute",
     "relative params",
@@ -91,7 +91,7 @@ def steps(card: Card) -> Record:
     found: Record = {"copy": ceilings(card)["copy"]}
     for title, shapes in card.models().items():
         is_large = max(math.prod(shape) for _, shape in shapes) >= 1 << 20
-        names = {BASELINE, *STEPS, *(COMPILED if is_large else ())}
+        names = {BASELINE, *STEPS, *(COMPILED if is_large or not card.is_dry else ())}
         rows = {}
         for case in cases(is_large, card.device.type):
             if case.name not in names:

@@ -32,7 +32,7 @@ for part in "${parts[@]}"; do
         ;;
     tests)
         limit=150
-        command=(python -m pytest -q -p no:cacheprovider "--junitxml=$out/tests.xml" tests/test_gpu.py)
+        command=(python -m pytest -q -p no:cacheprovider "--junitxml=$out/tests.xml" tests/test_gpu.py tests/test_triton.py)
         ;;
     ceilings | numerics | launches | blocks)
         limit=60

@@ -638,7 +638,7 @@ def test_code_for_a_gpu_is_wide_and_rounds_each_operation():
         assert not {"LDL", "STL"} & set(accesses), name
         assert found["stack"] == 0, name
         assert found["registers"] <= 128, name
-        assert found["contracted"] == 0, name
+        assert found["contracted"] == found["approximate"] == 0, name
 
 
 # --- the tests ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,12 @@ F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float
 UPDATE = Write((), True, -1.0, us=1, spends_us=True)
 MASKED = Write((TermKind(2.0, True),), True, -1.0, us=1, mask_us=1, mask_sign=-1, spends_us=True)
 SHRINKS = Write((), False, -1.0, us=1, spends_us=True, proximal=(TermKind(2.0), TermKind(3.0)))
+PULLED = (
+    TermKind(1.0, toward=0.25),
+    TermKind(2.0, cap=0.5, anchors=2),
+    TermKind(3.0, True, inclusive=True, masked_by=3),
+)
+PULLS = Write(PULLED, False, None, us=1, mask_us=1)
 PRODUCTS = Vectors(Write((TermKind(2.0), TermKind(1.0, True)), False, 1.0, us=1, mask_us=1), None, (2, 3))
 KERNELS = {
     "update": (fused._list_write, fused.Frame((F32, F32), (False,)), UPDATE),
@@ -33,6 +39,7 @@ KERNELS = {
     "update fp16 at random": (fused._list_write, fused.Frame((FP16, FP16), (False,), False, True), UPDATE),
     "masked": (fused._list_write, fused.Frame((F32, F32), (False, False)), MASKED),
     "proximal": (fused._list_write, fused.Frame((F32, F32), (False,) * 4), SHRINKS),
+    "pulls": (fused._list_write, fused.Frame((F32, F32, BF16, F32), (False, True, False, True)), PULLS),
     "mean": (fused._list_sums, fused.Frame((F32,)), (ABS,)),
     "mean of a difference": (fused._list_sums, fused.Frame((F32, F32)), (ABS,)),
     "variance": (fused._list_sums, fused.Frame((F32,)), (SUM, SQUARE)),
@@ -43,7 +50,8 @@ TYPES = {"rows": "*i64", "chunks": "*i32", "keys": "*i64", "key": "i32", "sums":
 
 
 def compiled(body, frame, form) -> dict[str, object]:
-    """Registers, bytes of stack, loads and stores by width, and products that were contracted with sums."""
+    """Registers, bytes of stack, loads and stores by width; and how often a product is contracted with a sum, or something is
+    approximate or flushed to zero."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -67,7 +75,8 @@ def compiled(body, frame, form) -> dict[str, object]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "accesses": Counter(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*|\bLDL\b|\bSTL\b", code)),
-        "contracted": len(re.findall(r"\bfma\.rn", found.asm["ptx"])),
+        "contracted": len(re.findall(r"\bfma\.", found.asm["ptx"])),
+        "approximate": len(re.findall(r"\.approx\b|\.full\b|\.ftz\b", found.asm["ptx"])),
     }
 
 

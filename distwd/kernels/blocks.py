@@ -23,8 +23,8 @@ _CPU_CACHE = 1 << 21  # bytes of a core's second-level cache that hold the block
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
 _KEPT_BLOCKS = 8  # the largest temporary that is kept
-# From here on a tensor on a GPU is compiled. By no means from a block on: what is compiled needs no block, and most shards are
-# smaller.
+# From here on a tensor on an accelerator that has no Triton kernels is compiled. By no means from a block on: what is
+# compiled needs no block, and most shards are smaller.
 _GPU_COMPILED = 1 << 16
 
 # Larger tensors come alone on a CPU: there a list saves no launches, only the overhead of small operations. Where only a

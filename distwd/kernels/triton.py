@@ -145,7 +145,8 @@ class Listing(Ops):
             gap = self.new(f"({own} & 0x7F800000).to(tl.float32, bitcast=True)", x.dtype).name
             gap = self.new(f"tl.where({gap} < {2.0**-14!r}, {2.0**-14!r}, {gap}) * {2.0**-10!r}", x.dtype).name
             steps = self.new(f"tl.div_rn(tl.abs({x.name}), {gap})", x.dtype).name
-            below = self.new(f"tl.floor({steps})", x.dtype).name
+            # Below 2^11 where it matters; Triton's floor takes the smallest numbers for 0.
+            below = self.new(f"{steps}.to(tl.int32).to(tl.float32)", x.dtype).name
             up = f"(({bits} & 0xFFFFFF).to(tl.float32) * {2.0**-24!r} < {steps} - {below}).to(tl.float32)"
             size = self.new(f"(({below} + {up}) * {gap}).to(tl.int32, bitcast=True)", torch.int32).name
             rounded = self.new(f"({size} | ({own} & -0x80000000)).to(tl.float32, bitcast=True)", x.dtype).name
