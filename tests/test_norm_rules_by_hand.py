@@ -83,6 +83,41 @@ def test_a_scale_is_of_the_update_that_rules_in_front_have_scaled():
         assert (step(Hyperball(2.0), Hyperball(), LR(0.1)) - alone).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_masks_behind_a_learning_rate_of_0_are_the_same_for_norm_rules(lr):
+    """The update is 0 there, so an inclusive mask lets all pass, and behind another pull a mask is of that pull alone."""
+    bound = ConstrainedWeightDecay(5.0, rate=0.002)
+    for ord, after in ((2, [2.7, -3.6]), (1, [2.9, -3.9])):
+        after = torch.tensor(after, dtype=torch.float64)
+        expected = (1 - 0.004 * (after.square().mean() - 5)) * after
+        inclusive = CautiousWeightDecay(0.1, ord, inclusive=True)
+        for front in ([], [RadialBrake()]):
+            torch.testing.assert_close(step(*front, LR(lr), inclusive, bound), expected, rtol=2e-6, atol=0)
+    # 0.1 by the sign, and a tenth of 3 and −4.
+    pulls = [LR(lr), WeightDecay(0.1, 1), CautiousWeightDecay(0.1)]
+    after = torch.tensor([2.6, -3.5], dtype=torch.float64)
+    torch.testing.assert_close(step(*pulls), after, rtol=2e-6, atol=0)
+    expected = (1 - 0.004 * (after.square().mean() - 5)) * after
+    torch.testing.assert_close(step(*pulls, bound), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(step(RadialBrake(), *pulls), after, rtol=2e-6, atol=0)
+
+
+def test_groups_may_differ_in_whether_a_pull_in_front_is_proximal():
+    """Whichever comes first: a brake sees the pulls of each group."""
+    proximal, plain = ({"proximal": kind} for kind in (True, False))
+    results = []
+    for kinds in ([proximal, plain], [plain, proximal], [plain, plain]):
+        params = [nn.Parameter(torch.tensor([3.0, -4.0])) for _ in kinds]
+        groups = [{"params": [param], **kind} for param, kind in zip(params, kinds, strict=True)]
+        chain = Chain(groups, WeightDecay(0.5), RadialBrake(0.5, 0.5), LR(0.1))
+        for param in params:
+            param.grad = torch.tensor([1.0, 2.0])
+        chain.step()
+        results.append([param.detach() for param in params])
+    assert torch.equal(results[0][1], results[2][0]) and torch.equal(results[1][0], results[2][0])
+    assert torch.equal(results[0][0], results[1][1])
+
+
 def test_an_update_next_to_nothing_is_no_nan():
     param = nn.Parameter(torch.tensor([3.0, -4.0]))
     chain = Chain([param], Wrap(SGD), Hyperball(), LR(0.1))

@@ -382,6 +382,34 @@ def test_a_parameter_that_is_thawed_takes_part():
     )
 
 
+@pytest.mark.parametrize("way", ["loaded", "attached"])
+def test_a_shared_number_goes_on_while_the_first_parameter_is_frozen(way):
+    """A load parts the tensors that parameters share, and so does a host that begins their states one by one."""
+
+    def make():
+        if way == "loaded":
+            return Chain(params.items(), Adam(), rule_of("adaptive"), LR(0.01))
+        optimizer = torch.optim.AdamW(params.items(), lr=0.01, weight_decay=0)
+        attach(optimizer, rule_of("adaptive"))
+        return optimizer
+
+    params = fp32_parameters()
+    first, second, *_ = params
+    optimizer = make()
+    feed(params, 0, (second,))  # attached, the state of the second begins later
+    optimizer.step()
+    if way == "loaded":
+        saved = optimizer.state_dict()
+        optimizer = make()
+        optimizer.load_state_dict(saved)
+    params[first].requires_grad_(False)
+    train(optimizer, params, [1, 2])
+    params[first].requires_grad_(True)
+    key = "distwd_AdaptiveWeightDecay_mean"
+    numbers = [own[key] for own in kept_of(optimizer, params).values()]
+    assert len(numbers) == len(params) and len(set(map(float, numbers))) == 1
+
+
 def test_a_decay_in_the_closure_keeps_one_step_for_all_evaluations():
     params = fp32_parameters()
     rules = [

@@ -200,16 +200,15 @@ class Rule(Transform):
             if isinstance(toward := self.toward(own.values), str):
                 anchors = step.anchors_of(bound, toward, batch)
             term = self.term(own.values, rate, bound.sign(batch.group), before_lr, bound.index, anchors)
-            if is_cautious:
-                # Where the learning rate is 0 the update is 0, whatever the mask is taken of: nothing decays, and with
-                # an inclusive mask everything.
-                scale = batch.pending.scale
-                if isinstance(scale, Tensor):
-                    term = replace(term, rate=zero_where(scale == 0, rate))
-                elif scale == 0:
-                    term = replace(term, cautious=False, rate=rate if term.inclusive else 0.0)
+            scale = batch.pending.scale
             if is_cautious and batch.keeps_apart and batch.terms and not step.shows_bare_update:
                 term = replace(term, own_us=batch.update_with_terms())
+            # Where the learning rate is 0 the update is 0, whatever the mask is taken of: nothing decays, and with an
+            # inclusive mask everything.
+            elif is_cautious and isinstance(scale, Tensor):
+                term = replace(term, rate=zero_where(scale == 0, rate))
+            elif is_cautious and scale == 0:
+                term = replace(term, cautious=False, rate=rate if term.inclusive else 0.0)
             self._add(batch, term)
 
     def term(

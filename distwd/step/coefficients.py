@@ -228,7 +228,7 @@ class Coefficients:
         """
         begins = settings.keeps
         kept: dict[str, Tensor] = {}
-        positions = _trainable(step, index) if begins else []
+        positions = _holders(step, index, scope) if begins else []
         entries = [step.entries[position] for position in positions]
         is_shared = scope not in OWN
         nums = self.num_own(positions, scope)
@@ -371,7 +371,7 @@ class Coefficients:
             shown = {name: now.get(name, value) for name, value in known.numbers.items()}
             self._last[bound.label][index] = replace(known, numbers=shown)
 
-            positions = _trainable(step, index)
+            positions = _holders(step, index, known.scope)
             entries = [step.entries[position] for position in positions]
             if is_shared:
                 slot = index if known.scope == "group" else 0
@@ -502,6 +502,14 @@ def _sharing_key(bound: BoundTransform, settings: GroupSettings) -> Any:
 def _trainable(step: Step, group: int) -> list[int]:
     """The positions of a group's parameters that require a gradient: only these have numbers of their own."""
     return [i for i, entry in enumerate(step.entries) if entry.group == group and entry.tensor.requires_grad]
+
+
+def _holders(step: Step, group: int, scope: str) -> list[int]:
+    """The positions of a group's parameters in whose state numbers of a scope lie."""
+    # A shared number goes on while a parameter is frozen, and that shall not have an old one when it is thawed.
+    if scope in OWN:
+        return _trainable(step, group)
+    return [i for i, entry in enumerate(step.entries) if entry.group == group]
 
 
 def check_coefficient(bound: BoundTransform, settings: GroupSettings) -> None:

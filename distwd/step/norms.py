@@ -74,18 +74,23 @@ class NormRules:
         self.rules = [bound for bound in norm_rules if groups_on(bound)]
         self.groups = frozenset[int]().union(*map(groups_on, self.rules))
         last = self.rules[-1].index if self.rules else -1
-        pulls = [bound for bound in behind if self._term(bound, 0) is not None]
-        self.pulls = [bound for bound in pulls if groups_on(bound)]
+        # One group may pull after the step, and another in it.
+        self.pulls = [
+            bound for bound in behind if any(self._term(bound, index) is not None for index in groups_on(bound))
+        ]
         in_front = [bound for bound in self.pulls if bound.index < last]
         # L2 decay is a multiple of θ; any other direction is a vector of its own, in every group if it is so in one.
         bent = [bound for bound in in_front if any(self._is_bent(bound, index) for index in groups_on(bound))]
         self._numbers = {bound.index: number for number, bound in enumerate(bent, start=2)}
-        # A mask behind another pull is of the update with that pull, whose rate is known when it has acted.
-        masked = [
-            bound.index
-            for bound in bent
-            if bound.index != self.pulls[0].index and any(self._is_masked(bound, index) for index in groups_on(bound))
-        ]
+        # A mask behind another pull is of the update with that pull, whose rate is known when it has acted. So is one that
+        # lets an update of 0 pass, if a learning rate stands in front, which may be 0.
+        masked = []
+        for bound in bent:
+            masks = [term for index in groups_on(bound) if (term := self._term(bound, index)) and term.cautious]
+            is_scaled = any(lr.index < bound.index for lr in self._lrs)
+            if any(bound.index != self.pulls[0].index or (term.inclusive and is_scaled) for term in masks):
+                masked.append(bound.index)
+        self.shows_bare_update = shows_bare_update
         places = {bound.index: place for place, bound in enumerate(transforms)}
         self.since = places[masked[-1]] + 1 if masked and not shows_bare_update else 0
         self.keeps_any = any(settings[bound.index, index].keeps for bound in self.rules for index in groups_on(bound))
@@ -142,9 +147,10 @@ class NormRules:
                 own = self._settings[bound.index, batch.group_index]
                 if bound.index not in self._numbers or own.is_off:
                     continue
-                term = acted.get(bound.index) or self._term(bound, batch.group_index, step, batch)
+                # By its settings: as it has acted, its mask may be known to let everything pass.
+                term = self._term(bound, batch.group_index, step, batch)
                 if term is not None and not term.is_l2:
-                    terms.append(term)
+                    terms.append(acted.get(bound.index, term))
                     numbers.append(self._numbers[bound.index])
             lists = [batch.params, update.tensors]
             write, lists = place_terms(Write((), False, None, us=1), lists, terms, update.mask)
@@ -240,10 +246,6 @@ class NormRules:
         term = self._term(bound, group)
         return term is not None and not term.is_l2
 
-    def _is_masked(self, bound: BoundTransform, group: int) -> bool:
-        term = self._term(bound, group)
-        return term is not None and term.cautious
-
     def _scope_of(self, group: int) -> str:
         """The scope of the norm rules of a group. Raises ValueError if they differ, or a pull has finer numbers."""
         rules = self.rules_in(group)
@@ -284,6 +286,7 @@ class StepNorms:
         self._pulls = [bound for bound in norms.pulls if not step.settings[bound.index, group].is_off]
         self.lr = self._number(norms.lr(step, group))
         self._scale: Any = 1.0  # of the update, by the rules that have acted
+        self._sees_bare = True  # whether a mask at this place is of the update without any pull
         self._before: dict[int, Any] = {0: 1.0}
         self._after: dict[int, Any] = {0: 1.0, 1: -1.0 * self._number(norms.lr(step, group, measured_at - 1))}
 
@@ -296,8 +299,10 @@ class StepNorms:
             if term is None:
                 continue
             rate = self._number(self._value_of(pull)) * self._number(norms.lr(step, group, pull.index))
-            if term.cautious:
+            # Its mask was taken of the update before a learning rate has made it 0.
+            if term.cautious and not term.inclusive and self._sees_bare:
                 rate = zero_where_zero(self._number(norms.lr(step, group, before=pull.index)), rate)
+            self._sees_bare = norms.shows_bare_update
             number = 0 if term.is_l2 else norms._numbers[pull.index]
             for factors in (self._before, self._after):
                 factors[number] = factors.get(number, 0.0) - rate

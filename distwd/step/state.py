@@ -128,6 +128,7 @@ class KeptNumbers:
         """
         wide, is_shared = wide_dtype(device), nums is None
         found: dict[str, Tensor] = {}
+        entries = self._holders(bound, self.names(keeps), entries) if nums is None else entries
         # Without making an entry: an optimizer begins its state only where there is none.
         states = [self._state_of(entry.tensor).get(entry.tensor, {}) for entry in entries]
         for name, begins in self.names(keeps).items():
@@ -168,6 +169,7 @@ class KeptNumbers:
         by_matrix: bool,
     ) -> None:
         """Store the numbers of a step that counts, as `read` returns them; by_matrix: whether a stack has one for each matrix."""
+        entries = self._holders(bound, values, entries) if nums is None else entries
         states = [self._state_of(entry.tensor).get(entry.tensor, {}) for entry in entries]
         for name, value in values.items():
             key, value = f"{bound.state_prefix}_{name}", value.to(torch.float32)
@@ -210,6 +212,18 @@ class KeptNumbers:
                     [one for one, _ in pairs],
                     [part if part.shape == one.shape else part.view(one.shape) for one, part in pairs],
                 )
+
+    def _holders(
+        self, bound: BoundTransform, names: Collection[str], entries: Sequence[NamedParam]
+    ) -> Sequence[NamedParam]:
+        """Those of a group's parameters that share its numbers: that are trained, or frozen but have them from before."""
+        keys = [f"{bound.state_prefix}_{name}" for name in names]
+
+        def has_any(param: Tensor) -> bool:
+            state = self._state_of(param).get(param, {})
+            return any(key in state or (key, param) in self._unplaced for key in keys)
+
+        return [entry for entry in entries if entry.tensor.requires_grad or has_any(entry.tensor)]
 
     def remove(self, entries: Sequence[NamedParam]) -> None:
         """Take what these rules keep, anchors too, out of the state of the parameters."""
