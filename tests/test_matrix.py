@@ -594,6 +594,29 @@ def test_numbers_of_matrices_saved_at_four_ranks_go_on_elsewhere_bit_for_bit(wor
                 assert kept == after, layout
 
 
+def none_of_one_and_two_of_another() -> list[list[float]]:
+    """Means of stacks of which the second rank holds no matrix and two: as many as there are stacks."""
+    chain = Chain(
+        [
+            (name, nn.Parameter(distribute_tensor(torch.ones(num, 2, 3), mesh_of(2, names=("ep",)), [Shard(0)])))
+            for name, num in (("one", 1), ("four", 4))
+        ],
+        Spread(weight_decay=0.1),
+        LR(0.1),
+    )
+    params = chain.param_groups[0]["params"]
+    for param in params:
+        grad = torch.arange(1.0, 1 + len(param)).view(-1, 1, 1).expand(param.shape).contiguous()
+        param.grad = distribute_tensor(grad, mesh_of(2, names=("ep",)), [Shard(0)])
+    chain.step()
+    return [layouts.whole_of(chain.state[param]["distwd_Spread_mean"]).tolist() for param in params]
+
+
+def test_a_rank_may_hold_no_matrix_of_one_stack_and_two_of_another(worlds):
+    for means in worlds.run(2, none_of_one_and_two_of_another):
+        assert means == [[0.5], [0.5, 1.0, 1.5, 2.0]]
+
+
 def through_a_file(layout: str) -> tuple:
     """A chain's own state dict through torch.save, in bf16: kept numbers have more bits than the parameters."""
     job = MatrixJob(layout, "chain", dtype=torch.bfloat16)

@@ -262,6 +262,8 @@ class ConstrainedWeightDecay(Rule):
         every, smoothing = settings["every"], settings["smoothing"]
         # A copy until step `every`, and averaged from there.
         mean = torch.where(steps < every, norm, smoothing * kept["mean"] + (1 - smoothing) * norm)
+        # As it will be kept: a growth of next to nothing would differ between shardings in what is rounded away.
+        mean = mean.float().to(norm.dtype)
         is_time = steps % every == 0
         growth = torch.where(mean == 0, 0.0, (mean - kept["mean_before"]) / mean)
         new["mean"] = mean

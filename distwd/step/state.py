@@ -202,7 +202,7 @@ class KeptNumbers:
                 if nums is None:
                     own: Sequence[Tensor] = [there] * len(locals_)
                 else:
-                    own = there.unbind() if len(there) == len(nums) == sum(nums) else there.split(list(nums))
+                    own = there.unbind() if set(nums) == {1} else there.split(list(nums))
                 pairs = [
                     (one, part)
                     for one, part in zip(locals_, own, strict=True)
