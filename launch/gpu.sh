@@ -16,7 +16,7 @@ parts=()
 for word in "$@"; do
     if [[ "$word" == --dry-run ]]; then dry=(--dry-run); else parts+=("$word"); fi
 done
-[[ ${#parts[@]} -gt 0 ]] || parts=(env tests ceilings numerics steps launches blocks)
+[[ ${#parts[@]} -gt 0 ]] || parts=(env tests fused ceilings numerics steps launches blocks)
 
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -32,7 +32,13 @@ for part in "${parts[@]}"; do
         ;;
     tests)
         limit=150
-        command=(python -m pytest -q -p no:cacheprovider "--junitxml=$out/tests.xml" tests/test_gpu.py tests/test_triton.py)
+        command=(python -m pytest -q -p no:cacheprovider "--junitxml=$out/tests.xml" tests/test_gpu.py)
+        ;;
+    fused)
+        # Triton compiles some two hundred kernels first. Where it is not installed there is no test (5), which is no fault.
+        limit=240
+        tests='python -m pytest -q -p no:cacheprovider "--junitxml=$0/fused.xml" tests/test_triton.py; code=$?; exit $((code == 5 ? 0 : code))'
+        command=(bash -c "$tests" "$out")
         ;;
     ceilings | numerics | launches | blocks)
         limit=60
@@ -43,7 +49,7 @@ for part in "${parts[@]}"; do
         command=(python launch/gpu.py "$part" --out "$out" "${dry[@]}")
         ;;
     *)
-        echo "gpu.sh: there is no part $part; parts are env tests ceilings numerics steps launches blocks" >&2
+        echo "gpu.sh: there is no part $part; parts are env tests fused ceilings numerics steps launches blocks" >&2
         exit 2
         ;;
     esac

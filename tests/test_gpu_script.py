@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["env", "tests", "ceilings", "numerics", "steps", "launches", "blocks"]
+PARTS = ["env", "tests", "fused", "ceilings", "numerics", "steps", "launches", "blocks"]
 
 
 def run(out: Path, *words: str) -> subprocess.CompletedProcess:
@@ -32,7 +32,7 @@ def tried(tmp_path_factory) -> Path:
 
 
 def test_every_part_leaves_its_numbers(tried):
-    found = {part: json.loads((tried / f"{part}.json").read_text()) for part in PARTS[2:]}
+    found = {part: json.loads((tried / f"{part}.json").read_text()) for part in PARTS[3:]}
     assert all(value > 0 for value in found["ceilings"].values())
     assert all(value >= 0 for value in found["numerics"].values())
     for row in found["steps"]["4 tensors"].values():
