@@ -342,6 +342,11 @@ def validate_transforms(transforms: Sequence[Any]) -> None:
     for transform in transforms:
         if isinstance(transform, type) and issubclass(transform, Transform):
             raise ValueError(f"{transform.__name__} is a class; write {transform.__name__}(...)")
+        if isinstance(transform, list | tuple):
+            raise ValueError("the transforms are in a list; pass them one by one, as Chain(params, *transforms)")
+        if isinstance(transform, torch.optim.Optimizer):
+            name = type(transform).__name__
+            raise ValueError(f"{name} holds its parameters already; pass its class, as Wrap({name}, ...)")
         if not isinstance(transform, Transform):
             raise ValueError(
                 f"{transform!r} is not a transform; wrap a torch optimizer class as Wrap({getattr(transform, '__name__', 'TheClass')}, ...)"

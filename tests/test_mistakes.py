@@ -55,6 +55,17 @@ WRONG = {
     ),
     "a model of a plan": (lambda m: Plan.build(m), r"pass model.named_parameters\(\)"),
     "a dict": (lambda m: Chain(dict(m.named_parameters()), Adam(), LR(0.1)), r"pass its .items\(\)"),
+    "no params": (
+        lambda m: Chain(Adam(), LR(0.1)),
+        r"params is Adam\(\), which holds no parameters; pass model.named_",
+    ),
+    "transforms in a list": (lambda m: Chain(m.parameters(), [Adam(), LR(0.1)]), r"Chain\(params, \*transforms\)"),
+    "an optimizer in a chain": (
+        lambda m: Chain(m.parameters(), adamw(m), LR(0.1)),
+        r"^AdamW holds .* Wrap\(AdamW, \.\.\.\)",
+    ),
+    "an optimizer in Wrap": (lambda m: Wrap(adamw(m)), r"not one AdamW; pass the class"),
+    "attach the wrong way round": (lambda m: attach(WeightDecay(0.1), adamw(m)), r"attach\(optimizer, rule\)$"),
     "names without names": (
         lambda m: attach(adamw(m), WeightDecay(0.1), named_parameters=m.parameters()),
         r"pass model.named_parameters\(\)",

@@ -52,6 +52,10 @@ def validate_optimizers(
     for rule in rules:
         if isinstance(rule, type):
             raise ValueError(f"{rule.__name__} is a class; write {rule.__name__}(...)")
+        if isinstance(rule, torch.optim.Optimizer):
+            raise ValueError(
+                f"{type(rule).__name__} is not a decay rule; the optimizer comes first: attach(optimizer, rule)"
+            )
         if not isinstance(rule, Rule):
             raise ValueError(
                 f"{rule!r} is not a decay rule; attach takes rules only, and leaves the optimizer as it is"

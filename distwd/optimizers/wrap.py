@@ -46,10 +46,12 @@ class Wrap(Transform):
     changes = frozenset({"update", "second_moment"})
 
     def __init__(self, optimizer_class: type[torch.optim.Optimizer], **kwargs: Any) -> None:
-        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        given: Any = optimizer_class
+        if not (isinstance(given, type) and issubclass(given, torch.optim.Optimizer)):
+            # Of an optimizer its class alone: it prints all of its groups.
+            what = f"one {type(given).__name__}" if isinstance(given, torch.optim.Optimizer) else repr(given)
             raise ValueError(
-                f"Wrap takes a class of torch.optim.Optimizer, not {optimizer_class!r}; pass the class, and its arguments "
-                "as keywords"
+                f"Wrap takes a class of torch.optim.Optimizer, not {what}; pass the class, and its arguments as keywords"
             )
         name = optimizer_class.__name__
         if "lr" in kwargs:

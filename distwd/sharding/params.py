@@ -146,6 +146,8 @@ def _listed(params: Iterable[Any]) -> list[Any]:
         raise ValueError(f"params is a {type(params).__name__}, which is a module; pass model.named_parameters()")
     if isinstance(params, Mapping):
         raise ValueError(f"params is a {type(params).__name__} by name; pass its .items()")
+    if not isinstance(params, Iterable):
+        raise ValueError(f"params is {params!r}, which holds no parameters; pass model.named_parameters() first")
     return list(params)  # a generator, such as model.parameters(), can be read once only
 
 
