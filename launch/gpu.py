@@ -11,6 +11,7 @@ in the same run. Each part writes PART.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -110,6 +111,7 @@ def steps(card: Card) -> Record:
             peak = 0 if card.is_dry else torch.cuda.max_memory_allocated()
             rows[case.name] = {"card": on_card, "host": on_host, "first": first, "peak_bytes": peak}
             del named, step
+            gc.collect()  # an optimizer and its hooks hold each other
         base = rows[BASELINE]
         for row in rows.values():
             row["ratio"] = row["card"] / base["card"]

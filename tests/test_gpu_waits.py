@@ -143,16 +143,21 @@ def cases_of(rule: str) -> Iterator[tuple[str, str, torch.dtype]]:
 
 
 def step_on_a_card(
-    rule: str, way: str, situation: str, dtype: torch.dtype, watch: Callable[[], AbstractContextManager] = NoWaits
+    rule: str,
+    way: str,
+    situation: str,
+    dtype: torch.dtype,
+    watch: Callable[[], AbstractContextManager] = NoWaits,
+    num_steps: int = 4,
 ) -> None:
-    """Three steps, and a fourth that must not wait, within `watch`."""
+    """Some steps, of which the last must not wait, within `watch`."""
     params = {name: torch.nn.Parameter(torch.rand(shape, device="cuda").to(dtype)) for name, shape in SHAPES.items()}
     named = list(params.items())
     is_grouped = "groups" in situation
     optimizer = WAYS[way]([{"params": named[:2]}, {"params": named[2:]}] if is_grouped else named, RULES[rule](0.1))
-    for number in range(4):
+    for number in range(num_steps):
         # Which are missing changes, as with experts that no token has come to.
-        missing = {"missing gradients": {1, number + 1}, "missing groups": {0, 1}}.get(situation, set())
+        missing = {"missing gradients": {1, number % 4 + 1}, "missing groups": {0, 1}}.get(situation, set())
         for place, param in enumerate(params.values()):
             param.grad = None if place in missing else torch.rand_like(param)
         if number == 1 and " on the " in situation:
@@ -168,7 +173,7 @@ def step_on_a_card(
                 group[key] = torch.full((), 1e-3, device=device.replace("card", "cuda"))
         if situation == "GradScaler":
             optimizer.grad_scale, optimizer.found_inf = (torch.full((), x, device="cuda") for x in (1024.0, 0.0))
-        if number < 3:
+        if number < num_steps - 1:
             optimizer.step()
         else:
             with watch():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import distwd
+from distwd.kernels.formulas import DecayTerm
+from distwd.step.rounding import rate_of
 from tests import runs, wire
 from tests.layouts import whole_model
 from tests.one_process import equal
@@ -341,3 +343,10 @@ def test_the_rate_is_read_in_one_step_only():
     optimizer.step()
     with wire.no_host_sync():
         optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{"cap": 0.5}, {"toward": 1.0}, {"ord": 1}], ids=str)
+def test_a_rate_is_not_read_where_it_tells_nothing(settings):
+    """What a pull with a cap, or to something else, takes of a parameter depends on the parameter."""
+    with wire.no_host_sync():
+        assert rate_of([DecayTerm(torch.tensor(0.1), **settings)], reads=True) == 0.0

@@ -39,6 +39,22 @@ def test_spec(sharded):
     assert _torch.layout_spec(sharded).placements == (Shard(0),)
 
 
+def test_a_part_on_the_cpu_stays_there_under_a_mesh_of_cards(group, monkeypatch):
+    """CPU offload. `DTensor.from_local` would bring it to the card."""
+    mesh = init_device_mesh("cpu", (1,))
+    param = torch.nn.Parameter(distribute_tensor(torch.rand(2, 3, 4) + 1, mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.rand(2, 3, 4), mesh, [Shard(0)])
+    monkeypatch.setattr(type(mesh), "device_type", property(lambda self: "cuda"))
+    rules = [distwd.WeightDecay(0.1, toward="initial"), distwd.Hyperball()]
+    chain = distwd.Chain([("w", param)], distwd.Adam(), *rules, distwd.LR(0.1))
+    chain.step()
+    kept = {key: value for key, value in chain.state[param].items() if isinstance(value, DTensor)}
+    assert kept.keys() >= {"exp_avg", "distwd_WeightDecay_anchor", "distwd_Hyperball_radius"}
+    assert {value.to_local().device.type for value in kept.values()} == {"cpu"}
+    assert kept["exp_avg"].placements == param.placements
+    assert kept["distwd_Hyperball_radius"].shape == (2,)
+
+
 def test_strided_shard():
     strided = torch.distributed.tensor.placement_types._StridedShard(1, split_factor=2)
     assert strided.split_factor == 2

@@ -105,11 +105,7 @@ def like_whole(local: Tensor, param: Tensor) -> Tensor:
     """`local` as the same kind of tensor that `param` is: a DTensor with its placements, or itself."""
     if not is_dtensor(param):
         return local
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    return _torch.dtensor_of(local, param.device_mesh, param.placements, param.shape, param.stride())
 
 
 def initial_state(inner: torch.optim.Optimizer, group: dict[str, Any], example: Tensor) -> State:

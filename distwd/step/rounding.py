@@ -159,6 +159,9 @@ def rate_of(terms: Sequence[DecayTerm], reads: bool = False) -> float:
     reads: whether rates that are tensors are read; of one for each parameter the largest.
     """
     rate = 0.0
+    # How much of p a pull to something else takes, or one with a cap, depends on p.
+    if any(term.ord != 2 or term.cap is not None or term.toward != 0 for term in terms):
+        return 0.0
     for term in terms:
         one = term.rate
         if isinstance(one, Tensor):
@@ -167,9 +170,6 @@ def rate_of(terms: Sequence[DecayTerm], reads: bool = False) -> float:
             if not reads or is_unknown:
                 return 0.0
             one = one.max().item()
-        # How much of p a pull to something else takes, or one with a cap, depends on p.
-        if term.ord != 2 or term.cap is not None or term.toward != 0:
-            return 0.0
         rate += one
     return rate
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import is_dtensor, is_strided_shard, local_tensor
+from .._torch import dtensor_of, is_dtensor, is_strided_shard, local_tensor
 from ..checks import warn_user
 from ..kernels.sums import wide_dtype
 from ..metrics.metric import Measure
@@ -246,14 +246,14 @@ def numbers_like(param: Tensor, begins: float, by_matrix: bool) -> Tensor:
     local = torch.full(stack_here(param), begins, dtype=torch.float32, device=device)
     if not is_dtensor(param):
         return local
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
     # Where the matrices themselves are cut, the ranks that hold parts of them have copies of their numbers.
     cuts: Sequence[Any] = param.placements
     placements = [p if (p.is_shard() or is_strided_shard(p)) and p.dim < num_stacked else Replicate() for p in cuts]
     shape = param.shape[:num_stacked]
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(num_stacked))
-    return DTensor.from_local(local, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+    return dtensor_of(local, param.device_mesh, placements, shape, stride)
 
 
 def is_empty_piece(param: Tensor) -> bool:
