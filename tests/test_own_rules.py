@@ -410,6 +410,24 @@ def test_a_shared_number_goes_on_while_the_first_parameter_is_frozen(way):
     assert len(numbers) == len(params) and len(set(map(float, numbers))) == 1
 
 
+@pytest.mark.parametrize("rule", ["adaptive", "radius of all"])
+def test_a_shared_number_is_loaded_for_a_parameter_that_was_frozen_when_it_was_saved(rule):
+    """It has none in the checkpoint, and goes on with that of its group; nothing begins anew, so nothing warns."""
+    params = fp32_parameters()
+    first, *_ = params
+    params[first].requires_grad_(False)
+    chain = Chain(params.items(), Adam(), rule_of(rule), LR(0.01))
+    train(chain, params, [0, 1])
+    saved, before = chain.state_dict(), kept_of(chain, params)
+    assert first not in before or not before[first]
+    params[first].requires_grad_(True)
+    chain = Chain(params.items(), Adam(), rule_of(rule), LR(0.01))
+    chain.load_state_dict(saved)
+    shared = next(numbers for numbers in before.values() if numbers)
+    assert set(shared.values()) != {0.0}
+    assert kept_of(chain, params) == dict.fromkeys(params, shared)
+
+
 def test_a_decay_in_the_closure_keeps_one_step_for_all_evaluations():
     params = fp32_parameters()
     rules = [

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._torch import dtensor_of, is_dtensor, is_strided_shard, local_tensor
 from ..checks import warn_user
 from ..kernels.sums import wide_dtype
+from ..metrics.measure import OWN
 from ..metrics.metric import Measure
 from ..sharding.params import NamedParam, Params
 from ..sharding.pieces import stack_here
@@ -88,12 +89,15 @@ class KeptNumbers:
             for index, group in enumerate(groups):
                 settings = bound.settings(group)
                 asks, keeps = bound.asks(settings)
-                names, by_matrix = self.names(keeps), bound.scope(settings, asks) == "matrix"
+                names, scope = self.names(keeps), bound.scope(settings, asks)
+                by_matrix, made = scope == "matrix", False
+                states: list[State] = []
                 for entry in entries if names else ():
                     param = entry.tensor
                     if entry.group != index or not param.requires_grad or param.is_meta or not self._may_keep(param):
                         continue
                     state = self._state_of(param).setdefault(param, {})
+                    states.append(state)
                     for name, begins in names.items():
                         key = f"{bound.state_prefix}_{name}"
                         # A rule that had another scope when it was saved has kept other numbers.
@@ -103,7 +107,12 @@ class KeptNumbers:
                             if (moved := self._unplaced.pop((key, param), None)) is not None:
                                 local_tensor(new).copy_(moved.view_as(local_tensor(new)))
                             state[key] = new
-                            missing.add(bound.label)
+                            made = True
+                # A parameter of which the checkpoint has none (it was frozen) goes on with what the others of its group share.
+                if is_loaded and scope not in OWN and _spread(states, bound.state_prefix, names):
+                    made = False
+                if made:
+                    missing.add(bound.label)
         # A run that adds such a rule to an old checkpoint is legal, but nobody shall take the numbers for resumed ones.
         if is_loaded and missing and not self._has_warned:
             self._has_warned = True
@@ -236,6 +245,19 @@ class KeptNumbers:
                 # An entry that was there for our numbers alone: an optimizer without state had none.
                 if entry.tensor in states and not state:
                     del states[entry.tensor]
+
+
+def _spread(states: Sequence[State], prefix: str, names: Mapping[str, float]) -> bool:
+    """Give parameters whose shared numbers are as they begin those that others have; whether any are not so. Reads them."""
+    keys = [f"{prefix}_{name}" for name in names]
+    numbers = [[float(state[key]) for key in keys] for state in states]
+    moved = next((own for own in numbers if own != list(names.values())), None)
+    if moved is None:
+        return False
+    for state, own in zip(states, numbers, strict=True):
+        if own == list(names.values()):
+            state.update({key: torch.full_like(state[key], value) for key, value in zip(keys, moved, strict=True)})
+    return True
 
 
 def numbers_like(param: Tensor, begins: float, by_matrix: bool) -> Tensor:
