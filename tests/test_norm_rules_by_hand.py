@@ -197,6 +197,16 @@ def test_off_is_bitwise_off(rule, behind):
     assert not equal(off, trained(RadialBrake(0.1), *behind, LR(0.01)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("off", [CautiousWeightDecay(0.0), WeightDecay(0.0, target="params_direct")], ids=repr)
+def test_a_pull_that_is_off_leaves_the_rounding_of_others(off, dtype):
+    """It needs no plain update at its place, which would round what stands in front of it."""
+    front, behind = [WeightDecay(0.1), WeightDecay(0.1, 1)], [LR(0.1)]
+    assert equal(trained(*front, off, *behind, dtype=dtype), trained(*front, *behind, dtype=dtype))
+    on = type(off)(0.1, target=off.target)
+    assert not equal(trained(*front, on, *behind, dtype=dtype), trained(*front, *behind, dtype=dtype))
+
+
 def test_a_group_is_switched_off_alone():
     params, grads = params_and_grads()
     groups = [{"params": params[:1]}, {"params": params[1:], "radius": None}]

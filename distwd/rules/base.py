@@ -173,7 +173,10 @@ class Rule(Transform):
         if self.is_norm_rule:
             return  # it acts on the step as a whole, when that is known
         settings = [step.settings[bound.index, batch.group_index] for batch in step.batches]
-        cautious = [self.is_cautious(own.values) for own in settings]
+        # What is off leaves even the rounding of the others as it is.
+        if all(own.is_off for own in settings):
+            return
+        cautious = [self.is_cautious(own.values) and not own.is_off for own in settings]
         sees_terms = not step.shows_bare_update and any(batch.terms for batch in step.batches)
         # A scale that is a tensor may be 0, and then so is the update, which an inclusive mask must see.
         sees_scale = any(
