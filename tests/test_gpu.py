@@ -82,6 +82,19 @@ def test_a_gpu_decays_as_a_cpu_does(chain_name):
         torch.testing.assert_close(gpu[name], cpu[name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("settings", [{}, {"cap": 0.5}], ids=str)
+def test_proximal_decay_has_the_bits_of_a_cpu(settings):
+    """By one number torch divides on a GPU as it multiplies by the inverse."""
+    ends = []
+    for device in ("cpu", "cuda"):
+        params = {name: torch.nn.Parameter(value.to(device)) for name, value in whole_model(PARAMS_SEED).items()}
+        for param in params.values():
+            param.grad = torch.zeros_like(param)
+        distwd.Chain(params.items(), distwd.WeightDecay(0.07, proximal=True, **settings), distwd.LR(1.0)).step()
+        ends.append({name: param.detach().cpu() for name, param in params.items()})
+    assert runs.differing(*ends) == []
+
+
 LARGE = 2**26  # elements: 256 MiB
 
 

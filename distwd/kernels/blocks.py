@@ -166,6 +166,11 @@ def _add_each_(xs: list[Tensor], ys: Operand, **settings: float) -> None:
     each_(xs, ys, **settings)
 
 
+def _div_each_(xs: list[Tensor], ys: Operand) -> None:
+    # By one number torch divides on GPUs as it multiplies by the inverse, which rounds twice; by a list of numbers it does not.
+    torch._foreach_div_(xs, [ys] * len(xs) if isinstance(ys, (int, float)) else ys)
+
+
 class Ops:
     """Elementwise operations on lists of tensors, for formulas that take them as first argument.
 
@@ -187,8 +192,7 @@ class Ops:
     add: ClassVar[Callable[..., list[Tensor]]] = _operation(torch.add, _add_each)
     add_: ClassVar[Callable[..., list[Tensor]]] = _operation(Tensor.add_, _add_each_, in_place=True)
     sign: ClassVar[Unary] = _operation(torch.sign, torch._foreach_sign)
-    div: ClassVar[Binary] = _operation(torch.div, torch._foreach_div)  # x/y
-    div_: ClassVar[Binary] = _operation(Tensor.div_, torch._foreach_div_, in_place=True)
+    div_: ClassVar[Binary] = _operation(Tensor.div_, _div_each_, in_place=True)  # x/y
     abs: ClassVar[Unary] = _operation(torch.abs, torch._foreach_abs)
     pow: ClassVar[Binary] = _operation(torch.pow, torch._foreach_pow)  # x^y
     clamp_min: ClassVar[Binary] = _operation(torch.clamp_min, torch._foreach_clamp_min)  # max(x, y)

@@ -291,7 +291,6 @@ def shrink_(ops: Ops, kind: TermKind, tau: Operand, other: Operand, ts: list[Ten
     """
     if kind.ord == 2 and kind.cap is not None:
         # Both cases at once: the pull is of where t ends, t/(1+τ), or the cap.
-        # In place, since on GPUs torch divides one tensor by a number as it multiplies by its inverse, and a list as it should.
         pulls = ops.div_(ops.copies(ts, ts[0].dtype), other)
         ops.clamp_max_(ops.clamp_min_(pulls, -kind.cap), kind.cap)
         ops.sub_(ts, ops.mul_(pulls, tau))
