@@ -202,7 +202,7 @@ FAULTS = {
     bad_number_on_one_rank: (2, "ValueError", "PlanError", "-1.0"),
     closure_raises_on_one_rank: (2, "FloatingPointError", "PlanError", "no data left"),
     absolute_on_one_rank: (3, "nothing", "PlanError", "the same rules"),
-    plan_printed_on_one_rank: (2, "PlanError", "nothing", "has come to build a plan.*print it on one rank later"),
+    plan_printed_on_one_rank: (2, "PlanError", "nothing", "has come to build a plan.*on every rank, and print on one"),
     other_group_on_one_rank: (3, "PlanError", "PlanError", "same group="),
     one_rank_does_not_step: (2, "nothing", "CollectiveError", "another rank.*Timed out"),
 }

@@ -143,5 +143,6 @@ def _errors_explained(world: World, in_step: bool) -> Iterator[None]:
         if reasons := world.published_errors():
             raise PlanError(reasons) from error
         raise CollectiveError(
-            f"rank {world.rank}: another rank has died, or has not taken the step that this one takes: {error}"
+            f"rank {world.rank}: another rank has died, or has not taken the step that this one takes: {error}; step on "
+            "every rank or on none, or find the rank that died, and go on from a checkpoint"
         ) from error

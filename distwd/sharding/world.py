@@ -144,8 +144,8 @@ def _current(kind: str) -> torch.device:
 
 # What to do, of a rank that has come alone.
 _ALONE = (
-    "Every rank needs the same rules (one with absolute decay only never builds a plan) and the same group=, and must ask for the "
-    "plan when the others do (print it on one rank later); or a rank has died."
+    "Call param_groups, and read optimizer.plan, on every rank, and print on one; give every rank the same group= and the same "
+    "rules (with absolute decay only none builds a plan); or find the rank that died."
 )
 
 
