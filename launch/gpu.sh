@@ -37,6 +37,7 @@ for part in "${parts[@]}"; do
     fused)
         # Triton compiles some two hundred kernels first. Where it is not installed there is no test (5), which is no fault.
         limit=240
+        # shellcheck disable=SC2016 # expanded by the shell that runs it
         tests='python -m pytest -q -p no:cacheprovider "--junitxml=$0/fused.xml" tests/test_triton.py; code=$?; exit $((code == 5 ? 0 : code))'
         command=(bash -c "$tests" "$out")
         ;;

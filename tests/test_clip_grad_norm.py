@@ -477,3 +477,8 @@ def test_a_mutant_is_far_from_the_norm(worlds, mutant, layout):
     expected = metric_of(list(runs.grads_of(0).values()), 2)
     ranks = worlds.run(EVERY[layout].ranks, mutated, mutant, layout)
     assert not all(abs(total - expected) <= 1e-3 * expected for total in ranks)
+
+
+def test_a_module_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"params is a Linear, which is a module; pass model\.named_parameters\(\)"):
+        clip_grad_norm_(torch.nn.Linear(2, 3), 1.0)

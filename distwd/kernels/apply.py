@@ -217,7 +217,7 @@ def _write_(
     # Nor are random bits, which go by the place in a tensor.
     adds_once = write.us is None or write.unit_scale is not None or write.spends_us or isinstance(numbers.scale, Tensor)
     is_exact = adds_once and all(kind.ord in ELEMENTARY_ORDS for kind in (*write.kinds, *write.proximal))
-    way = way_of(workspace, like.device) if is_exact else None
+    way = way_of(workspace, like.device) if workspace.compiles and is_exact else None
     compiles = way == "compiler" and random_bits is None
     # p ← keep·p − u is so little work that the calls of small operations count, and blocks hold more tensors.
     few_operations = not (compiles or is_low or write.kinds or write.proximal)

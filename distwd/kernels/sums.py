@@ -141,7 +141,7 @@ def local_statistics(
     statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
     found: list[list[Tensor]] = [[] for _ in statistics]
     measured = (tensors, *(other for other in others if other))
-    way = way_of(workspace, tensors[0].device) if tensors else None
+    way = way_of(workspace, tensors[0].device) if workspace.compiles and tensors else None
     if way == "triton":
         from . import triton  # not before, since it needs this module
 
@@ -200,7 +200,7 @@ def statistics_of_each(
     wanted = wanted if isinstance(wanted, Vectors) else tuple(wanted)
     statistics = wanted.statistics if isinstance(wanted, Vectors) else wanted
     lists = [tensors, *(other for other in others if other)]
-    way = way_of(workspace, device)
+    way = way_of(workspace, device) if workspace.compiles else None
     if way == "triton":
         from . import triton  # not before, since it needs this module
 

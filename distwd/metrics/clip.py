@@ -19,7 +19,7 @@ from ..kernels.blocks import number_on
 from ..sharding.collectives import gather_objects, local_like
 from ..sharding.explain import SHOWN
 from ..sharding.layout import Layout
-from ..sharding.params import entries_of, frozen_in
+from ..sharding.params import entries_of, frozen_in, listed
 from .measure import Request, Slots, measure, sources_of
 from .metric import parse_metric
 from .plan import Plan, build_plan
@@ -86,7 +86,7 @@ def clip_grad_norm_(
             "clip_grad_norm_ got a plan and group= or layout=; leave those out: the plan was built with its own"
         )
 
-    members = [params] if isinstance(params, Tensor) else list(params)
+    members = [params] if isinstance(params, Tensor) else listed(params)
     if any(isinstance(member, Mapping) for member in members):
         members = [(entry.name if entry.named else None, entry.tensor) for entry in entries_of(members)]
     if plan is None:

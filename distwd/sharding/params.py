@@ -56,7 +56,7 @@ def entries_of(params: Iterable[Any]) -> tuple[NamedParam, ...]:
     """
     if isinstance(params, Tensor):
         raise ValueError("params must be an iterable of tensors, not one tensor; pass [tensor]")
-    items = _listed(params)
+    items = listed(params)
     if any(isinstance(item, Mapping) for item in items):
         return entries_of_groups(items)
     return entries_of_groups([{"params": items}])
@@ -111,7 +111,7 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
         raise TypeError(
             "params must be an iterable of tensors, (name, tensor) pairs or group dicts, not one tensor; pass [tensor]"
         )
-    items = _listed(params)
+    items = listed(params)
     # torch refuses an empty list. One process without parameters is a mistake; one rank of several may be a stage
     # without any.
     if not items:
@@ -139,7 +139,7 @@ def normalised_groups(params: Iterable[Any], group: dist.ProcessGroup | None) ->
     return groups
 
 
-def _listed(params: Iterable[Any]) -> list[Any]:
+def listed(params: Iterable[Any]) -> list[Any]:
     """`params` as a list. Raises ValueError for what holds parameters, and is no list of them."""
     # Iterated over, the one would fail with torch's words, or give its layers; the other its names.
     if isinstance(params, Module):
