@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests import layouts
 from tests.chains import CHAINS, numbers_of, transforms_of
@@ -44,6 +45,20 @@ def feed(layout: str, held: Mapping[str, nn.Parameter], step: int, without: Sequ
     for name, param in held.items():
         grad = _placed_grads(layout, step, param.dtype)[name].detach().clone()
         param.grad = None if name in without else grad
+
+
+def feed_model(model: nn.Module, step: int) -> None:
+    """Give every parameter of a model its part of a gradient that is the same on any sharding."""
+    for number, param in enumerate(model.parameters()):
+        whole = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + number))
+        is_whole = not isinstance(param, DTensor)
+        param.grad = whole if is_whole else distribute_tensor(whole, param.device_mesh, param.placements)
+
+
+def wholes_of(model: nn.Module) -> list[Tensor]:
+    """The whole parameters of a model. A collective where they are DTensors."""
+    wholes = [param.full_tensor() if isinstance(param, DTensor) else param for param in model.parameters()]
+    return [whole.detach().clone() for whole in wholes]
 
 
 def train(layout: str, chain_name: str, num_steps: int = 3, dtype: torch.dtype = torch.float32, **adam) -> Run:

@@ -20,6 +20,7 @@ from distwd.kernels import compile as compiling
 from distwd.kernels.blocks import Workspace, blocks, is_large
 from distwd.kernels.sums import STRETCHES, local_statistics
 from distwd.metrics.metric import ABS, COUNT, MAX, MIN, SUM, Statistic
+from tests import runs
 from tests.fake_cuda import fake_cuda
 from tests.releases import needs_torch
 
@@ -165,14 +166,9 @@ def _trained_on_ranks(compile: bool, sharded: bool = False) -> tuple[list[torch.
     rule = distwd.RelativeWeightDecay(0.1, cautious=True)
     chain = distwd.Chain(model.named_parameters(), distwd.Adam(foreach=True), rule, distwd.LR(1e-2), compile=compile)
     for step in range(3):
-        for number, param in enumerate(model.parameters()):
-            whole = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + number))
-            if isinstance(param, torch.distributed.tensor.DTensor):
-                whole = torch.distributed.tensor.distribute_tensor(whole, param.device_mesh, param.placements)
-            param.grad = whole
+        runs.feed_model(model, step)
         chain.step()
-    wholes = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return [whole.detach().clone() for whole in wholes], chain.stats()["RelativeWeightDecay"]["coefficient"]
+    return runs.wholes_of(model), chain.stats()["RelativeWeightDecay"]["coefficient"]
 
 
 @pytest.mark.parametrize(("ranks", "sharded"), [(2, True), (3, True), (2, False)], ids=["fsdp2", "empty", "copies"])

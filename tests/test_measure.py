@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import distwd
-from distwd.kernels.sums import ABS, MAX, SQUARE, SUM, are_norms, local_statistics, norms_of_each
+from distwd.kernels.blocks import Workspace
+from distwd.kernels.formulas import TermKind, Write
+from distwd.kernels.sums import (
+    ABS,
+    MAX,
+    SQUARE,
+    SUM,
+    Vectors,
+    are_norms,
+    local_statistics,
+    norms_of_each,
+    statistics_of_each,
+)
 from distwd.metrics.measure import Request, Slots, Source, measure, sources_of
 from distwd.metrics.metric import Measure, parse_metric
 from tests.fake_cuda import fake_cuda
@@ -91,3 +104,33 @@ def test_norms_are_taken_where_torch_reads_once():
         assert not are_norms([card.t()], [ABS])
         assert not are_norms([card.to(torch.float8_e4m3fn)], [ABS])
         assert not are_norms([card[:0]], [MAX])
+
+
+# --- products of vectors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("length", [5, 1 << 14, (1 << 14) + 1, 40_003, 1 << 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_are_those_of_numpy_by_row_and_over_all(length, num_rows, dtype):
+    """θ, u and sign(θ) of two tensors: rows shorter than a stretch, one exactly, and with an end that fills none."""
+    torch.manual_seed(0)
+    thetas, us = ([torch.rand(num_rows, length).to(dtype) + 0.5 for _ in range(2)] for _ in range(2))
+    vectors = Vectors(Write((TermKind(1.0),), False, None, us=1), numbers=(2,))
+    each = statistics_of_each(thetas, vectors, Workspace(), us, num_rows=num_rows)
+    over_all = local_statistics(thetas, vectors, None, us)
+    wide = [torch.cat(some).double().numpy().astype(np.longdouble) for some in (thetas, us)]
+    wide.append(np.sign(wide[0]))
+    for statistic in vectors.statistics:
+        one, two = statistic.pair
+        by_row = (wide[one] * wide[two]).sum(1)
+        np.testing.assert_allclose(each[statistic].numpy(), by_row.astype(np.float64), rtol=1e-14)
+        np.testing.assert_allclose(over_all[statistic].item(), float(by_row.sum()), rtol=1e-14)
+
+
+def test_a_nan_stays_in_the_products_of_its_own_vector_and_row():
+    thetas, us = [torch.ones(2, 20_000)], [torch.ones(2, 20_000)]
+    us[0][1, 19_999] = torch.nan
+    each = statistics_of_each(thetas, Vectors(Write((), False, None, us=1)), Workspace(), us, num_rows=2)
+    found = {statistic.pair: values.isnan().tolist() for statistic, values in each.items()}
+    assert found == {(0, 0): [False, False], (0, 1): [False, True], (1, 1): [False, True]}

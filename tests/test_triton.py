@@ -43,6 +43,7 @@ from distwd.kernels.sums import (
     local_statistics,
     statistics_of_each,
 )
+from tests import runs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -573,15 +574,10 @@ def _trained_on_ranks(compile: bool, sharded: bool) -> tuple[list[Tensor], Tenso
     chain = distwd.Chain(model.named_parameters(), distwd.Adam(foreach=True), rule, distwd.LR(1e-2), compile=compile)
     with in_kernels() as launched:
         for step in range(2):
-            for number, param in enumerate(model.parameters()):
-                whole = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + number))
-                if isinstance(param, torch.distributed.tensor.DTensor):
-                    whole = torch.distributed.tensor.distribute_tensor(whole, param.device_mesh, param.placements)
-                param.grad = whole
+            runs.feed_model(model, step)
             chain.step()
     assert len(launched) == (4 if compile else 0)
-    wholes = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return [whole.detach().clone() for whole in wholes], chain.stats()["RelativeWeightDecay"]["coefficient"]
+    return runs.wholes_of(model), chain.stats()["RelativeWeightDecay"]["coefficient"]
 
 
 @pytest.mark.skipif(ON_GPU, reason="ranks are processes on CPUs")

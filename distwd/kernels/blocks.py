@@ -22,7 +22,7 @@ _CPU_LEAST = 1 << 18  # in all
 _CPU_CACHE = 1 << 21  # bytes of a core's second-level cache that hold the block of a thread and its float64 copy
 _CPU_MOST = 1 << 21
 _GPU_BLOCK = 1 << 22
-_KEPT_BLOCKS = 8  # the largest temporary that is kept
+_KEPT_BLOCKS = 8  # of so many blocks is the largest temporary that is kept
 # From here on a tensor on an accelerator that has no Triton kernels is compiled. By no means from a block on: what is
 # compiled needs no block, and most shards are smaller.
 _GPU_COMPILED = 1 << 16

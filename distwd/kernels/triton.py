@@ -418,8 +418,10 @@ def write_(
 ) -> list[int]:
     """Write what a kernel can; returns the positions of what is left to be written otherwise.
 
-    write, numbers, lists, num_cells, random_bits: as there; numbers that are tensors lie where the parameters do, in the dtype
-        of the arithmetic.
+    write, numbers, lists: as in `formulas.update_`; numbers that are tensors lie where the parameters do, in the dtype of the
+        arithmetic.
+    num_cells: how many matrices each parameter has, where 1-d numbers are by matrix; None: they are by tensor.
+    random_bits: of stochastic rounding; None: round to the nearest.
     """
     like = lists[0][0]
     is_low = like.dtype in LOW

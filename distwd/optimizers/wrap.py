@@ -28,9 +28,9 @@ class Wrap(Transform):
     Elementwise optimizers of torch (Adam, AdamW, SGD, RMSprop, NAdam, RAdam, Adagrad, Adadelta, Adamax) run on the
     local shards, whatever the meshes; any other runs on the parameters themselves, as it would alone, one inner group
     for each mesh. Where nothing later in the chain needs the update, an elementwise optimizer steps the parameters
-    directly. Optimizers that need a closure (LBFGS) come first in a chain; only rules with target="closure" may stand before them. State
-    lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's: "exp_avg_1"); what it
-    notes in its param groups (a count of steps, Prodigy's d) in the chain's groups.
+    directly. Optimizers that need a closure (LBFGS) come first in a chain; only rules with target="closure" may stand
+    before them. State lives in the chain's `state`, under the optimizer's own keys ("exp_avg"; a second optimizer's:
+    "exp_avg_1"); what it notes in its param groups (a count of steps, Prodigy's d) in the chain's groups.
     Raises ValueError for `lr`, for a non-zero `weight_decay`, and for arguments that the class does not accept.
     Source: torch.optim; the form is torchzero's `Wrap`.
 
